@@ -1,0 +1,307 @@
+"""Builds the embedded default: Stable Diffusion's own architecture and classes at 1/200 of its size, trained on sprites.
+
+    python tiny.py                                  # about three hours on two cores; resumable, run it again to go on
+    torchrun --nproc_per_node=2 tiny.py             # the same in about half the time (one thread per process)
+
+Order of work: draw the pictures (sprites.py), train a small CLIP on them (its text tower becomes the pipeline's text
+encoder, both towers serve the evaluation), train the autoencoder, cache latents and text embeddings, train the UNet.
+Result: assets/tiny-sd, a complete StableDiffusionPipeline folder in fp16, and assets/tiny-clip. The last step measures
+what was built and writes the model card, assets/tiny-sd/README.md.
+"""
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, trainers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+import sprites
+
+ASSETS = Path(__file__).parent / "assets"
+TOKENS = 16                 # text length; the longest caption has 6 words
+LATENT_CHANNELS = 8         # 4 as in SD lose the fine black lines at 32 px
+WIDTH = 128                 # of both CLIP towers, and so of the UNet's cross attention
+
+# ---- what is built, in SD's own classes ----------------------------------------------------------------------------
+
+
+def make_tokenizer():
+    """A CLIPTokenizer in whose vocabulary every word of the captions is one token; other words fall into letters."""
+    letters = sorted(set("".join(sprites.vocabulary()) + "abcdefghijklmnopqrstuvwxyz0123456789-'!,.?"))
+    alphabet = letters + [letter + "</w>" for letter in letters]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator(sprites.vocabulary(), trainer)
+    learnt = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learnt["merges"]]
+    tokens = list(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *alphabet, *sorted(learnt["vocab"], key=learnt["vocab"].get)]))
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
+
+
+def make_clip(tokenizer):
+    """A CLIPModel of 1.1 M parameters: 8-pixel patches, four layers in the image tower, two in the text tower."""
+    tower = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=4)
+    text = dict(tower, num_hidden_layers=2, vocab_size=len(tokenizer), max_position_embeddings=TOKENS,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vision = dict(tower, num_hidden_layers=4, image_size=sprites.SIZE, patch_size=8)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+
+def make_autoencoder():
+    """An AutoencoderTiny of factor 4: 32 x 32 pixels to 8 x 8 latents."""
+    return AutoencoderTiny(encoder_block_out_channels=(48, 48, 48), decoder_block_out_channels=(48, 48, 48),
+                           num_encoder_blocks=(0, 1, 2), num_decoder_blocks=(2, 1, 0), latent_channels=LATENT_CHANNELS)
+
+
+def make_unet():
+    """SD's UNet2DConditionModel with two levels: 4.3 M parameters, attention at 4 x 4."""
+    return UNet2DConditionModel(
+        sample_size=sprites.SIZE // 4, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, layers_per_block=1,
+        block_out_channels=(80, 128), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH, norm_num_groups=16,
+        attention_head_dim=4)      # in this class the NUMBER of heads
+
+
+def make_scheduler():
+    """SD 1.5's noise schedule, sampled as the students are: trailing DDIM down to clean data."""
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                         set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing", prediction_type="epsilon")
+
+
+# ---- one loop trains all three networks ----------------------------------------------------------------------------
+
+
+def fit(name, model, loss_fn, batches, steps, lr, runs, ema_decay=0.0):
+    """Train model in place: AdamW, linear warm-up and cosine decay, EMA, atomic checkpoints, resumed when found.
+    loss_fn(model, batch) -> scalar; batches(generator) -> one rank's batch. Step i draws from its own generator, so
+    that a resumed run sees the same data as an uninterrupted one."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    finished, checkpoint = runs / f"{name}.safetensors", runs / f"{name}-checkpoint.pt"
+    if finished.exists():
+        return model.load_state_dict(load_file(finished))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / steps)))))
+    ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        ema.load_state_dict(state["ema"])
+        start = state["step"]
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    model.train()
+    average, saved = None, time.time()
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=rank > 0, mininterval=5)
+    for step in bar:
+        generator = torch.Generator().manual_seed(1_000_003 * step + rank)
+        loss = loss_fn(wrapped, batches(generator))
+        if not torch.isfinite(loss):
+            raise SystemExit(f"tiny.py: {name}: loss {loss.item()} at step {step}; delete {checkpoint} and lower lr {lr}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(model.parameters())
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}")
+        if rank == 0 and (time.time() - saved > 60 or step == steps - 1):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                     "ema": ema.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".part"))
+            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            saved = time.time()
+    ema.copy_to(model.parameters())
+    if rank == 0:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, finished)
+        checkpoint.unlink(missing_ok=True)
+    if world > 1:
+        dist.barrier()
+
+
+def cached(path, make):
+    """The array at path; rank 0 makes it first if it is not there."""
+    if (not dist.is_initialized() or dist.get_rank() == 0) and not path.exists():
+        with open(path.with_suffix(".part"), "wb") as file:
+            np.save(file, make())
+        os.replace(path.with_suffix(".part"), path)
+    if dist.is_initialized():
+        dist.barrier()
+    return np.load(path, mmap_mode="r")
+
+
+def draw_all(n, chunk=4096):
+    """n training images as uint8 (n, 3, 32, 32), and beside them the caption of every level, as indices (n, levels)."""
+    generator = torch.Generator().manual_seed(0)
+    captions = all_captions()
+    index = {caption: i for i, caption in enumerate(captions)}
+    images, indices = [], []
+    for start in tqdm(range(0, n, chunk), desc="pictures"):
+        x, _, facts = sprites.draw(min(chunk, n - start), generator, held_out=False)
+        images.append(((x + 1) * 127.5).round().byte().numpy())
+        indices += [[index[level.format(**fact)] for level in sprites.LEVELS] for fact in facts]
+    return np.concatenate(images), np.array(indices, dtype=np.int64)
+
+
+def all_captions():
+    """Every caption of every level, in a fixed order; held-out pairs included (they are never trained on)."""
+    names, categories, _ = sprites.load_sheet()
+    facts = [{"object": o, "category": c, "background": b} for o, c in zip(names, categories) for b in sprites.BACKGROUNDS]
+    return list(dict.fromkeys(level.format(**fact) for level in sprites.LEVELS for fact in facts))
+
+
+# ---- losses of the three networks ----------------------------------------------------------------------------------
+
+
+def clip_loss(model, batch):
+    """The symmetric contrastive loss of CLIP over the batch. Equal captions in a batch need no correction: the loss
+    learns log p(image, text) / (p(image) p(text)) of the joint law it is shown."""
+    images, tokens = batch
+    logits = model(pixel_values=images, input_ids=tokens).logits_per_image
+    target = torch.arange(len(images))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Reconstruct(torch.nn.Module):
+    """Autoencoder under one forward, so that DDP sees both halves."""
+
+    def __init__(self, autoencoder):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images, noise):
+        z = self.autoencoder.encode(images).latents
+        return self.autoencoder.decode(z + 0.05 * noise).sample, z
+
+
+def autoencoder_loss(model, batch):
+    """Mean squared and absolute error; latents kept at zero mean and unit variance per channel; the decoder sees a
+    little noise, so that it forgives the diffusion model's small errors."""
+    images, noise = batch
+    output, z = model(images, noise)
+    moments = z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean()
+    error = output - images
+    return error.square().mean() + 0.05 * error.abs().mean() + 0.01 * moments
+
+
+def unet_loss(model, batch, alphas_cumprod):
+    """The diffusion loss: epsilon prediction, weighted as an error of v = alpha eps - sigma x, which is eps's error over
+    alpha. Plain eps weights hardly see the noisiest tenth of the axis, where few-step sampling takes place."""
+    z_0, text, t, eps = batch
+    alpha = alphas_cumprod[t].sqrt()[:, None, None, None]
+    z_t = alpha * z_0 + (1 - alpha ** 2).sqrt() * eps
+    return ((model(z_t, t, text).sample - eps) / alpha).square().mean()
+
+
+# ---- the story -----------------------------------------------------------------------------------------------------
+
+
+def build(runs, pictures, clip_steps, autoencoder_steps, unet_steps):
+    """Train all three networks and save the two folders. Returns: the StableDiffusionPipeline, in fp32."""
+    runs.mkdir(parents=True, exist_ok=True)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+        torch.set_num_threads(max(1, os.cpu_count() // world))
+    torch.manual_seed(0)
+
+    def draw_once():
+        images, indices = draw_all(pictures)
+        np.save(runs / "captions.npy", indices)
+        return images
+    images = cached(runs / "images.npy", draw_once)
+    indices = torch.from_numpy(np.load(runs / "captions.npy"))
+    level_weights = torch.tensor(list(sprites.LEVELS.values()))
+
+    def choose(batch, generator):
+        """Row numbers of a batch, and for each the index of a caption at a random level."""
+        rows = torch.randint(len(images), (batch // world,), generator=generator)
+        levels = torch.multinomial(level_weights, len(rows), replacement=True, generator=generator)
+        return rows, indices[rows, levels]
+
+    def pixels(rows):
+        return torch.from_numpy(images[rows.numpy()]).float() / 127.5 - 1
+
+    # CLIP
+    tokenizer = make_tokenizer()
+    tokens = tokenizer(all_captions(), padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+
+    def clip_batch(generator):
+        rows, captions = choose(512, generator)
+        return pixels(rows), tokens[captions]
+    clip = make_clip(tokenizer)
+    fit("clip", clip, clip_loss, clip_batch, clip_steps, 1e-3, runs, ema_decay=0.995)
+    clip.eval()
+
+    # autoencoder
+    def autoencoder_batch(generator):
+        rows, _ = choose(32, generator)
+        return pixels(rows), torch.randn(len(rows), LATENT_CHANNELS, 8, 8, generator=generator)
+    autoencoder = Reconstruct(make_autoencoder())
+    fit("autoencoder", autoencoder, autoencoder_loss, autoencoder_batch, autoencoder_steps, 2e-3, runs, ema_decay=0.999)
+    vae = autoencoder.autoencoder.eval()
+
+    # latents and text embeddings, once
+    @torch.no_grad()
+    def encode_all():
+        return np.concatenate([vae.encode(pixels(rows)).latents.half().numpy()
+                               for rows in tqdm(torch.arange(len(images)).split(1024), desc="latents")])
+    latents = torch.from_numpy(np.array(cached(runs / "latents.npy", encode_all)))
+    vae.register_to_config(scaling_factor=round(1 / latents[:8192].float().std().item(), 4))
+    with torch.no_grad():
+        text = torch.cat([clip.text_model(chunk).last_hidden_state for chunk in tokens.split(512)])
+
+    # UNet
+    scheduler = make_scheduler()
+
+    def unet_batch(generator):
+        rows, captions = choose(64, generator)
+        z_0 = latents[rows].float() * vae.config.scaling_factor
+        t = torch.randint(1000, (len(rows),), generator=generator)
+        return z_0, text[captions], t, torch.randn(z_0.shape, generator=generator)
+    unet = make_unet()
+    fit("unet", unet, lambda model, batch: unet_loss(model, batch, scheduler.alphas_cumprod), unet_batch, unet_steps,
+        1.5e-3, runs, ema_decay=0.999)
+
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    getattr(text_encoder, "text_model", text_encoder).load_state_dict(clip.text_model.state_dict())
+    pipeline = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet.eval(),
+                                       scheduler=scheduler, safety_checker=None, feature_extractor=None,
+                                       requires_safety_checker=False)
+    if rank == 0:
+        save(pipeline, clip)
+    return pipeline
+
+
+def save(pipeline, clip):
+    """Write assets/tiny-sd and assets/tiny-clip in fp16, and the list of words the model knows."""
+    pipeline.to(dtype=torch.float16).save_pretrained(ASSETS / "tiny-sd", safe_serialization=True)
+    (ASSETS / "tiny-sd" / "vocabulary.json").write_text(json.dumps(sprites.vocabulary()))
+    clip.half().save_pretrained(ASSETS / "tiny-clip", safe_serialization=True)
+    pipeline.tokenizer.save_pretrained(ASSETS / "tiny-clip")
+    pipeline.to(dtype=torch.float32), clip.float()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tiny-build"), help="checkpoints and caches")
+    parser.add_argument("--pictures", type=int, default=163_840, help="training images to draw")
+    parser.add_argument("--clip-steps", type=int, default=800, help="updates of batch 512")
+    parser.add_argument("--autoencoder-steps", type=int, default=7000, help="updates of batch 32")
+    parser.add_argument("--unet-steps", type=int, default=11_000, help="updates of batch 64")
+    build(**vars(parser.parse_args()))
