@@ -78,18 +78,38 @@ def vocabulary():
     return sorted({word for text in (*names, *categories, *BACKGROUNDS, "on") for word in text.split()})
 
 
-def draw(n, generator, held_out=None):
-    """n captioned images. generator: torch.Generator on the CPU, the only source of randomness.
-    held_out: False = training pairs only, True = held-out pairs only, None = all pairs.
-    Returns: (images, captions, facts): images (n, 3, SIZE, SIZE) in [-1, 1]; captions, n strings at a random level;
-    facts, n dicts {object, category, background} of what each image really shows."""
-    names, categories, rgba = load_sheet()
-    colours = list(BACKGROUNDS)
-    pairs = [(o, b) for o in range(len(names)) for b in range(len(colours))
-             if held_out is None or is_held_out(names[o], colours[b]) == held_out]
-    chosen = [pairs[i] for i in torch.randint(len(pairs), (n,), generator=generator).tolist()]
-    objects, backgrounds = torch.tensor(chosen).unbind(1)
-    u = torch.rand(n, 5, generator=generator)
+@functools.cache
+def pairs(held_out):
+    """Every (object, background) as numbers (P, 2). held_out: False = training pairs only, True = held-out only, None = all."""
+    names, _, _ = load_sheet()
+    return torch.tensor([(o, b) for o, name in enumerate(names) for b, colour in enumerate(BACKGROUNDS)
+                         if held_out is None or is_held_out(name, colour) == held_out])
+
+
+def plan(n, generator, held_out=None):
+    """All the random choices of n images: rows of object, background, caption level (integers), five uniform and three
+    normal numbers. generator: torch.Generator on the CPU, the only source of randomness.  Returns: float (n, 11)."""
+    table = pairs(held_out)
+    chosen = table[torch.randint(len(table), (n,), generator=generator)]
+    u, jitter = torch.rand(n, 5, generator=generator), torch.randn(n, 3, generator=generator)
+    levels = torch.multinomial(torch.tensor(list(LEVELS.values())), n, replacement=True, generator=generator)
+    return torch.cat([chosen, levels[:, None], u, jitter], 1)
+
+
+def describe(plans):
+    """What planned images show and how they are captioned.  Returns: (captions, facts): n strings, and n dicts
+    {object, category, background}."""
+    names, categories, _ = load_sheet()
+    facts = [{"object": names[int(o)], "category": categories[int(o)], "background": list(BACKGROUNDS)[int(b)]}
+             for o, b in plans[:, :2].tolist()]
+    return [list(LEVELS)[int(level)].format(**fact) for level, fact in zip(plans[:, 2].tolist(), facts)], facts
+
+
+def render(plans):
+    """Planned images, float (n, 3, SIZE, SIZE) in [-1, 1]."""
+    _, _, rgba = load_sheet()
+    objects, backgrounds = plans[:, :2].long().unbind(1)
+    u, jitter = plans[:, 3:8], plans[:, 8:]
     scale = 0.66 + 0.22 * u[:, 0]                                  # side of the sprite / side of the image
     angle = math.radians(12) * (2 * u[:, 1] - 1)
     shift = (1 - scale)[:, None] * (2 * u[:, 2:4] - 1)             # anywhere inside the image, in half-widths
@@ -98,15 +118,17 @@ def draw(n, generator, held_out=None):
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     matrix = torch.stack([torch.stack([flip * cos, flip * sin], 1), torch.stack([-sin, cos], 1)], 1)   # (n, 2, 2)
     affine = torch.cat([matrix, -matrix @ shift[:, :, None]], 2)
-    grid = F.affine_grid(affine, (n, 4, 2 * SIZE, 2 * SIZE), align_corners=False)
+    grid = F.affine_grid(affine, (len(plans), 4, 2 * SIZE, 2 * SIZE), align_corners=False)
     sprite = F.avg_pool2d(F.grid_sample(rgba[objects], grid, align_corners=False), 2)   # drawn at 2x, averaged down
-    colour = torch.tensor([BACKGROUNDS[c] for c in colours])[backgrounds].float() / 255
-    colour = colour + 0.02 * torch.randn(n, 3, generator=generator)
+    colour = torch.tensor(list(BACKGROUNDS.values()))[backgrounds].float() / 255 + 0.02 * jitter
     images = sprite[:, :3] + (1 - sprite[:, 3:]) * colour[:, :, None, None]
-    levels = torch.multinomial(torch.tensor(list(LEVELS.values())), n, replacement=True, generator=generator).tolist()
-    facts = [{"object": names[o], "category": categories[o], "background": colours[b]} for o, b in chosen]
-    captions = [list(LEVELS)[level].format(**fact) for level, fact in zip(levels, facts)]
-    return (2 * images - 1).clamp(-1, 1), captions, facts
+    return (2 * images - 1).clamp(-1, 1)
+
+
+def draw(n, generator, held_out=None):
+    """n captioned images.  Returns: (images, captions, facts), as render and describe."""
+    plans = plan(n, generator, held_out)
+    return render(plans), *describe(plans)
 
 
 def build_sheet():

@@ -1,0 +1,151 @@
+"""The method: windows, their chord, the paths through it, the curriculum and the recipes. Tensors in, tensors out.
+
+Time runs from t = 0 (data) to t = 1 (noise): z_t = alpha_t x + sigma_t eps. Cut time into K windows. The two ends of a
+trajectory in a window, z_start and z_end, are two equations in two unknowns: exactly one pair (x*, eps*), the chord,
+explains both. Reflow trains the student to answer with the chord everywhere between the two ends. Once it does, its
+trajectory is straight over the window, and one step crosses it.
+
+    python reflow.py        # straightens a 2-D flow in 8, 4, 2, 1 windows, saves the picture, asserts what it shows
+"""
+from dataclasses import dataclass
+
+import torch
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+def boundaries(windows):
+    """The K+1 times that cut (0, 1] into K windows, in sampling order: (1, (K-1)/K, ..., 0).
+    On Stable Diffusion's grid these are the timesteps 1000 k/K - 1, exact for any K; the last one, "timestep -1",
+    is clean data. Boundaries of 8, 4, 2 and 1 windows nest."""
+    if windows < 1:
+        raise ValueError(f"windows = {windows}: at least 1 is needed")
+    return tuple(k / windows for k in range(windows, -1, -1))
+
+
+def window_of(t, windows):
+    """The window (t_end, t_start] that holds t. t: tensor in (0, 1].  Returns: (t_start, t_end), tensors like t."""
+    k = torch.ceil(t * windows - 1e-5).clamp(1, windows)      # the tolerance keeps 0.1 * 10 in its own window
+    return k / windows, (k - 1) / windows
+
+
+def check_curriculum(stages):
+    """Raises ValueError unless each window count divides the one before it (so that windows merge, never split)."""
+    for before, after in zip(stages, stages[1:]):
+        if after >= before or before % after:
+            raise ValueError(f"stages {stages}: {before} windows do not merge into {after}; each count must divide the one before")
+    if not stages or min(stages) < 1:
+        raise ValueError(f"stages {stages}: at least one stage of at least one window is needed")
+
+
+# ---- the chord -----------------------------------------------------------------------------------------------------
+
+
+def chord(z_start, z_end, start, end):
+    """The pair (x, eps) that explains both ends of a window: solves z_start = alpha_s x + sigma_s eps,
+    z_end = alpha_e x + sigma_e eps (design: the determinant is never 0 while t_start > t_end).
+    z_start, z_end: (B, ...).  start, end: pairs (alpha, sigma) of tensors that broadcast with z.  Returns: (x, eps)."""
+    (alpha_s, sigma_s), (alpha_e, sigma_e) = start, end
+    determinant = alpha_s * sigma_e - alpha_e * sigma_s
+    x = (sigma_e * z_start - sigma_s * z_end) / determinant
+    eps = (alpha_s * z_end - alpha_e * z_start) / determinant
+    return x, eps
+
+
+# A path says where the student meets the chord at time t: z_t = a_t x* + b_t eps*. Every path agrees with the noise
+# schedule at the two ends of the window.
+
+
+def vp_path(schedule, t, windows):
+    """The schedule's own curve: (a_t, b_t) = (alpha_t, sigma_t). Rectified Diffusion; also Simple ReFlow's
+    x_t = (1-t) x0 + t x1, which is the same curve run at another speed. The student never leaves the teacher's noise levels."""
+    return schedule(t)
+
+
+def linear_path(schedule, t, windows):
+    """PeRFlow's, and so probably ProReflow's: z runs in a straight line from z_start to z_end, linear in t. As both ends
+    are mixtures of x* and eps*, so is everything between: a_t and b_t are linear in t too."""
+    t_start, t_end = window_of(t, windows)
+    (a_s, b_s), (a_e, b_e) = schedule(t_start), schedule(t_end)
+    progress = ((t_start - t) / (t_start - t_end)).to(a_s)
+    return a_s + progress * (a_e - a_s), b_s + progress * (b_e - b_s)
+
+
+PATHS = {"vp": vp_path, "linear": linear_path}
+
+# ---- the space of the loss -----------------------------------------------------------------------------------------
+# Whatever is compared between student and chord is p x + q eps. Each row: (schedule, t_start, t_end) -> (p, q).
+
+
+def eps_space(schedule, t_start, t_end):
+    """Noise, as most trainers do. An error in x is sigma/alpha times the error in eps (14.6 at SD's last timestep), so
+    this space hardly sees the errors that few steps are made of."""
+    return 0.0, 1.0
+
+
+def flow_space(schedule, t_start, t_end):
+    """The flow velocity u = eps - x: the space of aligned v-prediction here."""
+    return -1.0, 1.0
+
+
+def window_velocity_space(schedule, t_start, t_end):
+    """The mean velocity over the window, (z_end - z_start) / (t_end - t_start): PeRFlow's `velocity`."""
+    (a_s, b_s), (a_e, b_e) = schedule(t_start), schedule(t_end)
+    width = (t_end - t_start).to(a_s)
+    return (a_e - a_s) / width, (b_e - b_s) / width
+
+
+def end_space(schedule, t_start, t_end):
+    """The latent at the end of the window: Rectified Diffusion's."""
+    return schedule(t_end)
+
+
+SPACES = {"eps": eps_space, "u": flow_space, "velocity": window_velocity_space, "end": end_space}
+
+# ---- time laws: where in (0, 1] the student is asked ---------------------------------------------------------------
+
+
+def uniform(u):
+    """u uniform in [0, 1) -> t uniform in (0, 1]."""
+    return 1 - u
+
+
+TIME_LAWS = {"uniform": uniform}
+
+# ---- recipes are data ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train. What a paper leaves unknown is our value, and README.md says so."""
+    stages: tuple = (8, 4, 2, 1)         # windows of each stage, trained in this order
+    shares: tuple = (1, 1, 1, 1)         # share of the updates that each stage gets
+    pairs: str = "trajectory"            # where (z_start, z_end) come from: trajectory, data or student
+    path: str = "vp"                     # how the student meets the chord, a row of PATHS
+    space: str = "u"                     # what the loss compares, a row of SPACES
+    loss: str = "mse"                    # a row of losses.LOSSES
+    direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
+    time_law: str = "uniform"            # a row of TIME_LAWS
+    solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
+
+
+RECIPES = {
+    "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
+    "reflow": Recipe(stages=(1,), shares=(1,)),                                    # straight to one window
+    "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
+                        direction_weight=0.1),
+    "perflow": Recipe(stages=(4,), shares=(1,), pairs="data", path="linear", space="eps"),
+    "rectified-diffusion": Recipe(stages=(4,), shares=(1,), pairs="data", space="end", loss="pseudo-huber",
+                                  solver_steps=40),
+    "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity"),
+}
+
+
+def stage_steps(recipe, steps):
+    """Updates of each stage; they sum to steps, and every stage gets at least one.  Returns: tuple of int."""
+    if steps < len(recipe.stages):
+        raise ValueError(f"steps = {steps}: {len(recipe.stages)} stages need at least as many updates")
+    stages = len(recipe.stages)
+    cuts = [round(steps * sum(recipe.shares[:i]) / sum(recipe.shares)) for i in range(stages + 1)]
+    cuts = [min(max(cut, i), steps - (stages - i)) for i, cut in enumerate(cuts)]
+    return tuple(after - before for before, after in zip(cuts, cuts[1:]))

@@ -1,0 +1,242 @@
+"""Few-step sampling: time grids, the solver, and `python sampler.py --prompt "red heart on blue"`.
+
+Without --model it takes the newest student under runs/, else the one in assets/. A student needs no special solver:
+inside a straight window one DDIM step is exact, so stock diffusers schedulers sample it as well as this file does.
+"""
+import json
+import math
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import config
+import reflow
+import teacher
+from config import UserError
+
+# ---- noise, time grids, solver -------------------------------------------------------------------------------------
+
+
+def noise(seeds, shape):
+    """Standard normal noise, one generator per image, so that image i is the same in any batch and on any number of
+    processes. seeds: ints; shape: of one image.  Returns: float32 (len(seeds), *shape), CPU."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+
+
+def time_grid(steps, windows=1):
+    """steps + 1 times from 1 to 0, steps spread evenly over the windows (any remainder goes to the noisiest ones), so
+    that no step crosses a boundary. With windows dividing steps this is k/steps: diffusers' "trailing" spacing.
+    Returns: float64 (steps + 1,).  Raises ValueError if there are fewer steps than windows."""
+    if steps < windows:
+        raise ValueError(f"{steps} steps cannot cross {windows} windows: one step per window at least")
+    edges, times = reflow.boundaries(windows), [1.0]
+    for i, (start, end) in enumerate(zip(edges, edges[1:])):
+        inside = steps // windows + (i < steps % windows)
+        times += [start + (end - start) * (j + 1) / inside for j in range(inside)]
+    return torch.tensor(times, dtype=torch.float64)
+
+
+def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None):
+    """DDIM: keep (x_hat, eps_hat), change t. First order; exact in one step where the trajectory is straight.
+    model: the contract of teacher.py; z: (B, ...) at times[0]; times: (S+1,) or one column per sample, (S+1, B), in
+    sampling order, none but the last 0; callback: called with a dict(i, t, t_next, z, x_hat, eps_hat) before each move.
+    Returns: z at times[-1]. One network evaluation per step."""
+    times = times.reshape(len(times), -1).expand(-1, len(z))                       # (S+1, B)
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        x_hat, eps_hat = model(z, t, cond, guidance, uncond)
+        if callback:
+            callback(dict(i=i, t=t, t_next=t_next, z=z, x_hat=x_hat, eps_hat=eps_hat))
+        a, b = (c.to(z.dtype) for c in model.coefficients(t_next, z.ndim))
+        z = a * x_hat + b * eps_hat
+    return z
+
+
+# ---- a model folder and its pictures -------------------------------------------------------------------------------
+
+
+def open_model(name, device="cpu"):
+    """A teacher or a student. name: as for teacher.load_pipeline.  Returns: (pipeline, model, info); info is the folder's
+    reflow.json, {} for a teacher: windows and path say how the model is to be sampled."""
+    pipeline = teacher.load_pipeline(name).to(device)
+    file = Path(teacher.PRESETS.get(name, (name, ""))[0]) / "reflow.json"
+    try:
+        info = json.loads(file.read_text()) if file.is_file() else {}
+        path, windows = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or restore the file") from error
+    return pipeline, teacher.as_model(pipeline, path=path, windows=windows), info
+
+
+def default_model(runs=Path("runs")):
+    """The newest student under runs/, else the one that comes with the repository.  Returns: folder name."""
+    students = sorted(runs.glob("**/student-*/reflow.json"), key=lambda file: file.stat().st_mtime)
+    return str(students[-1].parent if students else teacher.ASSETS / "student-2")
+
+
+@torch.no_grad()
+def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None):
+    """Latents for prompts[i] from noise seeds[i]. times: from time_grid.  Returns: float32 (N, C, h, w), CPU.
+    progress: a tqdm to advance by images."""
+    unique = list(dict.fromkeys(["", *prompts]))
+    table = teacher.encode_text(pipeline, unique)
+    rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+    shape = latent_shape(pipeline)
+    device, dtype = pipeline.unet.device, pipeline.unet.dtype
+    results = []
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        cond = {key: value[rows[part]].to(device, dtype) for key, value in table.items()}
+        uncond = {key: value[:1].expand(len(rows[part]), *[-1] * (value.ndim - 1)).to(device, dtype) for key, value in table.items()}
+        z = noise(seeds[part], shape).to(device, dtype)
+        results.append(ddim(model, z, times, cond, guidance, uncond, callback).float().cpu())
+        if progress is not None:
+            progress.update(len(z))
+    return torch.cat(results)
+
+
+def latent_shape(pipeline):
+    """(C, h, w) of the latents the UNet was made for."""
+    size = pipeline.unet.config.sample_size
+    return (pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def to_pil(images, scale=1):
+    """float (N, 3, H, W) in [-1, 1] to a list of PIL images, each pixel drawn scale x scale."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(np.ascontiguousarray(p)).resize((p.shape[1] * scale, p.shape[0] * scale), Image.Resampling.NEAREST)
+            for p in pixels]
+
+
+def grid(rows, columns=(), labels=(), gap=4):
+    """One picture out of rows of PIL images of one size; columns: a title per column; labels: a title per row."""
+    width, height = rows[0][0].size
+    font = ImageFont.load_default(size=max(11, height // 7))
+    left = 10 + max((math.ceil(font.getlength(label)) for label in labels), default=-10)
+    top = 2 * font.size if columns else 0
+    count = max(len(row) for row in rows)
+    canvas = Image.new("RGB", (left + count * (width + gap), top + len(rows) * (height + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for j, title in enumerate(columns):
+        pen.text((left + j * (width + gap) + width / 2, top / 2), title, "black", font, anchor="mm")
+    for i, row in enumerate(rows):
+        if labels:
+            pen.text((left - 6, top + i * (height + gap) + height / 2), labels[i], "black", font, anchor="rm")
+        for j, image in enumerate(row):
+            canvas.paste(image, (left + j * (width + gap), top + i * (height + gap)))
+    return canvas
+
+
+def warn_unknown_words(name, pipeline, prompts):
+    """If the model's folder lists its vocabulary, say which words of the prompts it has never seen."""
+    file = Path(teacher.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
+    if not file.is_file():
+        return
+    known = set(json.loads(file.read_text()))
+    unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
+    if unknown:
+        warnings.warn(f"this model has never seen: {', '.join(unknown)}. It knows: {' '.join(sorted(known))}", stacklevel=2)
+
+
+# ---- python sampler.py ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    prompt: list[str] = field(default_factory=list)  # one or more, each in quotes
+    model: str = ""             # folder, hub id or preset; default: the newest student under runs/, else assets/student-2
+    steps: int | None = None    # network evaluations per image without guidance; default: what the model was made for
+    guidance: float = 1.0       # 1 = none; otherwise each step costs two evaluations
+    seed: int = 0               # of the first image; image i has seed + i
+    n: int = 1                  # images per prompt
+    out: str = "sample.png"     # PNG; several images are numbered unless --grid
+    grid: bool = False          # all images in one picture, a row per prompt
+    compare: bool = False       # the teacher beside the student, from the same noise
+    save_steps: bool = False    # also OUT-steps.png: what the model believes the picture is, step by step
+    scale: int | None = None    # draw each pixel scale x scale; default: enough for 256 pixels
+    device: str = "cpu"         # cpu or cuda
+
+
+def main(c):
+    if not c.prompt or not all(prompt.strip() for prompt in c.prompt):
+        raise UserError('no prompt: give at least one, e.g. --prompt "red heart on blue"')
+    for option, value, least in (("--steps", c.steps, 1), ("--n", c.n, 1), ("--seed", c.seed, 0), ("--scale", c.scale, 1),
+                                 ("--guidance", c.guidance, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
+    out = Path(c.out)
+    check_writable(out)
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    name = c.model or default_model()
+    pipeline, model, info = open_model(name, c.device)
+    windows = info.get("windows", 1)
+    steps = c.steps if c.steps is not None else info.get("windows", 32)
+    if steps < windows:
+        raise UserError(f"--steps {steps}: {name} is straight over {windows} windows and needs a step for each; "
+                        f"use --steps {windows} or more, or a student of {steps} window{'s' * (steps > 1)}")
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}")
+        warn_unknown_words(name, pipeline, c.prompt)
+
+    prompts = [prompt for prompt in c.prompt for _ in range(c.n)]
+    seeds = [c.seed + i for i in range(len(prompts))]
+    beliefs = []                                           # per batch and step, x_hat
+    start = time.perf_counter()
+    with tqdm(total=len(prompts), desc=f"{steps} steps", unit="image", leave=False) as bar:
+        z = generate(pipeline, model, prompts, seeds, time_grid(steps, windows), c.guidance, progress=bar,
+                     callback=(lambda state: beliefs.append((state["i"], state["x_hat"].float().cpu()))) if c.save_steps else None)
+        images = teacher.decode(pipeline, z)
+    seconds = time.perf_counter() - start
+    scale = c.scale if c.scale is not None else max(1, 256 // images.shape[-1])
+    pictures = to_pil(images, scale)
+
+    sets, columns = [pictures], [f"{steps} steps"]
+    if c.compare:
+        teacher_name = info.get("teacher") or name
+        other, other_model, _ = open_model(teacher_name, c.device)
+        z = generate(other, other_model, prompts, seeds, time_grid(32), c.guidance)
+        sets, columns = [to_pil(teacher.decode(other, z), scale), pictures], ["teacher, 32 steps", f"{steps} steps"]
+    if c.compare:
+        rows = [[images[i] for images in sets] for i in range(len(prompts))]
+        files = {out: grid(rows, columns, prompts)}
+    elif c.grid:
+        rows = [pictures[i * c.n:(i + 1) * c.n] for i in range(len(c.prompt))]
+        files = {out: grid(rows, labels=c.prompt)}
+    elif len(pictures) == 1:
+        files = {out: pictures[0]}
+    else:
+        files = {out.with_stem(f"{out.stem}-{i}"): picture for i, picture in enumerate(pictures)}
+    if c.save_steps:
+        strips = [teacher.decode(pipeline, torch.cat([x for i, x in beliefs if i == step])) for step in range(steps)]
+        rows = [[to_pil(strip[i:i + 1], scale)[0] for strip in strips] for i in range(len(prompts))]
+        files[out.with_stem(out.stem + "-steps")] = grid(rows, [f"step {i + 1}" for i in range(steps)], prompts)
+    for file, picture in files.items():
+        picture.save(file)
+    shown = ", ".join(str(file) for file in list(files)[:4]) + (", ..." if len(files) > 4 else "")
+    evaluations = steps * (1 if c.guidance in (0, 1) else 2)
+    print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}, {steps} steps = {evaluations} network evaluations "
+          f"each, {seconds / len(prompts):.3f} s per image")
+
+
+def check_writable(file):
+    """Raises UserError unless `file` (a PNG) can be written; makes its folder."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--out {file}: must end in .png")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
+
+
+if __name__ == "__main__":
+    config.run(main, Config, __doc__)

@@ -1,0 +1,73 @@
+"""Shared fixtures: a randomly initialised pipeline of the embedded architecture, and closed-form models. No downloads."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"        # of the processes that tests start
+
+import teacher  # noqa: E402
+import tiny  # noqa: E402
+from diffusers import StableDiffusionPipeline  # noqa: E402
+from transformers import CLIPTextModel  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def schedule():
+    """Stable Diffusion 1.5's noise schedule."""
+    return teacher.Schedule(tiny.make_scheduler().alphas_cumprod)
+
+
+@pytest.fixture(scope="session")
+def random_sd(tmp_path_factory):
+    """Folder of a StableDiffusionPipeline with the embedded architecture and random weights."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    text_encoder = CLIPTextModel(tiny.make_clip(tokenizer).config.text_config)
+    pipeline = StableDiffusionPipeline(
+        vae=tiny.make_autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, unet=tiny.make_unet(),
+        scheduler=tiny.make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    folder = tmp_path_factory.mktemp("models") / "random-sd"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    """run_file("train.py", "--out", "x") runs a file of the project as a user does, in tmp_path. Returns CompletedProcess."""
+    def run(*arguments, launcher=(sys.executable,), timeout=300):
+        command = [*launcher, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+    return run
+
+
+class Gaussian:
+    """The exact denoiser of data ~ N(mean, std^2 I), as a network under each prediction type. Its probability flow is
+    known in closed form: (z - alpha mean) / sqrt(alpha^2 std^2 + sigma^2) is constant along it."""
+
+    def __init__(self, schedule, prediction, mean=0.7, std=0.4):
+        self.schedule, self.prediction, self.mean, self.std = schedule, prediction, mean, std
+
+    def __call__(self, z, timestep, **cond):
+        alpha, sigma = (v.to(z.dtype)[:, None] for v in self.schedule((timestep.double() + 1) / 1000))
+        x = self.mean + alpha * self.std ** 2 * (z - alpha * self.mean) / (alpha ** 2 * self.std ** 2 + sigma ** 2)
+        eps = (z - alpha * x) / sigma
+        return {"epsilon": eps, "sample": x, "v_prediction": alpha * eps - sigma * x}[self.prediction]
+
+    def flow(self, z, t, t_next):
+        """The exact end at t_next of the trajectory through z at t."""
+        (a, s), (a_next, s_next) = (self.schedule(torch.tensor(v, dtype=torch.float64)) for v in (t, t_next))
+        unit = (z - a * self.mean) / (a ** 2 * self.std ** 2 + s ** 2).sqrt()
+        return a_next * self.mean + unit * (a_next ** 2 * self.std ** 2 + s_next ** 2).sqrt()
+
+
+@pytest.fixture(params=["epsilon", "sample", "v_prediction"])
+def gaussian(request, schedule):
+    """(denoiser, model): the closed-form Gaussian teacher under the contract, for each prediction type."""
+    network = Gaussian(schedule, request.param)
+    return network, teacher.Model(network, schedule, request.param)

@@ -1,0 +1,105 @@
+"""Identities of reflow.py: windows, chord, paths, spaces, recipes."""
+import pytest
+import torch
+
+import losses
+import reflow
+import train
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 4, 7, 8, 10, 1000])
+def test_every_grid_time_has_one_window_that_it_does_not_start_below(windows):
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    t_start, t_end = reflow.window_of(t, windows)
+    assert ((t <= t_start + 1e-9) & (t > t_end + 1e-9)).all()
+    assert torch.allclose(t_start - t_end, torch.full_like(t, 1 / windows))
+    for edge in reflow.boundaries(windows)[:-1]:                                     # a boundary starts its own window
+        assert reflow.window_of(torch.tensor([edge], dtype=torch.float64), windows)[0].item() == pytest.approx(edge)
+
+
+def test_boundaries_nest_and_are_integers_on_the_1000_grid():
+    for windows in (8, 4, 2, 1):
+        timesteps = [1000 * t - 1 for t in reflow.boundaries(windows)]
+        assert timesteps == [round(step) for step in timesteps] and timesteps[0] == 999 and timesteps[-1] == -1
+        assert set(reflow.boundaries(windows)) <= set(reflow.boundaries(8))
+    with pytest.raises(ValueError, match="windows = 0"):
+        reflow.boundaries(0)
+
+
+@pytest.mark.parametrize("stages", [(8, 3), (4, 4), (2, 4), (), (0,)])
+def test_curricula_that_do_not_merge_are_refused(stages):
+    with pytest.raises(ValueError, match="stages"):
+        reflow.check_curriculum(stages)
+
+
+@pytest.mark.parametrize("windows", [8, 4, 2, 1])
+def test_chord_of_a_point_mass_trajectory_is_exact(schedule, windows):
+    generator = torch.Generator().manual_seed(windows)
+    x, eps = (torch.randn(8, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    t_start, t_end = reflow.window_of(torch.arange(1, 9, dtype=torch.float64) / 8, windows)
+    ends = [[v[:, None] for v in schedule(t)] for t in (t_start, t_end)]
+    z_start, z_end = (a * x + b * eps for a, b in ends)
+    found = reflow.chord(z_start, z_end, *ends)
+    assert torch.allclose(found[0], x, atol=1e-10) and torch.allclose(found[1], eps, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", reflow.PATHS.values())
+@pytest.mark.parametrize("windows", [8, 4, 1])
+def test_paths_meet_the_schedule_at_both_ends_of_every_window(schedule, path, windows):
+    edges = torch.tensor(reflow.boundaries(windows), dtype=torch.float64)
+    for a, b in zip(path(schedule, edges, windows), schedule(edges)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_linear_path_is_perflow_closed_form(schedule):
+    """PeRFlow: z_end = L z_start + H eps, and v = [(L - 1) z + H eps] / D with D = L (t - t_s) + (t_e - t), for ddim_eps."""
+    generator = torch.Generator().manual_seed(0)
+    z_start, z_end = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([0.999, 0.9, 0.77, 0.6, 0.51, 0.3], dtype=torch.float64)
+    t_s, t_e = reflow.window_of(t, 4)
+    (a_s, s_s), (a_e, s_e) = ends = [[v[:, None] for v in schedule(time)] for time in (t_s, t_e)]
+    x, eps = reflow.chord(z_start, z_end, *ends)
+    a, b = (v[:, None] for v in reflow.linear_path(schedule, t, 4))
+    t_, ts_, te_ = (v[:, None] for v in (t, t_s, t_e))
+    z_t = z_start + (t_ - ts_) / (te_ - ts_) * (z_end - z_start)
+    assert torch.allclose(a * x + b * eps, z_t, atol=1e-12)
+    L, H = a_e / a_s, s_e - a_e / a_s * s_s
+    closed = ((L - 1) * z_t + H * eps) / (L * (t_ - ts_) + (te_ - t_))
+    p, q = (v[:, None] for v in reflow.window_velocity_space(schedule, t_s, t_e))
+    assert torch.allclose(p * x + q * eps, closed, atol=1e-10)
+    assert torch.allclose(closed, (z_end - z_start) / (te_ - ts_), atol=1e-10)
+
+
+def test_spaces_at_the_chord(schedule):
+    t_s, t_e = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
+    x, eps = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
+    (a_s, s_s), (a_e, s_e) = schedule(t_s), schedule(t_e)
+    expected = {"eps": eps, "u": eps - x, "end": a_e * x + s_e * eps,
+                "velocity": ((a_e * x + s_e * eps) - (a_s * x + s_s * eps)) / (t_e - t_s)}
+    assert set(expected) == set(reflow.SPACES)
+    for name, space in reflow.SPACES.items():
+        p, q = space(schedule, t_s, t_e)
+        assert torch.allclose(p * x + q * eps, expected[name], atol=1e-12), name
+
+
+def test_every_recipe_names_rows_that_exist():
+    tables = {"pairs": train.PAIRS, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
+    for name, recipe in reflow.RECIPES.items():
+        reflow.check_curriculum(recipe.stages)
+        assert len(recipe.shares) == len(recipe.stages), name
+        for column, table in tables.items():
+            assert getattr(recipe, column) in table, (name, column)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 100, 8001])
+def test_stage_steps_sum_and_leave_no_stage_out(steps):
+    for recipe in reflow.RECIPES.values():
+        counts = reflow.stage_steps(recipe, steps)
+        assert sum(counts) == steps and min(counts) >= 1
+    with pytest.raises(ValueError, match="steps = 3"):
+        reflow.stage_steps(reflow.RECIPES["default"], 3)
+
+
+def test_uniform_time_law_stays_in_the_half_open_interval():
+    t = reflow.uniform(torch.tensor([0.0, 0.5, 1 - 2 ** -53], dtype=torch.float64))
+    assert t.tolist() == [1, 0.5, 2 ** -53]
