@@ -11,6 +11,8 @@ import sys
 import types
 import typing
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the thing, its value and the remedy; it is printed alone, exit 2."""
@@ -65,7 +67,7 @@ def run(main, config_class, description):
 
 def fail(message):
     """Print one line to stderr.  Returns: the exit status, 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)      # keeps clear of a progress bar
     return 2
 
 

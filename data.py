@@ -3,10 +3,10 @@
 A dataset is addressed by sample numbers: sample k of a run is the same on one process or eight, before or after a
 resume, because everything random about it comes from a generator seeded with (seed, k).
 """
+import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import sprites
@@ -107,6 +107,7 @@ class Folder:
 
 class Prompts:
     """A text file, one prompt per line; no images: pairs come from the teacher's own trajectories."""
+    images = None
 
     def __init__(self, file, seed):
         self.seed, path = seed, Path(file)
@@ -122,13 +123,9 @@ class Prompts:
     def caption_indices(self, numbers):
         return [self.rows[torch.randint(len(self.rows), (1,), generator=generator(self.seed, "prompt", k)).item()] for k in numbers]
 
-    def images(self, numbers, size):
-        raise UserError("--prompts holds no images, but this recipe starts its pairs from images; "
-                        "give --data FOLDER, or a recipe with pairs from trajectories (default, reflow, 2-reflow)")
-
 
 def open_dataset(data, prompts, seed):
-    """--data / --prompts to a dataset with captions, caption_indices(numbers) and images(numbers, size)."""
+    """--data / --prompts to a dataset with captions, caption_indices(numbers), and images(numbers, size) if it has any."""
     if bool(data) == bool(prompts):
         raise UserError("give either --data (a folder of images with .txt captions, or 'sprites') or --prompts (a text file)")
     return Prompts(prompts, seed) if prompts else Sprites(seed) if data == "sprites" else Folder(data, seed)
@@ -140,7 +137,7 @@ def open_dataset(data, prompts, seed):
 def trajectories(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None):
     """The first `count` trajectories of a cache, made shard by shard where missing: resumable, and shared by every run
     that asks with the same settings. settings: dict that says how they were made; a folder made otherwise is refused.
-    solve(numbers) -> dict of tensors (len(numbers), ...) for these trajectory numbers.  Returns: dict of tensors (count, ...)."""
+    solve(numbers) -> {"z": (len(numbers), ...), ...} for these trajectory numbers.  Returns: dict of tensors (count, ...)."""
     folder = Path(folder)
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))
@@ -153,25 +150,40 @@ def trajectories(folder, count, settings, solve, shard=256, rank=0, world=1, bar
     if found != settings:
         different = {key: (found.get(key), settings.get(key)) for key in {*found, *settings} if found.get(key) != settings.get(key)}
         raise UserError(f"--cache {folder}: made with other settings (there, here): {different}; choose another folder or delete it")
-    files = [folder / f"{i:05d}.safetensors" for i in range(math.ceil(count / shard))]
-    missing = [i for i, file in enumerate(files) if not file.exists()]
-    for i in tqdm(missing[rank::world], desc="teacher trajectories", unit="shard", disable=rank > 0 or not missing):
-        made = solve(range(i * shard, (i + 1) * shard))
-        write_atomically(files[i], lambda part: save_file({key: value.contiguous() for key, value in made.items()}, part))
+    numbers = [range(start, min(start + shard, count)) for start in range(0, count, shard)]
+    files = [folder / f"{i:05d}.safetensors" for i in range(len(numbers))]
+    mine = list(zip(files, numbers))[rank::world]
+    missing = [(file, part) for file, part in mine if not file.exists() or len(load_file(file)["z"]) < len(part)]
+    with tqdm(total=sum(len(part) for _, part in missing), desc="teacher trajectories", disable=rank > 0 or not missing) as bar:
+        for file, part in missing:
+            made = {key: value.contiguous() for key, value in solve(part).items()}
+            write_atomically(file, lambda target: save_file(made, target))
+            bar.update(len(part))
     barrier()
-    parts = []
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            parts.append({key: tensors.get_tensor(key) for key in tensors.keys()})
+    parts = [load_file(file) for file in files]
     return {key: torch.cat([part[key] for part in parts])[:count] for key in parts[0]}
 
 
 def write_atomically(target, write):
-    """write(part) into a file or folder beside target, then rename: target is whole or absent, never torn."""
+    """write(part) into a file or folder beside target, then rename: target is whole or absent, never torn.
+    Raises UserError on a full disk; the old target is still there then."""
     part = target.with_name(target.name + ".part")
-    if part.is_dir():
-        shutil.rmtree(part)
-    write(part)
+    remove(part)
+    try:
+        write(part)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        remove(part)
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(target.parent).free < 2 ** 20:
+            raise UserError(f"{target}: no space left on the device; free some and run the same command again") from error
+        raise
     if target.is_dir():
         shutil.rmtree(target)
     os.replace(part, target)
+
+
+def remove(path):
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ FD is the Frechet distance between Gaussians fitted to image features of the rep
 images nobody trained on. It is not FID (whose features are Inception's) and compares with no published number.
 """
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,11 +154,13 @@ def main(c):
     students = sorted(run.rglob("student-*/reflow.json"), key=lambda file: (len(file.parts), -int(file.parent.name.split("-")[1])))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
-    dimension = 64
-    for option, value, least in (("--n", c.n, 10 * dimension), ("--real", c.real, 10 * dimension), ("--seed", c.seed, 0),
-                                 ("--guidance", c.guidance, 0), ("--batch", c.batch, 1), ("--steps", min(c.steps), 1)):
+    clip = Clip(c.clip)
+    enough = 10 * clip.model.config.projection_dim          # fewer images than that do not determine a covariance
+    for option, value, least in (("--n", c.n, enough), ("--real", c.real, enough), ("--seed", c.seed, 0), ("--guidance", c.guidance, 0),
+                                 ("--batch", c.batch, 1), ("--steps", min(c.steps), 1), ("--ddim-steps", min(c.ddim_steps), 1),
+                                 ("--teacher-steps", c.teacher_steps, 1)):
         if value < least:
-            raise UserError(f"{option} {value}: must be at least {least}" + (" to estimate a Frechet distance" if least > 9 else ""))
+            raise UserError(f"{option} {value}: must be at least {least}")
     infos = [json.loads(file.read_text()) for file in students]
     names = {info["teacher"] for info in infos}
     if len(names) > 1:
@@ -171,9 +172,8 @@ def main(c):
     plan += [("ddim", None, steps, teacher_name) for steps in c.ddim_steps]
     found = [(info["method"], info["windows"], steps, str(file.parent)) for file, info in zip(students, infos)
              for steps in c.steps if steps >= info["windows"]]
-    plan += sorted(found, key=lambda row: (row[1] != row[2] and row[1] != 1, ))       # one step per window first
+    plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))        # one step per window first; stable otherwise
 
-    clip = Clip(c.clip)
     _, prompts = real_images(c.n, "prompts")
     reference = moments(clip.images(real_images(c.real, "reference")[0]))
     texts = clip.texts(prompts)
@@ -227,7 +227,7 @@ def picture(c, teacher_name, plan, file, scale=3):
     columns += [row for steps in (4, 2, 1) for row in plan if row[0] == "ddim" and row[2] == steps]
     columns += [row for steps in (4, 2, 1) for row in plan if row[0] == progressive and row[1] == steps == row[2]]
     pictures = []
-    for method, windows, steps, folder in columns:
+    for _, _, steps, folder in columns:
         pipeline, model, info = sampler.open_model(folder, c.device)
         z = sampler.generate(pipeline, model, list(GRID_PROMPTS), range(len(GRID_PROMPTS)), sampler.time_grid(steps, info.get("windows", 1)))
         pictures.append(sampler.to_pil(teacher.decode(pipeline, z), scale))

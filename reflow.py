@@ -5,8 +5,10 @@ trajectory in a window, z_start and z_end, are two equations in two unknowns: ex
 explains both. Reflow trains the student to answer with the chord everywhere between the two ends. Once it does, its
 trajectory is straight over the window, and one step crosses it.
 
-    python reflow.py        # straightens a 2-D flow in 8, 4, 2, 1 windows, saves the picture, asserts what it shows
+    python reflow.py           # straightens a 2-D flow in 8, 4, 2, 1 windows, saves the picture, asserts what it shows
+    python reflow.py uniform   # the same with times drawn uniformly: the many-window students hardly learn (see `starts`)
 """
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -102,15 +104,23 @@ def end_space(schedule, t_start, t_end):
 
 SPACES = {"eps": eps_space, "u": flow_space, "velocity": window_velocity_space, "end": end_space}
 
-# ---- time laws: where in (0, 1] the student is asked ---------------------------------------------------------------
+# ---- time laws: where in (0, 1] the student is asked; u uniform in [0, 1) -> t ------------------------------------------
 
 
-def uniform(u):
-    """u uniform in [0, 1) -> t uniform in (0, 1]."""
+def uniform(u, windows):
+    """t uniform in (0, 1]."""
     return 1 - u
 
 
-TIME_LAWS = {"uniform": uniform}
+def starts(u, windows):
+    """Half of the draws uniform, half exactly at the start of a uniform window. What the student must say jumps at each
+    boundary, from one window's chord to the next one's, and a sampler with one step per window asks exactly there: a
+    network that is smooth in t needs to be told which side counts."""
+    t = 1 - (2 * u) % 1
+    return torch.where(u < 0.5, window_of(t, windows)[0], t)
+
+
+TIME_LAWS = {"uniform": uniform, "starts": starts}
 
 # ---- recipes are data ----------------------------------------------------------------------------------------------
 
@@ -149,3 +159,100 @@ def stage_steps(recipe, steps):
     cuts = [round(steps * sum(recipe.shares[:i]) / sum(recipe.shares)) for i in range(stages + 1)]
     cuts = [min(max(cut, i), steps - (stages - i)) for i, cut in enumerate(cuts)]
     return tuple(after - before for before, after in zip(cuts, cuts[1:]))
+
+
+# ---- python reflow.py ----------------------------------------------------------------------------------------------
+
+
+def demo(time_law="starts", file="reflow-2d.png", updates=800):
+    """Straighten an exactly known 2-D flow (noise to four blobs) with a small network, and draw it. About 20 seconds."""
+    import matplotlib.pyplot as plt
+    from diffusers import DDIMScheduler
+
+    import losses
+    import sampler
+    import teacher
+
+    schedule = teacher.Schedule(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
+    angle = torch.arange(4) * torch.pi / 2
+    points = 1.5 * torch.stack([angle.cos(), angle.sin()], 1)
+
+    def exact(z, timestep, spread=0.25):
+        """The optimal v-prediction for data spread a little around four points."""
+        alpha, sigma = (v.to(z)[:, None] for v in schedule((timestep.double() + 1) / 1000))
+        variance = alpha ** 2 * spread ** 2 + sigma ** 2
+        nearness = -(z[:, None] - alpha[:, :, None] * points).square().sum(2) / (2 * variance)
+        centre = nearness.softmax(1) @ points
+        x = centre + alpha * spread ** 2 / variance * (z - alpha * centre)
+        return (alpha * z - x) / sigma                                  # v = alpha eps - sigma x, with eps = (z - alpha x) / sigma
+
+    class Student(torch.nn.Module):
+        """The exact teacher plus a correction that starts at zero: the untrained student is the teacher."""
+
+        def __init__(self):
+            super().__init__()
+            layers = [torch.nn.Linear(12, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128), torch.nn.SiLU(), torch.nn.Linear(128, 2)]
+            self.net = torch.nn.Sequential(*layers)
+            torch.nn.init.zeros_(layers[-1].weight), torch.nn.init.zeros_(layers[-1].bias)
+
+        def forward(self, z, timestep):
+            phase = timestep[:, None] / 1000 * torch.tensor([1, 2, 4, 8, 16]) * torch.pi      # a window is a sawtooth in t
+            return exact(z, timestep) + self.net(torch.cat([z, phase.sin(), phase.cos()], 1))
+
+    torch.manual_seed(0)
+    solver = teacher.Model(exact, schedule, "v_prediction")
+
+    def solve(count, windows=8):
+        """Trajectories of the exact flow, at the boundaries of 8 windows: (count, 9, 2)."""
+        visited = []
+        end = sampler.ddim(solver, torch.randn(count, 2), sampler.time_grid(32), {},
+                           callback=lambda state: visited.append(state["z"]) if state["i"] % (32 // windows) == 0 else None)
+        return torch.stack([*visited, end], 1)
+    train, test = solve(8192), solve(1024)
+
+    network, panels, errors = Student(), [], {}
+    for windows in (8, 4, 2, 1):
+        model = teacher.Model(network, schedule, "v_prediction", windows=windows)
+        optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+        for _ in range(updates):
+            z = train[torch.randint(len(train), (512,))]
+            t = TIME_LAWS[time_law](torch.rand(512, dtype=torch.float64), windows)
+            t_start, t_end = window_of(t, windows)
+            rows = torch.arange(512)
+            z_start, z_end = (z[rows, ((1 - edge) * 8).round().long()] for edge in (t_start, t_end))
+            x, eps = chord(z_start, z_end, *([v.float()[:, None] for v in schedule(edge)] for edge in (t_start, t_end)))
+            a, b = (v.float() for v in model.coefficients(t, 2))
+            x_hat, eps_hat = model(a * x + b * eps, t, {})
+            optimizer.zero_grad()
+            losses.mse(eps_hat - x_hat, eps - x).mean().backward()
+            optimizer.step()
+            scheduler.step()
+        with torch.no_grad():
+            grid = sampler.time_grid(windows)
+            found, plain = (sampler.ddim(m, test[:, 0], grid, {}) for m in (model, solver))
+            errors[windows] = [(z - test[:, -1]).norm(dim=1).mean().item() for z in (found, plain)]
+            fine = []
+            sampler.ddim(model, test[:40, 0], sampler.time_grid(64), {}, callback=lambda state: fine.append((state["t"], state["z"])))
+            panels.append((f"student, {windows} window{'s' * (windows > 1)}", [*fine, (torch.zeros(40, dtype=torch.float64), found[:40])]))
+        print(f"{windows} windows, {windows} steps: distance to the teacher's 32 steps {errors[windows][0]:.3f}; plain DDIM {errors[windows][1]:.3f}")
+        assert time_law == "uniform" or errors[windows][0] < errors[windows][1]
+
+    fine = []
+    end = sampler.ddim(solver, test[:40, 0], sampler.time_grid(64), {}, callback=lambda state: fine.append((state["t"], state["z"])))
+    panels.insert(0, ("teacher", [*fine, (torch.zeros(40, dtype=torch.float64), end)]))
+    _, axes = plt.subplots(1, 5, figsize=(15, 3.3))
+    for axis, (title, path) in zip(axes, panels):
+        # where a chord is a straight line to the eye: z / (alpha + sigma)
+        line = torch.stack([z / sum(v.float() for v in schedule(t))[:, None] for t, z in path])          # (65, 40, 2)
+        axis.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.45, linewidth=1.2)
+        axis.plot(*line[0].T, ".", color="#999999", markersize=4)
+        axis.plot(*line[-1].T, ".", color="#D55E00", markersize=6)
+        axis.set(title=title, xticks=[], yticks=[], xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
+    plt.tight_layout()
+    plt.savefig(file, dpi=80)
+    print(f"{file}: gray is noise, orange is data")
+
+
+if __name__ == "__main__":
+    demo(*sys.argv[1:])

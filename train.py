@@ -35,15 +35,16 @@ from config import UserError
 @dataclass
 class Config:
     model: str = "tiny"              # teacher: a preset (tiny, sd15), a diffusers folder or a hub id
-    recipe: str = "default"          # a row of reflow.RECIPES; the seven options below override its columns
-    name: str = ""                   # what tables call this method; default: the recipe's name
+    recipe: str = "default"          # a row of reflow.RECIPES; the eight below override its columns
     windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
     pairs: str | None = None         # trajectory, data or student
     path: str | None = None          # vp or linear
     space: str | None = None         # eps, u, velocity or end
     loss: str | None = None          # mse or pseudo-huber
+    time_law: str | None = None      # uniform or starts
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
+    name: str = ""                   # what tables call this method; default: the recipe's name
     data: str = ""                   # folder of images with .txt captions, or 'sprites' (default for tiny)
     prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
     out: str = "runs/train"          # students, checkpoint and log go here
@@ -67,11 +68,11 @@ def resolve_recipe(c):
     if c.windows is not None:
         recipe = dataclasses.replace(recipe, stages=tuple(c.windows), shares=recipe.shares[-len(c.windows):] if
                                      len(c.windows) <= len(recipe.shares) else (1,) * len(c.windows))
-    overrides = {name: getattr(c, name) for name in ("pairs", "path", "space", "loss", "direction_weight", "solver_steps")}
+    overrides = {name: getattr(c, name) for name in ("pairs", "path", "space", "loss", "time_law", "direction_weight", "solver_steps")}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
-    tables = {"pairs": PAIRS, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES}
+    tables = {"pairs": PAIRS, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
     for name, table in tables.items():
-        config.choose(f"--{name}", getattr(recipe, name), table)
+        config.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
     try:
         reflow.check_curriculum(recipe.stages)
         reflow.stage_steps(recipe, c.steps)
@@ -218,6 +219,9 @@ def main(c):
     default_data = "" if c.prompts else teacher.PRESETS.get(c.model, ("", ""))[1]
     c = dataclasses.replace(c, data=c.data or default_data)
     dataset = data.open_dataset(c.data, c.prompts, c.seed)
+    if recipe.pairs != "trajectory" and dataset.images is None:
+        raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
+                        "instead, or --pairs trajectory")
     table = teacher.encode_text(pipeline, dataset.captions)
     pairs = Pairs(c, recipe, pipeline, dataset, table, (rank, world, barrier))
 
@@ -261,7 +265,7 @@ def main(c):
             # batch: sample numbers of the whole run; each sample's random choices come from its own generator
             numbers = range(step * c.batch + rank, (step + 1) * c.batch, world)
             u = torch.cat([torch.rand(1, generator=data.generator(c.seed, "time", k), dtype=torch.float64) for k in numbers])
-            t = reflow.TIME_LAWS[recipe.time_law](u.to(c.device))
+            t = reflow.TIME_LAWS[recipe.time_law](u.to(c.device), windows)
             t_start, t_end = reflow.window_of(t, windows)
             z_start, z_end, captions = PAIRS[recipe.pairs](pairs, numbers, t_start, t_end, windows, previous)
 

@@ -11,10 +11,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"        # of the processes that tests start
 
-import teacher  # noqa: E402
-import tiny  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
+
+import teacher  # noqa: E402
+import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

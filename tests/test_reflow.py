@@ -101,5 +101,17 @@ def test_stage_steps_sum_and_leave_no_stage_out(steps):
 
 
 def test_uniform_time_law_stays_in_the_half_open_interval():
-    t = reflow.uniform(torch.tensor([0.0, 0.5, 1 - 2 ** -53], dtype=torch.float64))
+    t = reflow.uniform(torch.tensor([0.0, 0.5, 1 - 2 ** -53], dtype=torch.float64), 4)
     assert t.tolist() == [1, 0.5, 2 ** -53]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 8])
+def test_starts_time_law_is_half_uniform_and_half_on_the_starts(windows):
+    t = reflow.starts(torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64), windows)
+    on_start = (t == reflow.window_of(t, windows)[0])
+    assert on_start.double().mean().item() == pytest.approx(0.5, abs=0.01)
+    for start in reflow.boundaries(windows)[:-1]:
+        assert (t == start).double().mean().item() == pytest.approx(0.5 / windows, abs=0.01)
+    rest = t[~on_start].sort().values
+    uniform = torch.linspace(0, 1, len(rest), dtype=torch.float64)
+    assert (rest - uniform).abs().max() < 0.02 and 0 < t.min() and t.max() == 1                  # Kolmogorov-Smirnov distance

@@ -1,0 +1,37 @@
+# make demo: from a fresh machine to pictures and a table.   make test: from a fresh machine to green.
+# Needs python3 (3.10 or newer, with venv) and make. Everything is installed into .venv, from the pins in requirements.lock.
+PYTHON = python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+DEMO = $(RUN) train.py --model tiny --cache runs/demo/cache --trajectories 2048 --batch 64 --steps 560
+
+all: demo
+
+$(VENV)/ready: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+# progressive reflow 8 -> 4 -> 2 -> 1, and straight to one window with as many updates; then both against the teacher
+demo: $(VENV)/ready
+	$(DEMO) --name proreflow --out runs/demo
+	$(DEMO) --recipe reflow --out runs/demo/reflow
+	$(RUN) eval.py runs/demo
+
+test: $(VENV)/ready
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+
+# rebuild the embedded model from the sprites: hours, resumable
+tiny: $(VENV)/ready
+	$(VENV)/bin/torchrun --nproc_per_node=2 tiny.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+.PHONY: all demo test test-slow lint tiny clean
