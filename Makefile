@@ -1,5 +1,5 @@
 # make demo: from a fresh machine to pictures and a table.   make test: from a fresh machine to green.
-# Needs python3 (3.10 or newer, with venv) and make. Everything is installed into .venv, from the pins in requirements.lock.
+# Needs python3 (3.11 or newer, with venv) and make. Everything is installed into .venv, from the pins in requirements.lock.
 PYTHON = python3
 VENV = .venv
 RUN = $(VENV)/bin/python
@@ -8,6 +8,7 @@ DEMO = $(RUN) train.py --model tiny --cache runs/demo/cache --trajectories 2048 
 all: demo
 
 $(VENV)/ready: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: %s is older than 3.11; name a newer one: make PYTHON=python3.12" % sys.executable)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	touch $@

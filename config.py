@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
 import types
@@ -66,8 +67,9 @@ def run(main, config_class, description):
 
 
 def fail(message):
-    """Print one line to stderr.  Returns: the exit status, 2."""
-    tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)      # keeps clear of a progress bar
+    """Print one line to stderr, once for all processes.  Returns: the exit status, 2."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)      # keeps clear of a progress bar
     return 2
 
 

@@ -135,19 +135,19 @@ class Recipe:
     space: str = "u"                     # what the loss compares, a row of SPACES
     loss: str = "mse"                    # a row of losses.LOSSES
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
-    time_law: str = "uniform"            # a row of TIME_LAWS
+    time_law: str = "starts"             # a row of TIME_LAWS
     solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
 
 
 RECIPES = {
     "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
-    "reflow": Recipe(stages=(1,), shares=(1,)),                                    # straight to one window
+    "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
-                        direction_weight=0.1),
-    "perflow": Recipe(stages=(4,), shares=(1,), pairs="data", path="linear", space="eps"),
+                        direction_weight=0.1, time_law="uniform"),
+    "perflow": Recipe(stages=(4,), shares=(1,), pairs="data", path="linear", space="eps", time_law="uniform"),
     "rectified-diffusion": Recipe(stages=(4,), shares=(1,), pairs="data", space="end", loss="pseudo-huber",
-                                  solver_steps=40),
-    "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity"),
+                                  solver_steps=40, time_law="uniform"),
+    "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity", time_law="uniform"),
 }
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,8 +50,8 @@ class Config:
     prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
     out: str = "runs/train"          # students, checkpoint and log go here
     cache: str = ""                  # teacher trajectories, shared by runs; default OUT/cache
-    trajectories: int = 8192         # how many to cache; each costs solver_steps evaluations
-    steps: int = 8000                # updates over all stages
+    trajectories: int = 6144         # how many to cache; each costs solver_steps evaluations
+    steps: int = 4000                # updates over all stages
     batch: int = 64                  # samples per update over all processes
     lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
     ema: float = 0.999               # decay of the running average, which is what is kept
@@ -341,6 +342,13 @@ def _short(value):
     return {k: _short(v) for k, v in value.items()} if isinstance(value, dict) else float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+CARD = """# A reflow student of {windows} window(s)
+
+Distilled from `{teacher}` by `{command}`; the teacher's licence covers these weights. Sample it with
+`DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps={windows})`, or a multiple of {windows}; reflow.json tells the rest.
+"""
+
+
 def export(pipeline, student, folder, c, recipe, windows):
     """Write a complete diffusers pipeline with a stock DDIM scheduler, and reflow.json beside it."""
     stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, steps_offset=1)
@@ -356,10 +364,10 @@ def export(pipeline, student, folder, c, recipe, windows):
 
     def write(part):
         whole.save_pretrained(part, safe_serialization=True)
-        for name in ("vocabulary.json",):
-            source = Path(teacher.PRESETS.get(c.model, (c.model, ""))[0]) / name
-            if source.is_file():
-                (part / name).write_text(source.read_text())
+        source = Path(teacher.PRESETS.get(c.model, (c.model, ""))[0])
+        if (source / "vocabulary.json").is_file():
+            shutil.copy(source / "vocabulary.json", part)
+        (part / "README.md").write_text(CARD.format(windows=windows, teacher=c.model, command=command))
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
     data.write_atomically(folder, write)
 
