@@ -25,7 +25,7 @@ import sprites
 import teacher
 from config import UserError
 
-GRID_PROMPTS = ("red heart on blue", "fox on green", "taxi on white", "strawberry on pink", "animal on yellow", "penguin", "food",
+GRID_PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green", "animal on yellow", "food",
                 "on purple")
 
 # ---- distances -----------------------------------------------------------------------------------------------------
