@@ -51,7 +51,7 @@ class Config:
     out: str = "runs/train"          # students, checkpoint and log go here
     cache: str = ""                  # teacher trajectories, shared by runs; default OUT/cache
     trajectories: int = 6144         # how many to cache; each costs solver_steps evaluations
-    steps: int = 4000                # updates over all stages
+    steps: int = 3000                # updates over all stages
     batch: int = 64                  # samples per update over all processes
     lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
     ema: float = 0.999               # decay of the running average, which is what is kept
