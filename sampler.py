@@ -118,7 +118,7 @@ def grid(rows, columns=(), labels=(), gap=4):
     width, height = rows[0][0].size
     font = ImageFont.load_default(size=max(11, height // 7))
     left = 10 + max((math.ceil(font.getlength(label)) for label in labels), default=-10)
-    top = 2 * font.size if columns else 0
+    top = 3 * font.size if columns else 0
     count = max(len(row) for row in rows)
     canvas = Image.new("RGB", (left + count * (width + gap), top + len(rows) * (height + gap)), "white")
     pen = ImageDraw.Draw(canvas)
