@@ -298,14 +298,20 @@ def main(c):
             magnitude, direction = losses.decompose(answer.detach(), target)
             seen.append(torch.stack([per_sample.detach().double(), magnitude.double(), direction.double(), t_start], 1))
             bar.update()
-            if (step + 1) % c.log_steps == 0 and rank == 0:
-                rows, window = torch.cat(seen), (torch.cat(seen)[:, 3] * windows).round().long()
+            if (step + 1) % c.log_steps == 0:
+                rows = torch.cat(seen)
+                if world > 1:
+                    everyone = [torch.empty_like(rows) for _ in range(world)]
+                    dist.all_gather(everyone, rows)
+                    rows = torch.cat(everyone)
+                window = (rows[:, 3] * windows).round().long()
                 line = dict(step=step + 1, windows=windows, lr=optimizer.param_groups[0]["lr"], loss=rows[:, 0].mean().item(),
                             magnitude=rows[:, 1].mean().item(), direction=rows[:, 2].mean().item(), grad_norm=norm.item(),
                             loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},
-                            samples_per_second=c.batch * len(seen) / (time.time() - clock))
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps({key: _short(value) for key, value in line.items()}) + "\n")
+                            samples_per_second=len(rows) / (time.time() - clock))
+                if rank == 0:
+                    with open(out / "log.jsonl", "a") as log:
+                        log.write(json.dumps({key: _short(value) for key, value in line.items()}) + "\n")
                 bar.set_postfix(windows=windows, loss=f"{line['loss']:.4f}")
                 seen, clock = [], time.time()
 

@@ -136,10 +136,17 @@ def test_two_processes_give_the_result_of_one_at_the_same_global_batch(random_sd
     done = run_file("train.py", *command(random_sd, tmp_path / "two"), launcher=torchrun)
     assert done.returncode == 0, done.stderr[-2000:]
     train.main(small(random_sd, tmp_path / "one"))
-    logs = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
-    assert len(logs[0]) == len(logs[1]) == SMALL["steps"]
-    one, two = weights(tmp_path / "one" / "student-1"), weights(tmp_path / "two" / "student-1")
-    assert max((one[key] - two[key]).abs().max() for key in one) < 2e-4
+    one, two = ([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two"))
+    assert len(one) == len(two) == SMALL["steps"]
+    for alone, together in zip(one, two):
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        assert together["loss_per_window"] == pytest.approx(alone["loss_per_window"], rel=1e-3)
+    # weights that the output does not depend on (biases before a group norm) drift with rounding; the pictures do not
+    latents = []
+    for folder in (tmp_path / "one" / "student-1", tmp_path / "two" / "student-1", random_sd):
+        pipeline, model, _ = sampler.open_model(str(folder))
+        latents.append(sampler.generate(pipeline, model, ["fox"] * 4, range(4), sampler.time_grid(1)))
+    assert (latents[0] - latents[1]).abs().max() < 0.02 * (latents[0] - latents[2]).abs().max()
 
 
 def test_a_folder_of_images_and_a_file_of_prompts(random_sd, tmp_path):
