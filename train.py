@@ -205,9 +205,6 @@ def main(c):
             changed = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
             if changed:
                 raise UserError(f"--out {out}: holds a run with other settings ({', '.join(changed)}); choose another --out or delete it")
-        barrier()
-        if rank == 0:
-            data.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
     last = out / f"student-{recipe.stages[-1]}"
@@ -224,10 +221,16 @@ def main(c):
         raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
                         "instead, or --pairs trajectory")
     table = teacher.encode_text(pipeline, dataset.captions)
+    barrier()
+    if rank == 0:                                            # only now: a mistake above must not claim the folder
+        data.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
     pairs = Pairs(c, recipe, pipeline, dataset, table, (rank, world, barrier))
 
     # resume: a finished stage has left its student, the stage in progress a checkpoint
-    state = torch.load(checkpoint, weights_only=True, map_location=c.device) if checkpoint.exists() else {}
+    try:
+        state = torch.load(checkpoint, weights_only=True, map_location=c.device) if checkpoint.exists() else {}
+    except Exception as error:                               # a torn file fails in many ways, an IndexError among them
+        raise UserError(f"{checkpoint}: cannot be read ({type(error).__name__}: {error}); delete it to start this stage again") from error
     stop = []
     handlers = {sig: signal.signal(sig, lambda number, frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=c.steps, desc="reflow", unit="update", disable=rank > 0, mininterval=1)

@@ -137,6 +137,16 @@ def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
     assert cli(line)[:2] == (0, "o/student-1: this run is finished; choose another --out to train again\n")
 
 
+def test_a_mistake_does_not_claim_the_folder_and_a_broken_checkpoint_is_named(cli, here, random_sd):
+    line = "train.py --data sprites --steps 4 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
+    assert cli(line, "nowhere")[0] == 2
+    assert cli(line, random_sd)[0] == 0
+    shutil.rmtree(here / "o" / "student-1")
+    (here / "o" / "checkpoint.pt").write_bytes(b"torn")
+    status, _, err = cli(line, random_sd)
+    assert status == 2 and "o/checkpoint.pt: cannot be read" in err and "delete it" in err
+
+
 def test_a_loss_that_is_not_finite_stops_with_where_and_keeps_the_checkpoint(cli, here, random_sd):
     status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 40 --solver-steps 8 --recipe "
                          "reflow --lr 1e30 --checkpoint-steps 1 --out o")
