@@ -335,9 +335,18 @@ def measure(n=2048):
         sizes=", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()), psnr=psnr, objects=len(sprites.load_sheet()[0]),
         backgrounds=len(sprites.BACKGROUNDS), n=n, reconstruction=reconstruction, half=half, scores=scores, attribution=sprites.ATTRIBUTION,
         rows="\n".join(f"| {steps} | {value:.2f} | {value / fd[32]:.2f} |" for steps, value in fd.items())))
+    (ASSETS / "tiny-clip" / "README.md").write_text(CLIP_CARD.format(attribution=sprites.ATTRIBUTION))
     print((ASSETS / "tiny-sd" / "README.md").read_text())
 
 
+CLIP_CARD = """---
+license: cc-by-sa-4.0
+---
+# tiny-clip: a small CLIPModel for the embedded pictures
+
+Trained contrastively by `python tiny.py` on the pictures and captions of `sprites.py`; tiny-sd uses its text tower, `eval.py` both. Pictures
+go in as 32 x 32 pixels in [-1, 1]. {attribution} Treat the weights as an adaptation under the same licence.
+"""
 CARD = """---
 license: cc-by-sa-4.0
 ---

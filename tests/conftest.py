@@ -9,7 +9,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"        # of the processes that tests start
+# one thread here and in the processes that tests start: the same bits need the same number of threads
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402

@@ -162,5 +162,5 @@ def test_image_i_is_the_same_in_any_batch(random_sd):
     model = teacher.as_model(pipeline)
     together = sampler.generate(pipeline, model, prompts, seeds, times, batch=5)
     apart = sampler.generate(pipeline, model, prompts, seeds, times, batch=2)
-    assert torch.allclose(together, apart, atol=1e-5) and not torch.allclose(together[0], together[1], atol=0.1)
+    assert (together - apart).abs().max() < 1e-4 * together.abs().max() and not torch.allclose(together[0], together[1], atol=0.1)
     assert torch.equal(together, sampler.generate(pipeline, model, prompts, seeds, times, batch=5))

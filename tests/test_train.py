@@ -139,8 +139,8 @@ def test_two_processes_give_the_result_of_one_at_the_same_global_batch(random_sd
     one, two = ([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two"))
     assert len(one) == len(two) == SMALL["steps"]
     for alone, together in zip(one, two):
-        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-        assert together["loss_per_window"] == pytest.approx(alone["loss_per_window"], rel=1e-3)
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3, abs=1e-6)
+        assert together["loss_per_window"] == pytest.approx(alone["loss_per_window"], rel=1e-3, abs=1e-6)
     # weights that the output does not depend on (biases before a group norm) drift with rounding; the pictures do not
     latents = []
     for folder in (tmp_path / "one" / "student-1", tmp_path / "two" / "student-1", random_sd):
