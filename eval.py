@@ -119,7 +119,7 @@ def evaluate_row(c, clip, folder, cache, prompts, steps, bar):
     """CLIP features and speed of one model at one step count, from `cache` if it holds this very row.
     Returns: (features (N, D), seconds per image)."""
     pipeline, model, info = sampler.open_model(folder, c.device)
-    key = json.dumps([str(folder), file_age(folder), steps, c.n, c.guidance, c.seed, c.teacher_steps])
+    key = json.dumps([str(folder), file_age(folder), steps, c.n, c.guidance, c.seed, c.clip])
     if cache.is_file():
         with safe_open(cache, "pt") as file:
             if file.metadata()["key"] == key:
