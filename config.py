@@ -51,10 +51,10 @@ def parse(config_class, description, argv=None):
     return config_class(**vars(known))
 
 
-def run(main, config_class, description):
+def run(main, config_class, description, argv=None):
     """The body of every `if __name__ == "__main__"`: parse, run, turn a UserError into one line and exit status 2."""
     try:
-        main(parse(config_class, description))
+        main(parse(config_class, description, argv))
     except UserError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt:
@@ -74,8 +74,8 @@ def fail(message):
 
 
 def choose(option, value, table):
-    """table[value]; an unknown value is a UserError that suggests the nearest."""
+    """table[value], or value itself if table is a tuple; an unknown value is a UserError that suggests the nearest."""
     if value not in table:
         near = difflib.get_close_matches(str(value), table, 1, 0.4)
         raise UserError(f"{option} {value}: not one of {', '.join(table)}" + (f"; did you mean {near[0]}?" if near else ""))
-    return table[value]
+    return value if isinstance(table, tuple) else table[value]

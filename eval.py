@@ -105,7 +105,7 @@ class Config:
     seed: int = 1_000_000       # of the first image
     batch: int = 64             # images generated at a time
     clip: str = str(teacher.ASSETS / "tiny-clip")  # CLIPModel folder: features of FD and CLIP score
-    device: str = "cpu"         # cpu or cuda
+    device: str = ""            # cpu or cuda; default: cuda if there is one
 
 
 def real_images(n, stream):
@@ -118,7 +118,7 @@ def real_images(n, stream):
 def evaluate_row(c, clip, folder, cache, prompts, steps, bar):
     """CLIP features and speed of one model at one step count, from `cache` if it holds this very row.
     Returns: (features (N, D), seconds per image)."""
-    pipeline, model, info = sampler.open_model(folder, c.device)
+    pipeline, model, info = sampler.open_model(folder, teacher.pick_device(c.device))
     key = json.dumps([str(folder), file_age(folder), steps, c.n, c.guidance, c.seed, c.clip])
     if cache.is_file():
         with safe_open(cache, "pt") as file:
@@ -229,7 +229,7 @@ def picture(c, teacher_name, plan, file, scale=3):
     columns += [row for steps in (4, 2, 1) for row in plan if row[0] == progressive and row[1] == steps == row[2]]
     pictures = []
     for _, _, steps, folder in columns:
-        pipeline, model, info = sampler.open_model(folder, c.device)
+        pipeline, model, info = sampler.open_model(folder, teacher.pick_device(c.device))
         z = sampler.generate(pipeline, model, list(GRID_PROMPTS), range(len(GRID_PROMPTS)), sampler.time_grid(steps, info.get("windows", 1)))
         pictures.append(sampler.to_pil(teacher.decode(pipeline, z), scale))
     titles = [f"{method if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, _ in columns]

@@ -137,6 +137,7 @@ class Recipe:
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
     time_law: str = "starts"             # a row of TIME_LAWS
     solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
+    reuse: int = 1                       # times t that each pair is asked at, in the same update
 
 
 RECIPES = {

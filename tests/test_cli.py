@@ -1,18 +1,20 @@
 """What a user types: good commands and bad input. Bad input is one line, exit status 2, and nothing lost."""
 import json
+import re
 import shutil
 import sys
 
 import pytest
-import torch
 from PIL import Image
 
+import bench
 import config
 import eval as evaluation
+import export
 import sampler
 import train
 
-MODULES = {"train.py": train, "sampler.py": sampler, "eval.py": evaluation}
+MODULES = {"train.py": train, "sampler.py": sampler, "eval.py": evaluation, "bench.py": bench}
 
 
 @pytest.fixture
@@ -20,10 +22,13 @@ def cli(monkeypatch, capsys):
     """cli("train.py --steps 3") in this process.  Returns: (exit status, stdout, stderr)."""
     def run(line, *more):
         name, *arguments = [*line.split(), *map(str, more)]
+        main, options = MODULES[name].main, MODULES[name].Config
+        if arguments and arguments[0] in export.COMMANDS:
+            main, options = export.COMMANDS[arguments.pop(0)]
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         status = 0
         try:
-            config.run(MODULES[name].main, MODULES[name].Config, "")
+            config.run(main, options, "")
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
@@ -39,6 +44,14 @@ def student(random_sd, tmp_path_factory):
                                    solver_steps=8))
 
 
+@pytest.fixture(scope="module")
+def delta(student, tmp_path_factory):
+    """The difference of that student, in a file."""
+    file = tmp_path_factory.mktemp("delta") / "delta.safetensors"
+    export.export_delta(export.DeltaConfig(str(student), "", str(file)))
+    return file
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch, random_sd):
     """An empty working folder with a few bad things in it; MODEL stands for the random teacher."""
@@ -46,6 +59,10 @@ def here(tmp_path, monkeypatch, random_sd):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "file.safetensors").write_text("torn")
+    (tmp_path / "weights.ckpt").write_text("")
+    (tmp_path / "other" / "trajectories").mkdir(parents=True)
+    (tmp_path / "other" / "trajectories" / "manifest.json").write_text(json.dumps({"teacher": "123"}))
     broken = shutil.copytree(random_sd, tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
     incomplete = shutil.copytree(random_sd, tmp_path / "incomplete")
@@ -92,6 +109,36 @@ BAD = [
     ("train.py --model MODEL --prompts empty.txt", "--prompts empty.txt: no prompt in it"),
     ("train.py --model MODEL --prompts file/x", "--prompts file/x: cannot be read"),
     ("train.py --model MODEL --data sprites --out file/out", "--out file/out: cannot be written"),
+    ("train.py --model MODEL --data sprites --size 30", "--size 30: must be a multiple of 8 for this model, for instance 24 or 32"),
+    ("train.py --model MODEL --data sprites --batch 6 --micro-batch 4", "6: not divisible by 4 (--micro-batch)"),
+    ("train.py --model MODEL --data sprites --batch 4 --reuse 3", "4: not divisible by 3 (--reuse)"),
+    ("train.py --reuse 0", "reuse 0 (>= 1)"),
+    ("train.py --precision fp8", "--precision fp8: not one of fp32, bf16"),
+    ("train.py --null-text none", "--null-text none: not one of auto, empty, zeros"),
+    ("train.py --lora -1", "--lora -1: must be at least 0"),
+    ("train.py --keep 0", "--keep 0: must be at least 1"),
+    ("train.py --device tpu", "--device tpu: not one of cpu, cuda"),
+    ("train.py --model MODEL --data sprites --pairs data --cache-latents", "--cache-latents: --data sprites is endless"),
+    ("train.py --model weights.ckpt --data sprites", "never pickles"),
+    ("train.py --model missing.safetensors --data sprites", "--model missing.safetensors"),
+    ("train.py --model file.safetensors --data sprites", "--model file.safetensors"),
+    ("train.py --model some/hub --random-init --data sprites", "--model some/hub"),
+    ("train.py --model MODEL --data sprites --cache other", "--cache other/trajectories: made with other settings"),
+    ("sampler.py export --checkpoint nowhere.safetensors --out x", "--checkpoint nowhere.safetensors: no such file"),
+    ("sampler.py export --checkpoint DELTA --out empty", "--out empty: exists already"),
+    ("sampler.py export --checkpoint file.safetensors --out x", "not a whole safetensors file"),
+    ("sampler.py export --chekpoint x", "did you mean --checkpoint?"),
+    ("sampler.py export-delta --student nowhere", "--student nowhere: no student there"),
+    ("sampler.py export-delta --student STUDENT --dtype int8", "--dtype int8: not one of fp32, fp16"),
+    ("sampler.py export-delta --student STUDENT --base SDXL", "not the architecture of --student"),
+    ("sampler.py merge --delta nowhere --model MODEL --out x", "--delta nowhere: no such file"),
+    ("sampler.py merge --delta DELTA --model SDXL --out x", "not the architecture of --delta"),
+    ("sampler.py merge --delta DELTA --out x", "--model: name the model"),
+    ("sampler.py merge --delta DELTA --model MODEL", "--out: name a folder"),
+    ("sampler.py --model STUDENT --prompt fox --size 30", "--size 30: must be a multiple of 8"),
+    ("sampler.py --model STUDENT --prompt fox --dtype fp8", "--dtype fp8: not one of"),
+    ("bench.py --parts speed", "--parts speed: not one of training, evaluations, sampling"),
+    ("bench.py --device cuda", "no CUDA device here; use --device cpu"),
     ("sampler.py", "no prompt"),
     ("sampler.py --prompt", "--prompt"),
     ("sampler.py --model STUDENT --promt fox", "did you mean --prompt?"),
@@ -113,9 +160,10 @@ BAD = [
 
 
 @pytest.mark.parametrize("line, message", BAD, ids=[line for line, _ in BAD])
-def test_bad_input_is_one_line_and_exit_status_2(cli, here, random_sd, student, line, message):
+def test_bad_input_is_one_line_and_exit_status_2(cli, here, random_sd, small_models, student, delta, line, message):
     before = sorted(here.iterdir())
-    line = line.replace("MODEL", str(random_sd)).replace("STUDENT", str(student)).replace("RUN", str(student.parent))
+    for word, path in dict(MODEL=random_sd, STUDENT=student, RUN=student.parent, SDXL=small_models["sdxl"], DELTA=delta).items():
+        line = line.replace(word, str(path))
     status, out, err = cli(line)
     assert status == 2 and message in err, (status, err)
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -137,37 +185,64 @@ def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
     assert cli(line)[:2] == (0, "o/student-1: this run is finished; choose another --out to train again\n")
 
 
-def test_a_mistake_does_not_claim_the_folder_and_a_broken_checkpoint_is_named(cli, here, random_sd):
+def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
     line = "train.py --data sprites --steps 4 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
     assert cli(line, "nowhere")[0] == 2
     assert cli(line, random_sd)[0] == 0
-    shutil.rmtree(here / "o" / "student-1")
-    (here / "o" / "checkpoint.pt").write_bytes(b"torn")
-    status, _, err = cli(line, random_sd)
-    assert status == 2 and "o/checkpoint.pt: cannot be read" in err and "delete it" in err
+    status, _, err = cli(line, random_sd, "--no-resume")
+    assert status == 2 and "--out o: holds a run; choose another --out or delete it" in err
+
+
+def test_a_cache_of_another_teacher_is_refused(cli, here, random_sd, small_models):
+    line = "train.py --data sprites --steps 4 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
+    assert cli(line, random_sd, "--out", "a")[0] == 0
+    status, _, err = cli(line, small_models["sd15"], "--out", "b")
+    assert status == 2 and "--cache c/trajectories: made with other settings" in err and "'teacher'" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_where_and_keeps_the_checkpoint(cli, here, random_sd):
     status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 40 --solver-steps 8 --recipe "
                          "reflow --lr 1e30 --checkpoint-steps 1 --out o")
-    assert status == 2 and "window (0.000, 1.000], t = " in err and "lower --lr" in err
+    found = re.search(r"loss \S+ at step (\d+), stage 0 \(1 windows\), window \(0.000, 1.000\], t = (\S+);", err)
+    assert status == 2 and found and 0 < float(found[2]) <= 1 and "lower --lr" in err
     assert not (here / "o" / "student-1").exists()
+    # the updates before it were finite, and so is what they left
+    newest = sorted((here / "o").glob("checkpoint-*"))[-1]
+    assert newest.name == f"checkpoint-{int(found[1]):06d}.safetensors"
+    _, tensors = export.open_safetensors("", newest)
+    assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith("ema:"))
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(cli, here, random_sd, monkeypatch):
-    saved, real_save = [], torch.save
+    import student
+    real_save = student.save_file
 
-    def save(contents, file):
-        if saved:
+    def save(tensors, file, metadata):
+        if int(metadata["step"]) > 1:
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        saved.append(contents["done"])
-        real_save(contents, file)
-    monkeypatch.setattr(torch, "save", save)
+        real_save(tensors, file, metadata)
+    monkeypatch.setattr(student, "save_file", save)
     status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 8 --solver-steps 8 --recipe reflow "
                          "--checkpoint-steps 1 --out o")
     assert status == 2 and "no space left on the device" in err
-    assert torch.load(here / "o" / "checkpoint.pt", weights_only=True)["done"] == 1 and not (here / "o" / "checkpoint.pt.part").exists()
+    assert [file.name for file in (here / "o").glob("checkpoint-*")] == ["checkpoint-000001.safetensors"]
+
+
+def test_data_cache_makes_what_training_then_uses(here, random_sd, run_file):
+    options = ["--model", random_sd, "--data", "sprites", "--trajectories", 3, "--solver-steps", 8, "--cache", here / "c"]
+    done = run_file("data.py", "cache", *options)
+    assert done.returncode == 0 and "c: 3 trajectories" in done.stdout, done.stderr[-2000:]
+    made = {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
+    train.main(train.Config(model=str(random_sd), data="sprites", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", steps=4,
+                            batch=2, grid_steps=0))
+    assert made and made == {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
+    Image.new("RGB", (40, 40)).save(here / "empty" / "a.png")
+    (here / "empty" / "a.txt").write_text("black")
+    done = run_file("data.py", "cache", "--model", random_sd, "--data", here / "empty", "--recipe", "perflow", "--cache", here / "c")
+    assert done.returncode == 0 and "c: 1 latents" in done.stdout, done.stderr[-2000:]
+    done = run_file("data.py", "cahce")
+    assert done.returncode == 2 and "python data.py cache" in done.stderr
 
 
 def test_sampler_writes_what_was_asked_for(cli, here, student):

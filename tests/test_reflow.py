@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import losses
+import pairs
 import reflow
-import train
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, 7, 8, 10, 1000])
@@ -83,7 +83,7 @@ def test_spaces_at_the_chord(schedule):
 
 
 def test_every_recipe_names_rows_that_exist():
-    tables = {"pairs": train.PAIRS, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
+    tables = {"pairs": pairs.SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
     for name, recipe in reflow.RECIPES.items():
         reflow.check_curriculum(recipe.stages)
         assert len(recipe.shares) == len(recipe.stages), name

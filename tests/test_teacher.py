@@ -1,12 +1,19 @@
 """Identities of teacher.py and the solver: schedule, conversions, guidance, the clock, closed-form flows, diffusers."""
+import copy
+import json
+import shutil
+
 import diffusers
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import reflow
 import sampler
 import teacher
 import tiny
+from config import UserError
 
 
 def test_schedule_is_stable_diffusions_on_the_grid_and_clean_at_zero(schedule):
@@ -164,3 +171,371 @@ def test_image_i_is_the_same_in_any_batch(random_sd):
     apart = sampler.generate(pipeline, model, prompts, seeds, times, batch=2)
     assert (together - apart).abs().max() < 1e-4 * together.abs().max() and not torch.allclose(together[0], together[1], atol=0.1)
     assert torch.equal(together, sampler.generate(pipeline, model, prompts, seeds, times, batch=5))
+
+
+# ---- the siblings of SD 1.5, 2.1 and XL ----------------------------------------------------------------------------
+
+
+def stock(folder):
+    """diffusers' own pipeline and solver for the folder: DDIM, trailing, down to clean data."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+LONG = " ".join(["red heart on blue and a fox"] * 20)
+
+
+def test_text_is_what_the_stock_pipeline_encodes(small):
+    ours, theirs = teacher.load_pipeline(str(small)), stock(small)
+    prompts = ["red heart on blue", "", LONG]
+    excess = len(ours.tokenizer(LONG).input_ids) - 77
+    with pytest.warns(UserWarning, match=f"'red heart on blue and a fox .*' is {excess} tokens too long for the text encoder") as caught:
+        found = teacher.encode_text(ours, [*prompts, None], batch=3)
+    assert len(caught) == 1 and caught[0].filename == __file__ and len(str(caught[0].message)) < 200
+    given, null, *pooled = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    assert torch.equal(found["encoder_hidden_states"], torch.cat([given, null[:1]]))
+    assert all(value.dtype == torch.float32 and len(value) == 4 for value in found.values())
+    if small.name != "sdxl":
+        assert found.keys() == {"encoder_hidden_states"} and null.abs().max() > 0
+        return
+    assert torch.equal(found["text_embeds"], torch.cat([pooled[0], pooled[1][:1]])) and null.abs().max() == 0
+    assert found["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 4
+    assert teacher.encode_text(ours, ["fox"], size=(64, 48))["time_ids"].tolist() == [[64, 48, 0, 0, 64, 48]]
+
+
+def test_the_null_embedding_can_be_chosen(small):
+    pipeline = teacher.load_pipeline(str(small))
+    for null, expected in (("empty", lambda value: value[1]), ("zeros", lambda value: torch.zeros_like(value[1]))):
+        table = teacher.encode_text(pipeline, [None, "", "fox"], null=null)
+        for key in table.keys() - {"time_ids"}:
+            assert torch.equal(table[key][0], expected(table[key])) and table[key][1].abs().max() > 0
+    with pytest.raises(ValueError, match="null 'zero'"):
+        teacher.encode_text(pipeline, ["fox"], null="zero")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_generate_equals_the_stock_pipeline(small, guidance):
+    ours, theirs, prompts, seeds = teacher.load_pipeline(str(small)), stock(small), ["red heart on blue", "", "fox"], [5, 6, 7]
+    model = teacher.as_model(ours)
+    for steps, size in ((1, None), (2, None), (4, None), (2, (48, 64))):
+        z = sampler.noise(seeds, sampler.latent_shape(ours, size))
+        height, width = size or (32, 32)
+        expected = theirs(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", latents=z,
+                          height=height, width=width).images
+        found = sampler.generate(ours, model, prompts, seeds, sampler.time_grid(steps), guidance, size=size)
+        assert found.shape == expected.shape and (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("windows", [4, 1])
+def test_the_untrained_sibling_is_ddim_with_as_many_steps_as_windows(small, windows):
+    pipeline = teacher.load_pipeline(str(small))
+    cond, uncond = (teacher.encode_text(pipeline, prompts) for prompts in (["fox on blue", "heart"], [None, None]))
+    z = sampler.noise([0, 1], sampler.latent_shape(pipeline))
+    with torch.no_grad():
+        expected = sampler.ddim(teacher.as_model(pipeline), z, sampler.time_grid(windows), cond, 3.0, uncond)
+        for path in reflow.PATHS.values():
+            student = teacher.as_model(pipeline, copy.deepcopy(pipeline.unet), path, windows)
+            found = sampler.ddim(student, z, sampler.time_grid(windows, windows), cond, 3.0, uncond)
+            assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_network_of_low_precision_is_asked_in_its_own_dtype_and_answers_in_float32(small):
+    pipeline = teacher.load_pipeline(str(small))
+    cond, z, t = teacher.encode_text(pipeline, ["fox", None], size=(1001, 1001)), sampler.noise([0, 1], (4, 8, 8)), torch.tensor([1.0, 0.3])
+    with torch.no_grad():
+        exact = teacher.as_model(pipeline)(z, t, cond)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = teacher.as_model(pipeline)(z, t, cond)
+        network, seen = pipeline.unet.to(torch.bfloat16), []
+        network.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
+        low = teacher.as_model(pipeline)(z, t, cond)
+    (shown, kwargs), = seen
+    assert shown.dtype == kwargs["encoder_hidden_states"].dtype == torch.bfloat16
+    if small.name == "sdxl":
+        assert kwargs["added_cond_kwargs"]["time_ids"][0, 0] == 1001            # bf16 would make it 1000
+        assert kwargs["added_cond_kwargs"]["time_ids"].dtype == torch.float32
+    for other in (low, autocast):
+        assert all(value.dtype == torch.float32 for value in other)
+        assert not torch.equal(other[1], exact[1]) and (other[1] - exact[1]).abs().max() < 0.05 * exact[1].abs().max()
+
+
+def test_guidance_of_a_low_precision_network_is_computed_in_float32(random_sd):
+    class Network(torch.nn.Linear):
+        def forward(self, z, timestep, encoder_hidden_states, added_cond_kwargs, return_dict):
+            return (encoder_hidden_states[:, :1, :1, None].expand_as(z),)
+    model = teacher.as_model(teacher.load_pipeline(str(random_sd)), Network(1, 1).to(torch.bfloat16))
+    cond, uncond = ({"encoder_hidden_states": torch.full((2, 1, 1), value)} for value in (1.0, 1.0078125))
+    eps = model(torch.zeros(2, 8, 8, 8), torch.ones(2), cond, 5.3, uncond)[1]
+    assert torch.allclose(eps, torch.full_like(eps, 1.0078125 - 5.3 * 0.0078125), atol=1e-6)            # bf16's step here is 0.004
+
+
+def test_pictures_honour_the_autoencoders_scale_and_shift_in_chunks_of_bounded_size(small, monkeypatch):
+    pipeline = teacher.load_pipeline(str(small))
+    vae, z, images = pipeline.vae, sampler.noise(range(5), (4, 8, 8)), torch.rand(5, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        decoded, encoded = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1), vae.encode(images).latent_dist.mean
+    assert torch.allclose(teacher.decode(pipeline, z), decoded, atol=1e-5)
+    sizes, real, real_encode = [], vae.decode, vae.encode
+    monkeypatch.setattr(vae, "decode", lambda z, **more: sizes.append(len(z)) or real(z, **more))
+    monkeypatch.setattr(vae, "encode", lambda images: sizes.append(len(images)) or real_encode(images))
+    assert len(teacher.decode(pipeline, z.repeat(14, 1, 1, 1))) == 70 and sizes == [64, 6]
+    monkeypatch.setattr(teacher, "PIXELS", 2 * 32 * 32 + 1)
+    sizes.clear()
+    assert torch.allclose(teacher.decode(pipeline, z), decoded, atol=1e-5) and sizes == [2, 2, 1]
+    assert torch.allclose(teacher.encode(pipeline, images), encoded * vae.config.scaling_factor, atol=1e-5) and sizes == [2, 2, 1] * 2
+    vae.register_to_config(shift_factor=0.3)
+    assert torch.allclose(teacher.encode(pipeline, images), (encoded - 0.3) * vae.config.scaling_factor, atol=1e-5)
+    assert torch.allclose(teacher.decode(pipeline, (z - 0.3) * vae.config.scaling_factor),
+                          teacher.decode(pipeline, (z - 0.3) * vae.config.scaling_factor, batch=1), atol=1e-5)
+    back = real(z, return_dict=False)[0].clamp(-1, 1)
+    assert torch.allclose(teacher.decode(pipeline, (z - 0.3) * vae.config.scaling_factor), back, atol=1e-5)
+
+
+def test_sizes_must_be_divisible_by_all_levels(small_models):
+    pipeline = teacher.load_pipeline(str(small_models["sdxl"]))
+    assert sampler.latent_shape(pipeline) == (4, 8, 8) and sampler.latent_shape(pipeline, 40) == (4, 10, 10)
+    assert sampler.latent_shape(pipeline, (16, 24)) == (4, 4, 6)
+    for size, message in ((33, "--size 33: must be a multiple of 8 for this model, for instance 32 or 40"), (3, "for instance 8"),
+                          (0, "--size 0"), (-8, "--size -8"), ((32, 36), "--size 36")):
+        with pytest.raises(UserError, match=message):
+            sampler.latent_shape(pipeline, size)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def edit(folder, file, **changes):
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def model(small_models, tmp_path):
+    """A copy of the SD 1.5 sibling that a test may break."""
+    return shutil.copytree(small_models["sd15"], tmp_path / "model")
+
+
+def test_what_is_left_out_or_given_is_neither_read_nor_touched(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "model")
+    for weights in [*folder.glob("vae/*.safetensors"), *folder.glob("text_encoder*/*.safetensors")]:
+        weights.write_bytes(b"torn")
+    pipeline = teacher.load_pipeline(str(folder), vae=None, text_encoder=None, text_encoder_2=None)
+    assert pipeline.vae is pipeline.text_encoder is None and sampler.latent_shape(pipeline) == (4, 8, 8)
+    assert pipeline.vae_scale_factor == 4 and sampler.latent_shape(pipeline, 40) == (4, 10, 10)       # diffusers would say 8
+    student = pipeline.unet.requires_grad_(True).train()
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    for random_init in (False, True):
+        again = teacher.load_pipeline(str(folder), torch.bfloat16, random_init, unet=student, vae=None, text_encoder=None,
+                                      text_encoder_2=None)
+        assert again.unet is student and student.training and student.dtype == torch.float32 and student.conv_in.weight.requires_grad
+        assert again.vae is again.text_encoder is None
+    preset = teacher.load_pipeline(small.name, random_init=True, unet=student, vae=None, text_encoder=None, text_encoder_2=None)
+    assert preset.unet is student and student.training and preset.text_encoder is None
+    with pytest.raises(TypeError, match="vea"):
+        teacher.load_pipeline(str(folder), vea=None)
+
+
+def test_random_weights_for_a_folder_keep_its_architecture_and_depend_on_the_seed(small):
+    trained, first, second, other = (teacher.load_pipeline(str(small), **options) for options in
+                                     ({}, dict(random_init=True, seed=3), dict(random_init=True, seed=3), dict(random_init=True)))
+    for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+        states = [getattr(pipeline, part).state_dict() for pipeline in (trained, first, second, other)]
+        assert {k: v.shape for k, v in states[0].items()} == {k: v.shape for k, v in states[1].items()}
+        assert all(torch.equal(states[1][key], states[2][key]) for key in states[1])
+        assert not any(torch.equal(states[1][key], states[0][key]) for key in states[1])
+        assert all(torch.equal(states[3][key], states[0][key]) for key in states[1])           # made by build with seed 0
+    tiny_sd = teacher.load_pipeline("tiny", torch.bfloat16, random_init=True)
+    assert tiny_sd.unet.dtype == torch.bfloat16 and tiny_sd.vae.config.latent_channels == 8
+    assert teacher.as_model(tiny_sd)(torch.zeros(1, 8, 8, 8), torch.ones(1), teacher.encode_text(tiny_sd, ["fox"]))[0].isfinite().all()
+
+
+def test_a_loaded_model_is_frozen_and_sdxls_autoencoder_is_float32_beside_fp16(small_models):
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        pipeline = teacher.load_pipeline(str(small_models["sdxl"]), dtype)
+        assert pipeline.vae.dtype == expected and pipeline.unet.dtype == pipeline.text_encoder_2.dtype == dtype
+        for part in teacher.NETWORKS:
+            assert not getattr(pipeline, part).training and not any(p.requires_grad for p in getattr(pipeline, part).parameters())
+
+
+RENAMES = {
+    "unet": [("resnets.", ".0."), ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
+             ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection")],
+    "vae": [("mid_block.attentions.0", "mid.attn_1"), ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
+            ("down_blocks", "down"), ("up_blocks", "up"), ("resnets", "block"), ("downsamplers.0", "downsample"), ("group_norm", "norm"),
+            ("upsamplers.0", "upsample"), ("conv_norm_out", "norm_out"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+            ("to_out.0", "proj_out"), ("conv_shortcut", "nin_shortcut")],
+    "openclip": [("encoder.layers", "transformer.resblocks"), ("layer_norm", "ln_"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+                 ("self_attn", "attn"), ("final_ln_", "ln_final"), ("embeddings.token_embedding", "token_embedding"),
+                 ("embeddings.position_embedding.weight", "positional_embedding"), ("text_projection.weight", "text_projection")],
+}
+TOP = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+       "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+       "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2"}
+
+
+def rename(kind, name):
+    for ours, theirs in RENAMES[kind]:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def ldm_unet(unet):
+    """The UNet's weights under the names of the original code; one resnet per level down, two up."""
+    out, levels = {}, len(unet.config.block_out_channels)
+    for name, value in unet.state_dict().items():
+        for ours, theirs in TOP.items():
+            if name.startswith(ours + "."):
+                name = theirs + name[len(ours):]
+        for i in range(levels):
+            attends = "CrossAttn" in unet.config.up_block_types[i]
+            name = name.replace(f"down_blocks.{i}.resnets.0", f"input_blocks.{2 * i + 1}.0").replace(
+                f"down_blocks.{i}.attentions.0", f"input_blocks.{2 * i + 1}.1").replace(
+                f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{2 * i + 2}.0.op").replace(
+                f"up_blocks.{i}.upsamplers.0", f"output_blocks.{2 * i + 1}.{1 + attends}")
+            for j in range(2):
+                name = name.replace(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{2 * i + j}.0").replace(
+                    f"up_blocks.{i}.attentions.{j}", f"output_blocks.{2 * i + j}.1")
+        inside_resnet = name.split(".")[0] in ("input_blocks", "middle_block", "output_blocks") and "transformer_blocks" not in name
+        out["model.diffusion_model." + (rename("unet", name) if inside_resnet else name)] = value
+    return out
+
+
+def ldm_vae(vae):
+    out, levels = {}, len(vae.config.block_out_channels)
+    for name, value in vae.state_dict().items():
+        name = rename("vae", name)
+        if name.startswith("decoder.up."):
+            level, rest = name.removeprefix("decoder.up.").split(".", 1)
+            name = f"decoder.up.{levels - 1 - int(level)}.{rest}"
+        is_attention = ".attn_1." in name and value.ndim == 2
+        out["first_stage_model." + name] = value[:, :, None, None] if is_attention else value      # then they were 1 x 1 convolutions
+    return out
+
+
+def ldm_openclip(encoder, prefix):
+    out, state = {}, {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    for name, value in state.items():
+        if "q_proj" in name:
+            merged = torch.cat([state[name.replace("q_proj", which)] for which in ("q_proj", "k_proj", "v_proj")])
+            out[prefix + rename("openclip", name).replace("q_proj.", "in_proj_")] = merged
+        elif "k_proj" not in name and "v_proj" not in name:
+            out[prefix + rename("openclip", name)] = value.T if "text_projection" in name else value
+    return out
+
+
+def ldm_clip(encoder, prefix):
+    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.state_dict().items()}
+
+
+@pytest.fixture
+def single(small, tmp_path):
+    """The sibling as one .safetensors in the original layout."""
+    p = teacher.load_pipeline(str(small))
+    text = {"sd15": lambda: ldm_clip(p.text_encoder, "cond_stage_model.transformer."),
+            "sd21": lambda: ldm_openclip(p.text_encoder, "cond_stage_model.model."),
+            "sdxl": lambda: {**ldm_clip(p.text_encoder, "conditioner.embedders.0.transformer."),
+                             **ldm_openclip(p.text_encoder_2, "conditioner.embedders.1.model.")}}[small.name]()
+    weights = {**ldm_unet(p.unet), **ldm_vae(p.vae), **text}
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / f"{small.name}.safetensors")
+    return tmp_path / f"{small.name}.safetensors"
+
+
+def test_a_single_file_checkpoint_is_the_same_model(small, single):
+    folder, file = teacher.load_pipeline(str(small)), teacher.load_pipeline(str(single), model_config=str(small))
+    assert type(file) is type(folder)
+    for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+        ours, theirs = (dict(getattr(p, part).named_parameters()) for p in (file, folder))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
+    z = [sampler.generate(p, teacher.as_model(p), ["fox", ""], [0, 1], sampler.time_grid(2), 3.0) for p in (folder, file)]
+    assert torch.equal(*z)
+    alone = teacher.load_pipeline(str(single), torch.bfloat16, model_config=str(small), unet=folder.unet, vae=None, text_encoder=None,
+                                  text_encoder_2=None)
+    assert alone.unet is folder.unet and alone.unet.dtype == torch.float32 and alone.vae is alone.text_encoder is None
+    half = teacher.load_pipeline(str(single), torch.bfloat16, model_config=str(small))
+    assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16 and not half.unet.conv_in.weight.requires_grad
+    assert sampler.latent_shape(alone) == (4, 8, 8)
+
+
+FLOW = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0)
+UNSUITABLE = [      # (file of the folder, its changes, what is said); read with random weights, so that only the config speaks
+    ("unet/config.json", dict(in_channels=9), "takes 9 channels and gives 4"),
+    ("unet/config.json", dict(num_class_embeds=10), "conditioned on classes"),
+    ("unet/config.json", dict(class_embed_type="timestep"), "conditioned on classes"),
+    ("unet/config.json", dict(time_cond_proj_dim=8), "guidance scale as an input"),
+    ("unet/config.json", dict(addition_embed_type="text", addition_embed_type_num_heads=2), "conditioned in a way we do not know"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="flow_prediction"), "prediction type 'flow_prediction' is not one of"),
+    ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "zero terminal SNR .* says nothing about the picture"),
+    ("scheduler/scheduler_config.json", dict(use_flow_sigmas=True), "no schedule of betas"),
+    ("model_index.json", dict(text_encoder=[None, None]), "cannot be loaded .*expected .* but only"),
+    ("model_index.json", dict(vae=[None, None]), "cannot be loaded .*expected .* but only"),
+    ("model_index.json", dict(unet=["diffusers", "ControlNetModel"]), "its unet is a ControlNetModel, not a UNet2DConditionModel"),
+    ("model_index.json", dict(unet=["mine", "Mine"]), "cannot be loaded"),
+    ("model_index.json", dict(_class_name=["mine", "Mine"]), "cannot be loaded"),
+    ("model_index.json", dict(_class_name="NoPipeline"), "cannot be loaded .* re-export or re-download the folder"),
+]
+
+
+@pytest.mark.parametrize("file, changes, message", UNSUITABLE, ids=[str(changes) for _, changes, _ in UNSUITABLE])
+def test_an_unsuitable_model_is_refused_with_the_reason(model, file, changes, message):
+    edit(model, file, **changes)
+    with pytest.raises(UserError, match=f"--model {model}: .*{message}"):
+        teacher.load_pipeline(str(model), random_init=True)
+
+
+def test_flow_matching_is_refused_and_v_prediction_at_zero_snr_is_not(model):
+    edit(model, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    pipeline = teacher.load_pipeline(str(model))
+    pair = teacher.as_model(pipeline)(torch.ones(1, 4, 8, 8), torch.ones(1), teacher.encode_text(pipeline, ["fox"]))
+    assert all(value.isfinite().all() for value in pair) and torch.equal(pair[1], torch.ones(1, 4, 8, 8))
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(FLOW))
+    edit(model, "model_index.json", scheduler=["diffusers", FLOW["_class_name"]])
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no schedule of betas"):
+        teacher.load_pipeline(str(model))
+
+
+def test_what_cannot_be_loaded_is_one_line_with_a_remedy(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    lora, torn, whole, unsafe = (tmp_path / name for name in ("lora.safetensors", "torn.safetensors", "whole.safetensors", "a.ckpt"))
+    save_file({"lora_unet_down.weight": torch.zeros(1)}, lora)
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, whole)
+    torn.write_bytes(b"torn")
+    unsafe.write_bytes(b"pickle")
+    for name, options, message in [
+            ("nobody/nothing", {}, "--model nobody/nothing: cannot be loaded .* check the spelling and the network"),
+            ("nobody/nothing", dict(random_init=True), "--random-init needs to know the architecture"),
+            ("sd15", {}, "--model sd15: cannot be loaded .* give the folder"),
+            (str(unsafe), {}, "only safetensors are loaded, never pickles"), ("nowhere.bin", {}, "never pickles"),
+            ("nowhere.safetensors", {}, "no such file"), (str(lora), {}, "not a whole checkpoint of Stable Diffusion"),
+            (str(torn), {}, "cannot be loaded .* give --model-config FOLDER"), (str(whole), {}, "cannot be loaded .* give --model-config"),
+            (str(whole), dict(model_config=str(model)), "cannot be loaded .* give another --model-config"),
+            (str(whole), dict(model_config="nowhere"), "--model-config nowhere: no diffusers pipeline folder"),
+            (str(whole), dict(random_init=True), "--random-init"), (str(model), dict(model_config="x"), "--model-config x: only goes")]:
+        with pytest.raises(UserError, match=message) as caught:
+            teacher.load_pipeline(name, **options)
+        assert "\n" not in str(caught.value)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(teacher.load_pipeline(str(model), random_init=True).unet.state_dict(), model / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):                       # a pickle beside its config is not read either
+        teacher.load_pipeline(str(model))
+    assert capfd.readouterr().err == ""
+
+
+def test_sampler_options_for_large_models(small_models, single, small, tmp_path, capsys):
+    def run(prompt="fox", **options):
+        sampler.main(sampler.Config(prompt=[prompt], steps=2, out=str(tmp_path / "a.png"), scale=1, **options))
+        return Image.open(tmp_path / "a.png")
+    usual = run(model=str(small))
+    assert usual.size == (32, 32) and run(model=str(small), size=48).size == (48, 48)
+    assert run(model=str(single), model_config=str(small)).tobytes() == usual.tobytes()
+    assert run(model=str(small), random_init=True).tobytes() == usual.tobytes()             # the sibling is seed 0 itself
+    assert run(model=str(small), dtype="bf16").tobytes() != usual.tobytes()
+    assert run(model=str(small), compare=True, size=40).width > 80
+    capsys.readouterr()
+    run(LONG, model=str(small))
+    assert "warning: 'red heart" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--size 33"):
+        run(model=str(small), size=33)
+    with pytest.raises(UserError, match="--dtype fp8: not one of fp32, bf16, fp16"):
+        run(model=str(small), dtype="fp8")

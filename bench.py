@@ -1,0 +1,281 @@
+"""What training and sampling cost, side by side: memory by part, network evaluations per update, overhead of our own code.
+
+    python bench.py                                                    # the embedded model, a minute
+    python bench.py --model sd15 --random-init --gradient-checkpointing  # full size without a download
+    python bench.py --model sdxl --random-init --lora 16 --precision bf16 --gradient-checkpointing --size 512
+    python bench.py --model sd15 --random-init --device cuda --batch 8 --precision bf16      # adds MFU and latency
+
+Ratios are taken within one run, on whatever machine this is. Every training is the product's own train.py, in a process of
+its own, with timers around the network, the optimiser and the average; what remains is the loop.
+"""
+import contextlib
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+import reflow
+import sampler
+import teacher
+import train
+from config import UserError
+from pairs import PRECISIONS, text_encoders
+
+# dense bf16 peak of a device, FLOP/s, from the makers' data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
+PARTS = ("training", "evaluations", "sampling")
+
+
+@dataclass
+class Config:
+    model: str = "tiny"              # preset, folder, hub id or .safetensors file
+    random_init: bool = False        # random weights: nothing is downloaded
+    parts: list[str] = field(default_factory=lambda: list(PARTS))  # any of training, evaluations, sampling
+    size: int | None = None          # pixels; default: the model's own
+    batch: int = 1                   # samples per update
+    updates: int = 4                 # updates of training, spread over the stages 8 4 2 1; fewer than 4: one window only
+    lora: int = 0                    # rank; 0 = full fine-tuning with EMA
+    precision: str = "fp32"          # fp32 or bf16
+    gradient_checkpointing: bool = False  # a forward more per update, for less memory
+    compile: bool = False            # torch.compile
+    steps: int = 4                   # of sampling
+    repeats: int = 5                 # of sampling, alternating with diffusers' own pipeline
+    peak_tflops: float = 0.0         # of the GPU, for MFU; default: known for A100, H100, H200, L40S, 4090
+    device: str = ""                 # cpu or cuda; default: cuda if there is one
+    out: str = ""                    # also write all figures to this JSON file
+
+
+# ---- training, in a process of its own -----------------------------------------------------------------------------
+
+
+def measured_training(options, queue):
+    """Run train.main(Config(**options)) with timers and counters; put what was found on the queue."""
+    spent, counts, weights = dict(forward=0.0, backward=0.0, optimiser=0.0), dict(student=0, solver=0), {}
+    cuda = options["device"] == "cuda"
+
+    def now():
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(owner, method, part, count=False):
+        plain = getattr(owner, method)
+
+        def wrapper(self, *args, **kwargs):
+            if not training:
+                return plain(self, *args, **kwargs)
+            start = now()
+            result = plain(self, *args, **kwargs)
+            if count:
+                counts["student" if torch.is_grad_enabled() else "solver"] += len(args[0])
+            spent[part] += now() - start
+            return result
+        setattr(owner, method, wrapper)
+    training = []
+    real_init = torch.optim.AdamW.__init__
+
+    def init(self, *args, **kwargs):                       # the optimiser is made when the loop begins: caches are done
+        training.append(True)
+        real_init(self, *args, **kwargs)
+    torch.optim.AdamW.__init__ = init
+    timed(UNet2DConditionModel, "forward", "forward", count=True)
+    timed(torch.Tensor, "backward", "backward")
+    timed(torch.optim.AdamW, "step", "optimiser")
+    timed(EMAModel, "step", "optimiser")
+    real_pairs, real_student = train.open_pairs, train.make_student
+
+    def open_pairs(*args):
+        *rest, pipeline, pairs = real_pairs(*args)
+        weights.update(text=size_of(*text_encoders(pipeline)), vae=size_of(pipeline.vae), online=pairs.online)
+        return *rest, pipeline, pairs
+
+    def make_student(c, unet, device):
+        student = real_student(c, unet, device)
+        weights.update(network=size_of(student), trained=sum(p.nbytes for p in train.trained(student).values()))
+        return student
+    train.open_pairs, train.make_student = open_pairs, make_student
+    if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
+        sampler.ddim = noise_for_trajectories        # of random weights, a solved trajectory would mean as little
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        prompts = Path(folder) / "prompts.txt"
+        prompts.write_text("a lighthouse at dawn\na red heart on blue\n")
+        if not options.get("data"):
+            options["prompts"] = str(prompts)
+        train.main(train.Config(**options, out=f"{folder}/run", grid_steps=0, log_steps=1, checkpoint_steps=10 ** 9))
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
+    loop = sum(options["batch"] / line["samples_per_second"] for line in lines)
+    queue.put(dict(seconds=loop, updates=len(lines), **spent, evaluations=counts, peak=peak_memory(cuda), weights=weights))
+
+
+def noise_for_trajectories(model, z, times, cond, guidance, uncond, callback):
+    for i in range(len(times) - 1):
+        callback(dict(i=i, z=torch.randn_like(z)))
+    return torch.randn_like(z)
+
+
+def size_of(*modules):
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def peak_memory(cuda):
+    """Bytes: the highest this process ever held, on the GPU or in main memory."""
+    return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_training(**options):
+    """measured_training in a fresh process.  Returns: its figures."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measured_training, args=(options, queue))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise UserError(f"training with {options} ended with status {process.exitcode}; its message is above")
+    return queue.get()
+
+
+def training(c, device):
+    """One update of every stage, or more, from cached trajectories: memory by part, and where the time goes."""
+    found = run_training(model=c.model, random_init=c.random_init, size=c.size, batch=c.batch, steps=c.updates, trajectories=1,
+                         windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora, precision=c.precision,
+                         compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
+    gib, weights = 2 ** 30, found["weights"]
+    parts = {"student (before it is trained, the teacher)": weights["network"], "gradients": weights["trained"],
+             "Adam's two moments": 2 * weights["trained"], "running average": weights["trained"], "a second network for the teacher": 0,
+             f"text encoders (while caching {weights['text'] / gib:.2f})": 0, f"VAE (while caching {weights['vae'] / gib:.2f})": 0}
+    parts["activations, libraries and the rest, at the peak"] = found["peak"] - sum(parts.values())
+    windows = "8, 4, 2, 1" if c.updates >= 4 else "1"
+    print(f"\n## Training {c.model}, {'LoRA ' + str(c.lora) if c.lora else 'every weight'}, {c.precision}, {c.size or 'its own'} pixels, batch "
+          f"{c.batch}, {found['updates']} updates over windows {windows}\n\n| memory | GiB | share |\n|---|---|---|")
+    for name, size in parts.items():
+        print(f"| {name} | {size / gib:.2f} | {size / found['peak']:.0%} |")
+    print(f"| peak {'on the device' if device == 'cuda' else 'resident'} | {found['peak'] / gib:.2f} | |")
+    inside = found["forward"] + found["backward"] + found["optimiser"]
+    print("\n| time per update | s | share |\n|---|---|---|\n" + "\n".join(
+        f"| {name} | {value / found['updates']:.4f} | {value / found['seconds']:.1%} |" for name, value in
+        (("network, forward", found["forward"]), ("network, backward", found["backward"]), ("optimiser and average", found["optimiser"]),
+         ("the loop: all the rest", found["seconds"] - inside), ("whole", found["seconds"]))))
+    print(f"\nThe loop costs {(found['seconds'] - inside) / (found['forward'] + found['backward']):.1%} of the network's time.")
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = c.peak_tflops * 1e12 or next((value for key, value in PEAK_FLOPS.items() if key in name), 0)
+        forwards = 3 + c.gradient_checkpointing
+        rate = c.batch * found["updates"] / found["seconds"]
+        flops = forward_flops(c) * forwards * rate
+        found |= dict(images_per_second=rate, flops_per_second=flops, mfu=flops / peak if peak else None)
+        print(f"{rate:.2f} images/s, {flops / 1e12:.1f} TFLOP/s" + (f", MFU {flops / peak:.1%} of {name}" if peak else "; give --peak-tflops for MFU"))
+    return found
+
+
+def forward_flops(c):
+    """Of one sample through the UNet, counted on shapes alone."""
+    import architectures  # late: it brings every class of diffusers and transformers that we name
+    pipeline = architectures.build(c.model, weights=False) if c.model in architectures.ARCHITECTURES else teacher.load_pipeline(c.model)
+    unet = pipeline.unet.to("meta")
+    shape = sampler.latent_shape(pipeline, c.size)
+    cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")}
+    if unet.config.addition_embed_type == "text_time":
+        wide = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        cond["added_cond_kwargs"] = dict(text_embeds=torch.empty(1, wide, device="meta"), time_ids=torch.empty(1, 6, device="meta"))
+    with FlopCounterMode(display=False) as counter:
+        unet(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), **cond)
+    return counter.get_total_flops()
+
+
+# ---- network evaluations per update --------------------------------------------------------------------------------
+
+
+def evaluations(c, device):
+    """Counted on the embedded model, in its own training loop: the count does not depend on the size. A unit is one forward
+    of the UNet for one sample; a backward is two, the recomputation of checkpointing one."""
+    print("\n## Network evaluations per sample and update\n\n| recipe | windows | solver | student | with checkpointing | made once, for the cache |"
+          "\n|---|---|---|---|---|---|")
+    rows = {}
+    for name, recipe in reflow.RECIPES.items():
+        stages, batch = len(recipe.stages), 12
+        found = run_training(model="tiny", data="sprites", recipe=name, batch=batch, steps=stages, trajectories=2, device=device)
+        solver = found["evaluations"]["solver"] / (batch * stages)
+        assert found["evaluations"]["student"] == batch * stages
+        cached = recipe.pairs == "trajectory"
+        defaults = train.Config()
+        once = defaults.trajectories * recipe.solver_steps / (defaults.steps * defaults.batch) if cached else 0
+        rows[name] = dict(solver=solver, student=3, checkpointing=1, once=once)
+        print(f"| {name} | {' '.join(map(str, recipe.stages))} | {solver:.2f} | 3 | {solver + 4:.2f} | {f'{once:.2f}' if cached else '-'} |")
+    print("\nStages get equal updates here. Pairs from images also encode each image once per pair (1.39 UNet forwards on SD 1.5) unless "
+          "--cache-latents.")
+    return rows
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sampling(c, device):
+    """Our sampler, diffusers' own pipeline, and the bare network: the same model, steps, noise and prompt, taken in turn."""
+    pipeline = teacher.load_pipeline(c.model, PRECISIONS[c.precision], c.random_init).to(device)
+    model, size = teacher.as_model(pipeline), c.size
+    shape = sampler.latent_shape(pipeline, size)
+    prompts, times = ["a lighthouse at dawn"] * c.batch, sampler.time_grid(c.steps)
+    pixels = shape[-1] * pipeline.vae_scale_factor
+    stock = type(pipeline)(**pipeline.components, requires_safety_checker=False) if "safety_checker" in pipeline.components else pipeline
+    stock.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True,
+                                                          clip_sample=False, steps_offset=1)
+    stock.set_progress_bar_config(disable=True)
+    noise = sampler.noise(range(c.batch), shape)
+    cond = {key: value.to(device) for key, value in teacher.encode_text(pipeline, prompts, size=(pixels, pixels)).items()}
+    t = torch.full((c.batch,), 0.5, dtype=torch.float64, device=device)
+
+    def ours():
+        teacher.decode(pipeline, sampler.generate(pipeline, model, prompts, range(c.batch), times, size=size))
+
+    def theirs():
+        stock(prompts, num_inference_steps=c.steps, guidance_scale=1.0, latents=noise.to(device, pipeline.unet.dtype), output_type="pt",
+              height=pixels, width=pixels)
+
+    def network():
+        for _ in range(c.steps):
+            model(noise.to(device), t, cond)
+        teacher.decode(pipeline, noise.to(device))
+
+    def seconds(call):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    taken = {call.__name__: [] for call in (ours, theirs, network)}
+    for repeat in range(c.repeats + 1):
+        for call in (ours, theirs, network):
+            taken[call.__name__] += [seconds(call)] * (repeat > 0)          # the first round warms up
+    middle = {name: statistics.median(values) for name, values in taken.items()}
+    print(f"\n## Sampling {c.model}: {c.steps} steps, batch {c.batch}, {c.precision}, median of {c.repeats} turns (min to max)\n\n"
+          "| | s | of network and decoding |\n|---|---|---|")
+    for name, text in (("network", f"{c.steps} forwards and decoding"), ("ours", "sampler.py, with text"), ("theirs", "diffusers' pipeline, with text")):
+        print(f"| {text} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {middle[name] / middle['network']:.3f} |")
+    return taken
+
+
+def main(c):
+    for part in c.parts:
+        config.choose("--parts", part, PARTS)
+    device = teacher.pick_device(c.device)
+    config.choose("--precision", c.precision, PRECISIONS)
+    run = {"training": training, "evaluations": evaluations, "sampling": sampling}
+    found = {part: run[part](c, device) for part in c.parts}
+    if c.out:
+        Path(c.out).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    config.run(main, Config, __doc__)

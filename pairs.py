@@ -1,0 +1,194 @@
+"""Where the pairs come from: the two ends (z_start, z_end) of each sample's window, and the text they belong to.
+
+| source     | z_start                                   | z_end                                                          |
+|------------|-------------------------------------------|----------------------------------------------------------------|
+| trajectory | a boundary of the teacher's own path      | its next boundary; solved once, cached, shared by every stage  |
+| data       | a real latent noised to t_start           | teacher's DDIM inside the window (PeRFlow)                     |
+| student    | the same                                  | the previous stage's student, a step per old window (ProReflow)|
+
+Everything random about sample k comes from generators seeded with (seed, k), so that a sample is the same on one process
+or eight, at any micro-batch, before or after a resume.
+"""
+import math
+from pathlib import Path
+
+import torch
+
+import data
+import reflow
+import sampler
+import teacher
+from config import UserError
+
+SOURCES = ("trajectory", "data", "student")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def fingerprint(*modules):
+    """A few digits that change with the weights: a cache made by other networks is refused."""
+    return format(sum(p.double().abs().sum().item() for module in modules for p in module.parameters()), ".10g")
+
+
+def text_encoders(pipeline):
+    return [part for part in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if part is not None]
+
+
+def drop_text_encoders(pipeline):
+    """They leave memory once everything they will be asked is cached."""
+    pipeline.text_encoder = None
+    if hasattr(pipeline, "text_encoder_2"):
+        pipeline.text_encoder_2 = None
+
+
+class Pairs:
+    """The pairs of one run.  c: train.Config; recipe: reflow.Recipe; pipeline: the teacher's, frozen, on its device;
+    dataset: from data.open_dataset; processes: (rank, world size, barrier). Makes the caches that the run asks for."""
+
+    def __init__(self, c, recipe, pipeline, dataset, processes=(0, 1, lambda: None)):
+        self.c, self.recipe, self.pipeline, self.dataset, self.processes = c, recipe, pipeline, dataset, processes
+        self.device = pipeline.unet.device
+        self.shape = sampler.latent_shape(pipeline, c.size)
+        self.pixels = self.shape[-1] * pipeline.vae_scale_factor
+        self.schedule = teacher.as_model(pipeline).schedule
+        self.null = self.text([""])
+        self.null_there = {key: value.to(self.device) for key, value in self.null.items()}
+        if recipe.pairs != "trajectory" and dataset.images is None:
+            raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
+                            "instead, or --pairs trajectory")
+        self.rows = None
+        if recipe.pairs == "trajectory":
+            self.rows = self.cache_trajectories()
+        elif c.cache_latents:
+            self.rows = self.cache_latents()
+        self.online = self.rows is None                   # text encoders and VAE are asked at every step
+
+    # ---- caches ----
+
+    def text(self, captions):
+        """Text conditions of captions, "" being the null embedding (what guidance and dropped captions use)."""
+        return teacher.encode_text(self.pipeline, [caption or None for caption in captions], null=self.c.null_text,
+                                   size=(self.pixels, self.pixels))
+
+    def autocast(self):
+        """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their casts are not kept."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16", cache_enabled=not self.c.shard)
+
+    @torch.no_grad()
+    def cache_trajectories(self):
+        """Latents at every boundary of the teacher's own trajectories from noise, (9, C, h, w) each for 8 windows, and
+        the text they were made with."""
+        c, steps, windows = self.c, self.recipe.solver_steps, cache_windows(self.recipe)
+        times, keep, model = sampler.time_grid(steps), steps // windows, teacher.as_model(self.pipeline)
+
+        def solve(numbers):
+            made = []
+            for first in range(0, len(numbers), c.micro_batch or c.batch):
+                part = numbers[first:first + (c.micro_batch or c.batch)]
+                text = self.text([self.dataset.captions[i] for i in self.captions(part, "trajectory")])
+                cond = {key: value.to(self.device) for key, value in text.items()}
+                z = torch.stack([torch.randn(self.shape, generator=data.generator(c.seed, "noise", k)) for k in part]).to(self.device)
+                visited = []
+                with self.autocast():
+                    end = sampler.ddim(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
+                                       lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
+                made.append({"z": torch.stack([*visited, end], 1).cpu(), **text})
+            return {key: torch.cat([part[key] for part in made]) for key in made[0]}
+        settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=steps, windows=windows,
+                        guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text, size=self.pixels, seed=c.seed,
+                        precision=c.precision, data=c.data or c.prompts, captions=data.digest(*self.dataset.captions))
+        return data.cached(self.folder() / "trajectories", c.trajectories, settings, solve, 256, *self.processes, desc="teacher trajectories")
+
+    @torch.no_grad()
+    def cache_latents(self):
+        """The latent of every image of a finite dataset, and its caption's text."""
+        c, dataset = self.c, self.dataset
+        if dataset.size is None:
+            raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
+
+        def solve(rows):
+            latents = teacher.encode(self.pipeline, dataset.decode(rows, self.pixels).to(self.device))
+            return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
+        settings = dict(encoders=fingerprint(self.pipeline.vae, *text_encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
+                        data=c.data, images=dataset.key)
+        return data.cached(self.folder() / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
+
+    def folder(self):
+        return Path(self.c.cache or Path(self.c.out) / "cache")
+
+    def null_like(self, cond):
+        """The null embedding, as often as cond has rows."""
+        rows = len(next(iter(cond.values())))
+        return {key: value.expand(rows, *[-1] * (value.ndim - 1)) for key, value in self.null_there.items()}
+
+    # ---- one micro-batch: first on the host, then on the device ----
+
+    def captions(self, numbers, purpose):
+        """The caption of each sample as an index into dataset.captions; dropped (index 0, "") at the rate text_dropout."""
+        drop = [torch.rand(1, generator=data.generator(self.c.seed, purpose, "drop", k)).item() < self.c.text_dropout for k in numbers]
+        return [0 if dropped else index for dropped, index in zip(drop, self.dataset.caption_indices(numbers))]
+
+    def times(self, numbers, windows):
+        u = torch.cat([torch.rand(1, generator=data.generator(self.c.seed, "time", k), dtype=torch.float64) for k in numbers])
+        return reflow.TIME_LAWS[self.recipe.time_law](u, windows)
+
+    def fetch(self, numbers, windows):
+        """What the host knows of these samples: their times, and the cached rows or images their pairs start from. Runs
+        in a thread, a micro-batch ahead.  Returns: dict of CPU tensors (len(numbers), ...), captions as a list."""
+        pin = self.device.type == "cuda"                 # a copy to the device waits for it unless it comes from pinned memory
+        return {key: value.pin_memory() if pin and torch.is_tensor(value) else value for key, value in self._fetch(numbers, windows).items()}
+
+    def _fetch(self, numbers, windows):
+        reuse = self.recipe.reuse                        # samples 0..m-1 share pair 0, the next m pair 1, and so on
+        pair = list(dict.fromkeys(k // reuse for k in numbers))
+        t = self.times(numbers, windows)
+        t_start, t_end = reflow.window_of(t, windows)
+        if reuse > 1:                                    # each sample keeps its place in the window, the pair says which window
+            place = (t - t_end) / (t_start - t_end)
+            t_start, t_end = (edge.repeat_interleave(reuse) for edge in reflow.window_of(self.times([p * reuse for p in pair], windows), windows))
+            t = torch.lerp(t_end, t_start, place)
+        batch = dict(t=t, t_start=t_start, t_end=t_end)
+        if self.recipe.pairs == "trajectory":
+            rows = self.rows[[torch.randint(len(self.rows), (1,), generator=data.generator(self.c.seed, "row", p)).item() for p in pair]]
+            path, every = rows.pop("z"), torch.arange(len(pair))
+            batch |= {name: path[every, ((1 - edge[::reuse]) * (path.shape[1] - 1)).round().long()]
+                      for name, edge in (("z_start", t_start), ("z_end", t_end))}
+            return batch | rows
+        captions = self.captions(pair, "data")
+        batch["eps"] = torch.stack([torch.randn(self.shape, generator=data.generator(self.c.seed, "eps", p)) for p in pair])
+        if self.rows is None:
+            return batch | {"images": self.dataset.images(pair, self.pixels), "captions": [self.dataset.captions[i] for i in captions]}
+        rows = self.rows[self.dataset.rows(pair)]
+        for key, null in self.null.items():
+            rows[key][[caption == 0 for caption in captions]] = null
+        return batch | rows
+
+    @torch.no_grad()
+    def ends(self, batch, solver, steps):
+        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached.
+        Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,), float32 latents (B, C, h, w)."""
+        reuse = self.recipe.reuse
+        batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+        t, t_start, t_end = (batch.pop(key) for key in ("t", "t_start", "t_end"))
+        if self.recipe.pairs == "trajectory":
+            z_start, z_end, cond = batch.pop("z_start"), batch.pop("z_end"), batch
+        else:
+            eps = batch.pop("eps")
+            if "images" in batch:
+                batch["z_0"] = teacher.encode(self.pipeline, batch.pop("images"))
+                batch |= {key: value.to(self.device) for key, value in self.text(batch.pop("captions")).items()}
+            z_0, cond = batch.pop("z_0"), batch
+            starts, stops = t_start[::reuse], t_end[::reuse]
+            alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
+            z_start = alpha * z_0 + sigma * eps
+            times = torch.lerp(starts, stops, torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)[:, None])
+            with self.autocast():
+                z_end = sampler.ddim(solver, z_start, times, cond, self.c.guidance_teacher, self.null_like(cond))
+        if reuse > 1:
+            z_start, z_end, *values = (v.repeat_interleave(reuse, 0) for v in (z_start, z_end, *cond.values()))
+            cond = dict(zip(cond, values))
+        return t, t_start, t_end, z_start, z_end, cond
+
+
+def cache_windows(recipe):
+    """Boundaries are cached for 8 windows, or the first stage's if it has more: they serve every later stage."""
+    return math.lcm(8, *recipe.stages) if recipe.pairs == "trajectory" else max(recipe.stages)

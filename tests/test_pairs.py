@@ -1,0 +1,151 @@
+"""Where pairs come from: against the teacher run by hand, whatever the batching, the cache or the reuse."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import data
+import reflow
+import sampler
+import teacher
+import train
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(5):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+@pytest.fixture
+def make(small_models, photos, tmp_path):
+    """make(**changes) -> (Pairs, recipe, pipeline) of a small SD 1.5, images from `photos`."""
+    def build(**changes):
+        options = dict(model=str(small_models["sd15"]), data=str(photos), out=str(tmp_path), trajectories=6, solver_steps=8, device="cpu")
+        c = train.Config(**{**options, **changes})
+        recipe = train.resolve_recipe(c)
+        c, _, pipeline, pairs = train.open_pairs(c, recipe, torch.device("cpu"), (0, 1, lambda: None))
+        return pairs, recipe, pipeline
+    return build
+
+
+def ends(pairs, numbers, windows=4, solver=None, steps=2):
+    return pairs.ends(pairs.fetch(range(*numbers), windows), solver, steps)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(pairs="data"), dict(pairs="data", cache_latents=True), dict(pairs="data", reuse=2)],
+                         ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
+def test_a_sample_is_the_same_in_any_batch(make, changes):
+    pairs, _, pipeline = make(**changes)
+    solver = teacher.as_model(pipeline)
+    whole, parts = ends(pairs, (4, 12), solver=solver), [ends(pairs, (k, k + 2), solver=solver) for k in range(4, 12, 2)]
+    for i in range(5):
+        assert torch.allclose(whole[i], torch.cat([part[i] for part in parts]), atol=1e-5)
+    for key, value in whole[5].items():
+        assert torch.allclose(value, torch.cat([part[5][key] for part in parts]), atol=1e-5)
+    assert not torch.allclose(whole[3][0], whole[3][2], atol=0.1)
+
+
+def test_reused_pairs_share_their_window_and_differ_in_time(make):
+    pairs, recipe, pipeline = make(pairs="data", reuse=3)
+    asked = []
+    solver = teacher.as_model(pipeline, lambda z, *_: None)
+    solver.network = lambda z, timestep, **cond: asked.append(len(z)) or torch.zeros_like(z)
+    t, t_start, t_end, z_start, z_end, cond = ends(pairs, (0, 12), solver=solver)
+    assert asked == [4, 4]                                    # four pairs, two steps: not twelve
+    assert torch.equal(z_start[0::3], z_start[1::3]) and torch.equal(z_end[0::3], z_end[2::3]) and torch.equal(t_start[0::3], t_start[1::3])
+    assert all(len(value) == 12 for value in cond.values())
+    assert ((t_end < t) & (t <= t_start)).all() and len(t.unique()) > 6
+    # the places within the window follow the law: with `starts`, half are exactly at the start
+    t, t_start, *_ = ends(pairs, (0, 600), solver=solver)
+    assert 0.4 < (t == t_start).double().mean() < 0.6
+
+
+def test_trajectories_are_the_teachers_own_and_carry_their_text(make, small_models):
+    pairs, _, pipeline = make(text_dropout=0.5)
+    captions = pairs.captions(range(6), "trajectory")
+    text = pairs.text([pairs.dataset.captions[i] for i in captions])
+    assert 0 in captions and any(captions)
+    rows = pairs.rows[range(6)]
+    for key, value in text.items():
+        assert torch.allclose(rows[key], value, atol=1e-6)
+    z = torch.stack([torch.randn(pairs.shape, generator=data.generator(0, "noise", k)) for k in range(6)])
+    with torch.no_grad():
+        end = sampler.ddim(teacher.as_model(pipeline), z, sampler.time_grid(8), text)
+    assert torch.equal(rows["z"][:, 0], z) and torch.allclose(rows["z"][:, -1], end, atol=1e-4)
+    # re-solving one window from its cached start ends at its cached end
+    times = torch.linspace(0.75, 0.5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        middle = sampler.ddim(teacher.as_model(pipeline), rows["z"][:, 2], times, text)
+    assert torch.allclose(middle, rows["z"][:, 4], atol=1e-4)
+    # what a window is given are its two boundaries
+    t, t_start, t_end, z_start, z_end, _ = ends(pairs, (0, 16), windows=2)
+    every = rows["z"].flatten(0, 1)
+    for i in range(16):
+        first, second = ((every - z[i]).flatten(1).norm(dim=1).argmin().item() for z in (z_start, z_end))
+        assert second - first == 4 and first % 9 == round((1 - t_start[i].item()) * 8)
+
+
+def test_pairs_from_images_start_at_noised_latents_and_end_where_the_solver_says(make):
+    pairs, _, pipeline = make(pairs="data", text_dropout=0.0)
+    solver = teacher.as_model(pipeline)
+    t, t_start, t_end, z_start, z_end, cond = ends(pairs, (0, 6), windows=4, solver=solver, steps=2)
+    latents = teacher.encode(pipeline, pairs.dataset.images(range(6), pairs.pixels))
+    eps = torch.stack([torch.randn(pairs.shape, generator=data.generator(0, "eps", k)) for k in range(6)])
+    alpha, sigma = (v.float()[:, None, None, None] for v in solver.schedule(t_start))
+    assert torch.allclose(z_start, alpha * latents + sigma * eps, atol=1e-5)
+    for i in range(6):
+        times = torch.linspace(t_start[i], t_end[i], 3, dtype=torch.float64)
+        with torch.no_grad():
+            end = sampler.ddim(solver, z_start[i:i + 1], times, {key: value[i:i + 1] for key, value in cond.items()})
+        assert torch.allclose(z_end[i:i + 1], end, atol=1e-4)
+
+
+def test_cached_latents_are_the_same_pairs_and_a_dropped_caption_is_the_null_embedding(make, tmp_path):
+    online, _, pipeline = make(pairs="data", text_dropout=0.5)
+    stored, _, _ = make(pairs="data", text_dropout=0.5, cache_latents=True, cache=str(tmp_path / "latents"))
+    solver = teacher.as_model(pipeline)
+    a, b = (ends(pairs, (0, 12), solver=solver) for pairs in (online, stored))
+    assert online.online and not stored.online
+    for i in range(5):
+        assert torch.allclose(a[i], b[i], atol=1e-4)
+    dropped = [caption == 0 for caption in stored.captions(range(12), "data")]
+    null = stored.null["encoder_hidden_states"]
+    assert any(dropped) and not all(dropped)
+    for pairs in (a, b):
+        assert [torch.allclose(row, null[0], atol=1e-5) for row in pairs[5]["encoder_hidden_states"]] == dropped
+
+
+def test_guidance_moves_the_teachers_pairs(make):
+    pairs, _, pipeline = make(pairs="data", guidance_teacher=4.0)
+    plain, _, _ = make(pairs="data")
+    solver = teacher.as_model(pipeline)
+    assert not torch.allclose(ends(pairs, (0, 4), solver=solver)[4], ends(plain, (0, 4), solver=solver)[4], atol=1e-3)
+
+
+def test_a_cache_of_other_prompts_text_or_size_is_refused(make, tmp_path):
+    (tmp_path / "a.txt").write_text("fox\nheart\n")
+    (tmp_path / "b").mkdir()
+    common = dict(data="", prompts=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache"))
+    make(**common)
+    with pytest.raises(config.UserError, match="size"):
+        make(**common, size=16)
+    (tmp_path / "a.txt").write_text("fox\ncat\n")
+    with pytest.raises(config.UserError, match="captions"):
+        make(**common)
+
+
+def test_windows_of_the_cache_serve_every_stage():
+    recipe = reflow.Recipe(stages=(16, 4), shares=(1, 1))
+    from pairs import cache_windows
+    assert cache_windows(recipe) == 16 and cache_windows(reflow.Recipe(stages=(3, 1))) == 24
+    assert cache_windows(reflow.Recipe(stages=(4,), pairs="data")) == 4
+
+
+def test_endless_pictures_cannot_be_cached(make):
+    with pytest.raises(config.UserError, match="endless"):
+        make(data="sprites", pairs="data", cache_latents=True)
