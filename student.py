@@ -5,6 +5,7 @@ import collections
 import copy
 import json
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -87,7 +88,9 @@ class Solver:
         """Answer as the student whose trained weights these are (name -> tensor)."""
         if self.lora and not self.adapter:
             self.adapter = "previous"
-            self.student.add_adapter(LoraConfig(r=c.lora, lora_alpha=c.lora, target_modules=LORA_LAYERS), self.adapter)
+            with warnings.catch_warnings():                # peft warns of a second adapter: it is meant
+                warnings.simplefilter("ignore")
+                self.student.add_adapter(LoraConfig(r=c.lora, lora_alpha=c.lora, target_modules=LORA_LAYERS), self.adapter)
             self.student.set_adapter("student")
         own = dict((self.student if self.lora else self.copy).named_parameters())
         for name, value in weights.items():

@@ -393,7 +393,7 @@ def main(c):
         if rank == 0:
             export.export(folder, weights, student.config, info)
         barrier()
-        if recipe.pairs == "student":
+        if recipe.pairs == "student" and folder != last:
             solver.become({name: weights[name] for name in trained(student)}, c)
             solving, solver_windows = teacher.as_model(pipeline, solver, path, windows), windows
         del weights

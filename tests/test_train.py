@@ -183,12 +183,12 @@ def interrupted(random_sd, out, monkeypatch, after, **changes):
 
 
 def test_the_last_checkpoints_are_kept_and_a_torn_one_is_passed_over(random_sd, trained, tmp_path, monkeypatch, capsys):
-    interrupted(random_sd, tmp_path, monkeypatch, 8, checkpoint_steps=1, keep=3)
+    interrupted(random_sd, tmp_path, monkeypatch, 10, checkpoint_steps=1, keep=3)
     files = sorted(tmp_path.glob("checkpoint-*"))
-    assert [file.name for file in files] == [f"checkpoint-00000{k}.safetensors" for k in (5, 6, 7)]
+    assert [file.name for file in files] == [f"checkpoint-00000{k}.safetensors" for k in (7, 8, 9)]
     files[-1].write_bytes(files[-1].read_bytes()[:-1000])
     last = train.main(small(random_sd, tmp_path, checkpoint_steps=1, keep=3))
-    assert "checkpoint-000007.safetensors: torn" in capsys.readouterr().err
+    assert "checkpoint-000009.safetensors: torn" in capsys.readouterr().err
     assert same_bits(weights(last), weights(trained / "student-1"))
 
 
@@ -263,11 +263,14 @@ def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(ran
     for name, value in solver.student.named_parameters():
         if ".lora_" not in name:
             assert not value.requires_grad and torch.equal(value, before[name.replace(".base_layer", "")])
-    # with the adapters off it is the teacher
-    solver.adapter = None
-    inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 16, before["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1])
-    plain = teacher.load_pipeline(str(random_sd)).unet
+    # its previous adapter is the student of the stage before, and with the adapters off it is the teacher
+    plain, stage_before = (teacher.load_pipeline(str(folder)).unet for folder in (random_sd, tmp_path / "student-2"))
+    inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 16, plain.config.cross_attention_dim)
     with torch.no_grad():
+        outputs = [network(*inputs, return_dict=False)[0] for network in (solver, stage_before, plain, solver.student)]
+        assert torch.allclose(outputs[0], outputs[1], atol=1e-4)
+        assert not torch.allclose(outputs[0], outputs[2], atol=1e-3) and not torch.allclose(outputs[0], outputs[3], atol=1e-3)
+        solver.adapter = None
         assert torch.equal(solver(*inputs, return_dict=False)[0], plain(*inputs, return_dict=False)[0])
         assert not torch.allclose(solver.student(*inputs, return_dict=False)[0], plain(*inputs, return_dict=False)[0], atol=1e-4)
 
