@@ -96,7 +96,7 @@ class Pairs:
         settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=steps, windows=windows,
                         guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text, size=self.pixels, seed=c.seed,
                         precision=c.precision, data=c.data or c.prompts, captions=data.digest(*self.dataset.captions))
-        return data.cached(self.folder() / "trajectories", c.trajectories, settings, solve, 256, *self.processes, desc="teacher trajectories")
+        return data.cached(cache_folder(c) / "trajectories", c.trajectories, settings, solve, 256, *self.processes, desc="teacher trajectories")
 
     @torch.no_grad()
     def cache_latents(self):
@@ -110,10 +110,7 @@ class Pairs:
             return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
         settings = dict(encoders=fingerprint(self.pipeline.vae, *text_encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
                         data=c.data, images=dataset.key)
-        return data.cached(self.folder() / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
-
-    def folder(self):
-        return Path(self.c.cache or Path(self.c.out) / "cache")
+        return data.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
 
     def null_like(self, cond):
         """The null embedding, as often as cond has rows."""
@@ -187,6 +184,10 @@ class Pairs:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0) for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
         return t, t_start, t_end, z_start, z_end, cond
+
+
+def cache_folder(c):
+    return Path(c.cache or Path(c.out) / "cache")
 
 
 def cache_windows(recipe):

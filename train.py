@@ -32,7 +32,7 @@ import reflow
 import sampler
 import teacher
 from config import UserError
-from pairs import PRECISIONS, SOURCES, Pairs, cache_windows, drop_text_encoders
+from pairs import PRECISIONS, SOURCES, Pairs, cache_folder, cache_windows, drop_text_encoders
 from student import Solver, assign, full, make_student, newest_checkpoint, restore, save_checkpoint, swap, trained
 
 
@@ -198,7 +198,7 @@ def open_pairs(c, recipe, device, processes):
     pipeline = teacher.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
     if rank:                                               # the first process checks every image, the others read what it found
         barrier()
-    dataset = data.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column, checked=Path(c.out) / "data.json")
+    dataset = data.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column, checked=cache_folder(c) / "data.json")
     if rank == 0:
         barrier()
     if dataset.skipped and rank == 0:
@@ -213,7 +213,7 @@ def make_cache(c):
     c = dataclasses.replace(c, cache_latents=recipe.pairs != "trajectory")
     *_, pairs = open_pairs(c, recipe, device, (rank, world, dist.barrier if world > 1 else lambda: None))
     if rank == 0:
-        print(f"{pairs.folder()}: {len(pairs.rows)} {'latents' if c.cache_latents else 'trajectories'}")
+        print(f"{cache_folder(c)}: {len(pairs.rows)} {'latents' if c.cache_latents else 'trajectories'}")
 
 
 def main(c):
@@ -352,6 +352,7 @@ def main(c):
 
             # update
             norm = torch.nn.utils.clip_grad_norm_(trained(student).values(), 1.0)
+            norm = norm.full_tensor() if c.shard else norm
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.step(trained(student).values())
@@ -359,14 +360,12 @@ def main(c):
 
             # trouble: a loss that is not finite, a signal to stop
             logs, saves = (step + 1) % c.log_steps == 0, (step + 1) % c.checkpoint_steps == 0
-            latest = torch.stack([rows[:, 0] for rows in seen[-(share // micro):]])
+            latest = torch.stack([norm, *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
             stopped, not_finite = alarm(bool(stop), ~torch.isfinite(latest).all(), wait=logs or saves or step + 1 == first + updates)
             if not_finite:
-                where = bad_sample(torch.cat(seen), step, len(seen) // (share // micro), share, world)
                 bar.close()
-                raise UserError(f"loss {where['loss']} at step {where['step']}, stage {stage} ({windows} windows), window "
-                                f"({where['t_start'] - 1 / windows:.3f}, {where['t_start']:.3f}], t = {where['t']:.4f}; the last checkpoint is "
-                                f"good: lower --lr {c.lr} and start again")
+                where = bad_sample(torch.cat(seen), step, share, world, windows) or f"gradient norm {norm.item()} at step {step}"
+                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good: lower --lr {c.lr} and start again")
 
             # log: one JSON line and one point of every curve per log_steps
             if logs:
@@ -399,6 +398,7 @@ def main(c):
         del weights
         first += updates
     bar.close()
+    board.close() if rank == 0 else None
     if c.grid_steps:
         draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, out / "grids" / f"{c.steps:06d}.png" if rank == 0 else None)
     for sig, handler in handlers.items():
@@ -432,18 +432,19 @@ def write_log(file, board, line):
             board.add_scalar(key, value, line["step"])
 
 
-def bad_sample(rows, step, updates, share, world):
-    """Where the first loss that is not finite was, on whichever process. rows: (updates * share, 5), the last of `step`."""
-    bad = (~torch.isfinite(rows[:, 0])).nonzero()
-    found = None
+def bad_sample(rows, step, share, world, windows):
+    """Where the first loss that is not finite was, on whichever process, in words; "" if all were. rows: (updates * share, 5)
+    of loss, magnitude, direction, t_start, t, the last of them of update `step`."""
+    bad, found = (~torch.isfinite(rows[:, 0])).nonzero(), (math.inf, "")
     if len(bad):
         loss, _, _, t_start, t = rows[bad[0, 0]].tolist()
-        found = dict(step=step - updates + 1 + bad[0, 0].item() // share, loss=loss, t_start=t_start, t=t)
+        when = step + 1 - len(rows) // share + bad[0, 0].item() // share
+        found = when, f"loss {loss} at step {when}, window ({t_start - 1 / windows:.3f}, {t_start:.3f}], t = {t:.4f}"
+    everyone = [found]
     if world > 1:
         everyone = [None] * world
         dist.all_gather_object(everyone, found)
-        found = min((one for one in everyone if one), key=lambda one: one["step"])
-    return found
+    return min(everyone)[1]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 import bench
@@ -203,7 +204,7 @@ def test_a_cache_of_another_teacher_is_refused(cli, here, random_sd, small_model
 def test_a_loss_that_is_not_finite_stops_with_where_and_keeps_the_checkpoint(cli, here, random_sd):
     status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 40 --solver-steps 8 --recipe "
                          "reflow --lr 1e30 --checkpoint-steps 1 --out o")
-    found = re.search(r"loss \S+ at step (\d+), stage 0 \(1 windows\), window \(0.000, 1.000\], t = (\S+);", err)
+    found = re.search(r"loss \S+ at step (\d+), window \(0.000, 1.000\], t = (\S+), stage 0 \(1 windows\);", err)
     assert status == 2 and found and 0 < float(found[2]) <= 1 and "lower --lr" in err
     assert not (here / "o" / "student-1").exists()
     # the updates before it were finite, and so is what they left
@@ -211,6 +212,20 @@ def test_a_loss_that_is_not_finite_stops_with_where_and_keeps_the_checkpoint(cli
     assert newest.name == f"checkpoint-{int(found[1]):06d}.safetensors"
     _, tensors = export.open_safetensors("", newest)
     assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith("ema:"))
+
+
+def test_a_gradient_that_is_not_finite_is_not_kept(cli, here, random_sd, monkeypatch):
+    """The loss of the update is finite, the weights it leaves are not: no checkpoint of them."""
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(parameters, norm):
+        calls.append(real(parameters, norm))
+        return calls[-1] * (float("inf") if len(calls) == 3 else 1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 8 --solver-steps 8 --recipe reflow "
+                         "--checkpoint-steps 1 --out o")
+    assert status == 2 and "gradient norm inf at step 2, stage 0 (1 windows)" in err
+    assert sorted(file.name for file in (here / "o").glob("checkpoint-*")) == ["checkpoint-000001.safetensors", "checkpoint-000002.safetensors"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(cli, here, random_sd, monkeypatch):

@@ -90,14 +90,15 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
 @pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(path="linear", space="velocity"),
                                      dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
                                      dict(guidance_teacher=3.0), dict(windows=[4, 1]), dict(time_law='uniform'), dict(solver_steps=16),
-                                     dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(text_dropout=1.0)],
+                                     dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(text_dropout=1.0), dict(ema=0.0), dict(lr=1e-4)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_every_column_of_a_recipe_changes_the_student(random_sd, trained, tmp_path, changes):
     last = train.main(small(random_sd, tmp_path, **changes))
     assert not same_bits(weights(last), weights(trained / "student-1"))
 
 
-@pytest.mark.parametrize("changes", [dict(micro_batch=2), dict(micro_batch=4), dict(gradient_checkpointing=True), dict(shard=True)],
+@pytest.mark.parametrize("changes", [dict(micro_batch=2), dict(micro_batch=4), dict(gradient_checkpointing=True), dict(shard=True),
+                                     pytest.param(dict(compile=True), marks=pytest.mark.slow)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_what_saves_memory_changes_nothing_but_rounding(trained_tiny, tmp_path, changes):
     train.main(small("tiny", tmp_path, **{**CURVE, **changes}))
