@@ -455,7 +455,8 @@ def draw_grid(pipeline, model, prompts, cond, shape, windows, file):
     if file:
         file.parent.mkdir(exist_ok=True)
         pictures = sampler.to_pil(images, max(1, 128 // images.shape[-1]))
-        sampler.grid([pictures]).save(file)
+        labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]
+        sampler.grid([[picture] for picture in pictures], [f"{windows} step{'s' * (windows > 1)}"], labels).save(file)
 
 
 def describe(c, recipe, windows):

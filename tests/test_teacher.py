@@ -539,3 +539,10 @@ def test_sampler_options_for_large_models(small_models, single, small, tmp_path,
         run(model=str(small), size=33)
     with pytest.raises(UserError, match="--dtype fp8: not one of fp32, bf16, fp16"):
         run(model=str(small), dtype="fp8")
+
+
+def test_times_outside_data_to_noise_are_refused(schedule):
+    for t in (-0.01, 1.01):
+        with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+            schedule(torch.tensor([0.5, t]))
+    schedule(torch.tensor([0.0, 1.0], dtype=torch.float64) + 1e-12)           # rounding is not a mistake

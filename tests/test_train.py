@@ -115,7 +115,7 @@ def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddi
     dataset = data.open_dataset("sprites", "", 0)
     prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4]
     z = sampler.generate(pipeline, model, prompts, range(4), sampler.time_grid(8))
-    expected = sampler.grid([sampler.to_pil(teacher.decode(pipeline, z), 4)])
+    expected = sampler.grid([[picture] for picture in sampler.to_pil(teacher.decode(pipeline, z), 4)], ["8 steps"], prompts)
     found = Image.open(tmp_path / "grids" / "000000.png")
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
