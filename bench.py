@@ -248,21 +248,27 @@ def sampling(c, device):
             model(noise.to(device), t, cond)
         teacher.decode(pipeline, noise.to(device))
 
+    def text():
+        teacher.encode_text(pipeline, prompts[:1], size=(pixels, pixels))
+
     def seconds(call):
         start = time.perf_counter()
         call()
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-    taken = {call.__name__: [] for call in (ours, theirs, network)}
+    calls = (ours, theirs, network, text)
+    taken = {call.__name__: [] for call in calls}
     for repeat in range(c.repeats + 1):
-        for call in (ours, theirs, network):
+        for call in calls:
             taken[call.__name__] += [seconds(call)] * (repeat > 0)          # the first round warms up
     middle = {name: statistics.median(values) for name, values in taken.items()}
     print(f"\n## Sampling {c.model}: {c.steps} steps, batch {c.batch}, {c.precision}, median of {c.repeats} turns (min to max)\n\n"
           "| | s | of network and decoding |\n|---|---|---|")
-    for name, text in (("network", f"{c.steps} forwards and decoding"), ("ours", "sampler.py, with text"), ("theirs", "diffusers' pipeline, with text")):
-        print(f"| {text} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {middle[name] / middle['network']:.3f} |")
+    rows = {"network": f"{c.steps} forwards and decoding", "text": "text alone", "ours": "sampler.py, with text",
+            "theirs": "diffusers' pipeline, with text"}
+    for name, words in rows.items():
+        print(f"| {words} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {middle[name] / middle['network']:.3f} |")
     return taken
 
 

@@ -296,9 +296,10 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None):
         chunk, outputs = texts[start:start + batch], []
         for tokenizer, encoder in towers:
             length = tokenizer.model_max_length
-            tokens = tokenizer(chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-            cut += [(text, len(ids) - length) for text, ids in zip(chunk, tokenizer(chunk).input_ids) if len(ids) > length]
-            outputs.append(encoder(tokens.to(encoder.device), output_hidden_states=xl))
+            tokens = tokenizer(chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            whole = [text for text, mask in zip(chunk, tokens.attention_mask) if mask.all()]        # no padding: perhaps cut
+            cut += [(text, len(ids) - length) for text, ids in zip(whole, tokenizer(whole).input_ids if whole else []) if len(ids) > length]
+            outputs.append(encoder(tokens.input_ids.to(encoder.device), output_hidden_states=xl))
         # SDXL: both encoders' last layer but one, side by side, and the second's pooled output
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1) if xl else outputs[0][0]
         rows.append([part.float().cpu() for part in ([states, outputs[-1][0]] if xl else [states])])
