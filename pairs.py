@@ -50,8 +50,7 @@ class Pairs:
         self.shape = sampler.latent_shape(pipeline, c.size)
         self.pixels = self.shape[-1] * pipeline.vae_scale_factor
         self.schedule = teacher.as_model(pipeline).schedule
-        self.null = self.text([""])
-        self.null_there = {key: value.to(self.device) for key, value in self.null.items()}
+        self.null, self.null_there = self.text([""]), self.text([""], self.device)
         if recipe.pairs != "trajectory" and dataset.images is None:
             raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
                             "instead, or --pairs trajectory")
@@ -64,10 +63,10 @@ class Pairs:
 
     # ---- caches ----
 
-    def text(self, captions):
+    def text(self, captions, device="cpu"):
         """Text conditions of captions, "" being the null embedding (what guidance and dropped captions use)."""
         return teacher.encode_text(self.pipeline, [caption or None for caption in captions], null=self.c.null_text,
-                                   size=(self.pixels, self.pixels))
+                                   size=(self.pixels, self.pixels), device=device)
 
     def autocast(self):
         """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their casts are not kept."""
@@ -84,15 +83,14 @@ class Pairs:
             made = []
             for first in range(0, len(numbers), c.micro_batch or c.batch):
                 part = numbers[first:first + (c.micro_batch or c.batch)]
-                text = self.text([self.dataset.captions[i] for i in self.captions(part, "trajectory")])
-                cond = {key: value.to(self.device) for key, value in text.items()}
+                cond = self.text([self.dataset.captions[i] for i in self.captions(part, "trajectory")], self.device)
                 z = torch.stack([torch.randn(self.shape, generator=data.generator(c.seed, "noise", k)) for k in part]).to(self.device)
                 visited = []
                 with self.autocast():
                     end = sampler.ddim(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
                                        lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
-                made.append({"z": torch.stack([*visited, end], 1).cpu(), **text})
-            return {key: torch.cat([part[key] for part in made]) for key in made[0]}
+                made.append({"z": torch.stack([*visited, end], 1), **cond})
+            return {key: torch.cat([part[key].cpu() for part in made]) for key in made[0]}
         settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=steps, windows=windows,
                         guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text, size=self.pixels, seed=c.seed,
                         precision=c.precision, data=c.data or c.prompts, captions=data.digest(*self.dataset.captions))
@@ -172,7 +170,7 @@ class Pairs:
             eps = batch.pop("eps")
             if "images" in batch:
                 batch["z_0"] = teacher.encode(self.pipeline, batch.pop("images"))
-                batch |= {key: value.to(self.device) for key, value in self.text(batch.pop("captions")).items()}
+                batch |= self.text(batch.pop("captions"), self.device)
             z_0, cond = batch.pop("z_0"), batch
             starts, stops = t_start[::reuse], t_end[::reuse]
             alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))

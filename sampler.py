@@ -89,15 +89,15 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
     (N, C, h, w), CPU. progress: a tqdm to advance by images."""
     shape = latent_shape(pipeline, size)
     pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
-    null = [None] * (guidance != 1)                                        # the null embedding, where it is asked, is row 0
-    unique = [*null, *dict.fromkeys(prompts)]                              # a prompt "" is text
-    table = teacher.encode_text(pipeline, unique, size=pixels)
-    rows = torch.tensor([unique.index(prompt) for prompt in prompts])
     device, results = pipeline.unet.device, []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        cond = {key: value[rows[part]].to(device) for key, value in table.items()}
-        uncond = {key: value[:1].to(device).expand(len(rows[part]), *[-1] * (value.ndim - 1)) for key, value in table.items()}
+        null = [None] * (guidance != 1)                    # the null embedding, where it is asked, is row 0
+        unique = [*null, *dict.fromkeys(prompts[part])]    # a prompt "" is text
+        table = teacher.encode_text(pipeline, unique, size=pixels, device=device)
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts[part]]).to(device)
+        cond = {key: value[rows] for key, value in table.items()}
+        uncond = {key: value[:1].expand(len(rows), *[-1] * (value.ndim - 1)) for key, value in table.items()}
         z = ddim(model, noise(seeds[part], shape).to(device), times, cond, guidance, uncond, callback)
         results.append(z.cpu())
         if progress is not None:

@@ -178,6 +178,8 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
                   "re-export or re-download the folder" if looks_local else
                   "check the spelling and the network, or download it elsewhere and give the folder")
         reason = " ".join(str(error).split())[:300]
+        if "cached locally" in reason:                      # diffusers says "traffic has been disabled" when it could not connect
+            reason = "not in the local cache, and the hub cannot be reached"
         raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
 
     for part in set(NETWORKS) - given:
@@ -280,11 +282,11 @@ def as_model(pipeline, network=None, path=None, windows=1):
 
 
 @torch.no_grad()
-def encode_text(pipeline, prompts, batch=64, null="auto", size=None):
+def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu"):
     """What the UNet is conditioned on. prompts: list of N strings, or None for the null embedding, what an unconditional call
     sees. null: "empty" encodes "", "zeros" gives zeros, "auto" does what the model was made for (zeros for SDXL).
     size: (H, W) in pixels for SDXL's micro-conditioning; default: the model's own. Warns of text beyond the encoder's length.
-    Returns: dict of float32 CPU tensors {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}."""
+    Returns: dict of float32 tensors on device, {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}."""
     if null == "auto":
         null = "zeros" if pipeline.config.get("force_zeros_for_empty_prompt") else "empty"
     if null not in ("empty", "zeros"):
@@ -302,18 +304,19 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None):
             outputs.append(encoder(tokens.input_ids.to(encoder.device), output_hidden_states=xl))
         # SDXL: both encoders' last layer but one, side by side, and the second's pooled output
         states = torch.cat([output.hidden_states[-2] for output in outputs], -1) if xl else outputs[0][0]
-        rows.append([part.float().cpu() for part in ([states, outputs[-1][0]] if xl else [states])])
+        rows.append([part.float().to(device) for part in ([states, outputs[-1][0]] if xl else [states])])
     if cut:
         (first, excess), others = cut[0], len({text for text, _ in cut}) - 1
         warnings.warn(f"{first[:60] + '...' * (len(first) > 60)!r} is {excess} tokens too long for the text encoder, which does not see "
                       "its end" + f"; so are {others} more" * (others > 0), stacklevel=3)      # 2 is no_grad
     table = dict(zip(("encoder_hidden_states", "text_embeds"), map(torch.cat, zip(*rows))))
     if null == "zeros":
+        dropped = torch.tensor([prompt is None for prompt in prompts]).to(device)
         for value in table.values():
-            value[[prompt is None for prompt in prompts]] = 0
+            value.masked_fill_(dropped.view(-1, *[1] * (value.ndim - 1)), 0)
     if xl:
         height, width = native_size(pipeline) if size is None else size
-        table["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]]).float().repeat(len(texts), 1)
+        table["time_ids"] = torch.tensor([[height, width, 0, 0, height, width]]).float().repeat(len(texts), 1).to(device)
     return table
 
 

@@ -365,7 +365,8 @@ def main(c):
             if not_finite:
                 bar.close()
                 where = bad_sample(torch.cat(seen), step, share, world, windows) or f"gradient norm {norm.item()} at step {step}"
-                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good: lower --lr {c.lr} and start again")
+                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; to train again, lower --lr {c.lr} "
+                                "and give another --out")
 
             # log: one JSON line and one point of every curve per log_steps
             if logs:
