@@ -463,10 +463,15 @@ def draw_grid(pipeline, model, prompts, cond, shape, windows, file):
 def describe(c, recipe, windows):
     """reflow.json of a student: what it is and how it was made."""
     options = {key: value for key, value in dataclasses.asdict(c).items() if value != getattr(Config(), key)}
-    words = [f"--{'no-' * (value is False)}{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-             if not isinstance(value, bool) else f"--{'no-' * (not value)}{key.replace('_', '-')}" for key, value in options.items()]
-    return dict(method=c.name or c.recipe, recipe=c.recipe, windows=windows, path=recipe.path, teacher=c.model, command="python train.py " +
-                " ".join(words), columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
+
+    def option(key, value):
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{'no-' * (not value)}{name}"
+        return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=recipe.stages.index(windows), windows=windows, path=recipe.path,
+                teacher=c.model, command=" ".join(["python train.py", *(option(*item) for item in options.items())]),
+                columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 
 if __name__ == "__main__":
