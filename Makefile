@@ -20,7 +20,7 @@ demo: $(VENV)/ready
 	$(RUN) eval.py runs/demo
 
 test: $(VENV)/ready
-	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(VENV)/ready
 	$(RUN) -m pytest -m slow

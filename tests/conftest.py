@@ -1,5 +1,6 @@
 """Shared fixtures: a randomly initialised pipeline of the embedded architecture, and closed-form models. No downloads."""
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,18 @@ from transformers import CLIPTextModel  # noqa: E402
 import architectures  # noqa: E402
 import teacher  # noqa: E402
 import tiny  # noqa: E402
+
+
+def torchrun(processes):
+    """The launcher of a run on several processes, at a port nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free.getsockname()[1]}")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test first: with a worker per core it must not be the last to begin."""
+    items.sort(key=lambda item: item.name != "test_every_command_runs")
 
 
 @pytest.fixture(scope="session")

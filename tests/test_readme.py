@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, torchrun
 
 import eval as evaluation
 
@@ -36,9 +36,9 @@ def test_every_command_runs(tmp_path, small_models):
         else:
             script = next(word for word in words if word.endswith(".py"))
             words[words.index(script)] = str(ROOT / script)
-            launcher = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run", "--master_port=29622"]
-            command, where = [*launcher, *words[1:], *SMALL.get(script, "").split()], tmp_path
-        done = subprocess.run([word.replace("nproc_per_node=8", "nproc_per_node=2") for word in command], cwd=where, capture_output=True, text=True)
+            launcher, rest = ([sys.executable], words[1:]) if words[0] == "python" else (torchrun(2), words[2:])
+            command, where = [*launcher, *rest, *SMALL.get(script, "").split()], tmp_path
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr[-2000:])
     for file in ("heart.png", "zoo.png", "compare.png", "compare-steps.png", "reflow-2d.png", "lighthouse.png", "runs/train/grid.png", "runs/merged/model_index.json",
                  "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json"):

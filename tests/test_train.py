@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -48,10 +48,6 @@ def small(random_sd, out, **changes):
 def command(random_sd, out, **changes):
     options = {**SMALL, "model": random_sd, "out": out, **changes}
     return [str(part) for key, value in options.items() for part in ([f"--{key.replace('_', '-')}"] + [value] * (value is not True))]
-
-
-def torchrun(processes, port):
-    return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}")
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +191,7 @@ def test_the_last_checkpoints_are_kept_and_a_torn_one_is_passed_over(random_sd, 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch, run_file):
     interrupted("tiny", tmp_path / "out", monkeypatch, 7, checkpoint_steps=5, **CURVE)
-    done = run_file("train.py", *command("tiny", tmp_path / "out", checkpoint_steps=5, **CURVE), launcher=torchrun(2, 29613))
+    done = run_file("train.py", *command("tiny", tmp_path / "out", checkpoint_steps=5, **CURVE), launcher=torchrun(2))
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "out") == pytest.approx(losses(trained_tiny), abs=1e-5)
 
@@ -206,7 +202,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, 
 @pytest.mark.parametrize("changes", [dict(), dict(shard=True), dict(micro_batch=2, pairs="student")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, run_file, changes):
-    done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2, 29611))
+    done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2))
     assert done.returncode == 0, done.stderr[-2000:]
     train.main(small("tiny", tmp_path / "one", **{**CURVE, **changes, "shard": False}))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
@@ -228,7 +224,7 @@ def test_a_sharded_run_stopped_and_resumed_equals_a_plain_one(trained_tiny, tmp_
 
 
 def test_trouble_on_one_process_is_told_by_the_first(random_sd, tmp_path, run_file):
-    done = run_file("train.py", *command(random_sd, tmp_path / "out", lr=1e30, checkpoint_steps=1), launcher=torchrun(2, 29612))
+    done = run_file("train.py", *command(random_sd, tmp_path / "out", lr=1e30, checkpoint_steps=1), launcher=torchrun(2))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode != 0 and len(errors) == 1 and "the last checkpoint is good" in errors[0], done.stderr[-2000:]
 
