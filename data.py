@@ -417,10 +417,6 @@ class Rows:
             raise IndexError(f"row {outside[0]} of {self.count}")
         return {name: torch.stack([self.slices[i // self.shard][name][i % self.shard] for i in indices]) for name in self.slices[0]}
 
-    def column(self, name):
-        """The whole of a small column: (count, ...)."""
-        return torch.cat([file.get_tensor(name) for file in self.files])[:self.count]
-
 
 def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc=""):
     """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill at any moment, and shared by every

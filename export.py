@@ -146,7 +146,7 @@ def export_checkpoint(c):
     info = json.loads(metadata["info"])
     options = info["config"]
     average = {key.removeprefix("ema:"): value for key, value in tensors.items() if key.startswith("ema:")}
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options["precision"] if options["lora"] else "fp32"]
+    dtype = teacher.DTYPES[options["precision"] if options["lora"] and not options["shard"] else "fp32"]      # as it was trained
     unet = teacher.load_pipeline(options["model"], dtype, options["random_init"], options["seed"], options["model_config"],
                                  vae=None, text_encoder=None).unet
     export(folder, {**unet.state_dict(), **average}, unet.config, {**info, "updates": int(metadata["step"])})
@@ -163,7 +163,7 @@ class DeltaConfig:
 
 def export_delta(c):
     """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what it is merged into."""
-    dtype = config.choose("--dtype", c.dtype, {"fp32": torch.float32, "fp16": torch.float16})
+    dtype = teacher.DTYPES[config.choose("--dtype", c.dtype, ("fp32", "fp16"))]
     info = read_info("--student", c.student)
     base = c.base or info["teacher"]
     seed, random_init = info["config"].get("seed", 0), info["config"].get("random_init", False) and not c.base

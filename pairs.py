@@ -21,7 +21,7 @@ import teacher
 from config import UserError
 
 SOURCES = ("trajectory", "data", "student")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {name: teacher.DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
 
 
 def fingerprint(*modules):

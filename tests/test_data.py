@@ -448,7 +448,7 @@ def test_rows_come_in_the_order_asked_from_files_left_on_disk(tmp_path, solve):
     check(rows, [9, 0, 4, 4, 3, 9])
     check(rows, torch.tensor([7, 1]))
     check(rows, list(range(10)))
-    assert torch.equal(rows.column("caption"), torch.arange(10) * 7)
+    assert torch.equal(rows[range(10)]["caption"], torch.arange(10) * 7)
     for outside in (-1, 10):
         with pytest.raises(IndexError, match=f"row {outside} of 10"):
             rows[[0, outside]]
@@ -477,7 +477,7 @@ def test_a_larger_count_extends_and_a_smaller_one_makes_nothing(tmp_path, solve)
     check(rows, list(range(17))[::-1])
     solve.made.clear()
     rows = data.cached(tmp_path, 6, SETTINGS, solve, shard=4)
-    assert not solve.made and len(rows) == 6 and torch.equal(rows.column("caption"), torch.arange(6) * 7)
+    assert not solve.made and len(rows) == 6 and torch.equal(rows[range(6)]["caption"], torch.arange(6) * 7)
     with pytest.raises(IndexError):
         rows[[6]]
 
