@@ -47,10 +47,10 @@ def decompose(pred, target):
     return magnitude, direction
 
 
-def aligned(pred, target, loss, direction_weight):
-    """Aligned v-prediction: loss(p, q) + alpha (1 - cos(p, q)), alpha = direction_weight >= 0. Returns: (B,).
-    Source: ProReflow, with loss = MSE; its alpha is unknown."""
-    value = loss(pred, target)
+def aligned(value, pred, target, direction_weight):
+    """Aligned v-prediction: value + alpha (1 - cos(p, q)), alpha = direction_weight >= 0.  value: (B,), a loss of the same
+    samples; pred, target: (B, ...), velocities.  Returns: (B,).
+    Source: ProReflow, with value = MSE; its alpha is unknown, and so is the space of its cosine."""
     return value + direction_weight * direction_loss(pred, target) if direction_weight else value
 
 

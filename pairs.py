@@ -5,6 +5,10 @@
 | trajectory | a boundary of the teacher's own path      | its next boundary; solved once, cached, shared by every stage  |
 | data       | a real latent noised to t_start           | teacher's DDIM inside the window (PeRFlow)                     |
 | student    | the same                                  | the previous stage's student, a step per old window (ProReflow)|
+| consistency| a real latent noised to t                 | one step of the teacher, then the student's own x_hat there    |
+
+Consistency distillation (LCM) is the peer that users know. It is a chord as well: from z_t to the data at t = 0, which the
+student itself is believed to know better one teacher step nearer to it.
 
 Everything random about sample k comes from generators seeded with (seed, k), so that a sample is the same on one process
 or eight, at any micro-batch, before or after a resume.
@@ -20,7 +24,7 @@ import sampler
 import teacher
 from config import UserError
 
-SOURCES = ("trajectory", "data", "student")
+SOURCES = ("trajectory", "data", "student", "consistency")
 PRECISIONS = {name: teacher.DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
 
 
@@ -141,6 +145,8 @@ class Pairs:
             place = (t - t_end) / (t_start - t_end)
             t_start, t_end = (edge.repeat_interleave(reuse) for edge in reflow.window_of(self.times([p * reuse for p in pair], windows), windows))
             t = torch.lerp(t_end, t_start, place)
+        if self.recipe.pairs == "consistency":           # each t starts its own window, down to the data
+            t_start, t_end = t, torch.zeros_like(t)
         batch = dict(t=t, t_start=t_start, t_end=t_end)
         if self.recipe.pairs == "trajectory":
             rows = self.rows[[torch.randint(len(self.rows), (1,), generator=data.generator(self.c.seed, "row", p)).item() for p in pair]]
@@ -158,8 +164,9 @@ class Pairs:
         return batch | rows
 
     @torch.no_grad()
-    def ends(self, batch, solver, steps):
-        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached.
+    def ends(self, batch, solver, steps, student=None):
+        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached; student: the Model
+        that is trained, which consistency asks itself.
         Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,), float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -175,9 +182,15 @@ class Pairs:
             starts, stops = t_start[::reuse], t_end[::reuse]
             alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
-            times = torch.lerp(starts, stops, torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)[:, None])
             with self.autocast():
-                z_end = sampler.ddim(solver, z_start, times, cond, self.c.guidance_teacher, self.null_like(cond))
+                if self.recipe.pairs == "consistency":   # a window as long as one teacher step, then the student's jump to t = 0
+                    nearer = (starts - 1 / steps).clamp_min(0)
+                    z_near = sampler.ddim(solver, z_start, torch.stack([starts, nearer]), cond, self.c.guidance_teacher, self.null_like(cond))
+                    jump = sampler.ddim(student, z_near, torch.stack([nearer.clamp_min(1e-3), stops]), cond)
+                    z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
+                else:
+                    times = torch.lerp(starts, stops, torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)[:, None])
+                    z_end = sampler.ddim(solver, z_start, times, cond, self.c.guidance_teacher, self.null_like(cond))
         if reuse > 1:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0) for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))

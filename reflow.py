@@ -86,7 +86,7 @@ def eps_space(schedule, t_start, t_end):
 
 
 def flow_space(schedule, t_start, t_end):
-    """The flow velocity u = eps - x: the space of aligned v-prediction here."""
+    """The flow velocity u = eps - x."""
     return -1.0, 1.0
 
 
@@ -130,11 +130,12 @@ class Recipe:
     """One way to train. What a paper leaves unknown is our value, and README.md says so."""
     stages: tuple = (8, 4, 2, 1)         # windows of each stage, trained in this order
     shares: tuple = (1, 1, 1, 1)         # share of the updates that each stage gets
-    pairs: str = "trajectory"            # where (z_start, z_end) come from: trajectory, data or student
+    pairs: str = "trajectory"            # where (z_start, z_end) come from, one of pairs.SOURCES
     path: str = "vp"                     # how the student meets the chord, a row of PATHS
     space: str = "u"                     # what the loss compares, a row of SPACES
     loss: str = "mse"                    # a row of losses.LOSSES
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
+    direction_space: str = "u"           # what that cosine compares, a row of SPACES
     time_law: str = "starts"             # a row of TIME_LAWS
     solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
     reuse: int = 1                       # times t that each pair is asked at, in the same update
@@ -144,11 +145,13 @@ RECIPES = {
     "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
-                        direction_weight=0.1, time_law="uniform"),
+                        direction_weight=0.1, direction_space="velocity", time_law="uniform"),
     "perflow": Recipe(stages=(4,), shares=(1,), pairs="data", path="linear", space="eps", time_law="uniform"),
     "rectified-diffusion": Recipe(stages=(4,), shares=(1,), pairs="data", space="end", loss="pseudo-huber",
                                   solver_steps=40, time_law="uniform"),
     "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity", time_law="uniform"),
+    "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber", time_law="uniform",
+                  solver_steps=50),                                                  # the peer: latent consistency
 }
 
 

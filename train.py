@@ -41,14 +41,15 @@ class Config:
     model: str = "tiny"              # teacher: a preset (tiny, sd15, sd21, sdxl), a diffusers folder, a hub id or a .safetensors file
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but quality, downloads nothing
-    recipe: str = "default"          # a row of reflow.RECIPES; the nine below override its columns
+    recipe: str = "default"          # a row of reflow.RECIPES; the ten below override its columns
     windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
-    pairs: str | None = None         # trajectory, data or student
+    pairs: str | None = None         # trajectory, data, student or consistency
     path: str | None = None          # vp or linear
     space: str | None = None         # eps, u, velocity or end
     loss: str | None = None          # mse or pseudo-huber
     time_law: str | None = None      # uniform or starts
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
+    direction_space: str | None = None  # of that cosine: eps, u, velocity or end
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
     reuse: int | None = None         # times t that each pair is asked at, in the same update
     name: str = ""                   # what tables call this method; default: the recipe's name
@@ -84,7 +85,7 @@ class Config:
     device: str = ""                 # cpu or cuda; default: cuda if there is one
 
 
-RECIPE_COLUMNS = ("pairs", "path", "space", "loss", "time_law", "direction_weight", "solver_steps", "reuse")
+RECIPE_COLUMNS = ("pairs", "path", "space", "loss", "time_law", "direction_weight", "direction_space", "solver_steps", "reuse")
 # what may differ between two starts of one run
 FREE = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
 NULL_TEXTS = ("auto", "empty", "zeros")
@@ -98,7 +99,7 @@ def resolve_recipe(c):
                                      len(c.windows) <= len(recipe.shares) else (1,) * len(c.windows))
     overrides = {name: getattr(c, name) for name in RECIPE_COLUMNS}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
-    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
+    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "direction_space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
     for name, table in tables.items():
         config.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
     config.choose("--precision", c.precision, PRECISIONS)
@@ -326,7 +327,7 @@ def main(c):
 
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window
-                t, t_start, t_end, z_start, z_end, cond = pairs.ends(next(batches), solving, solver_windows // windows)
+                t, t_start, t_end, z_start, z_end, cond = pairs.ends(next(batches), solving, solver_windows // windows, model)
 
                 # the chord of the window, and the student's answer on it
                 ends = [[v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)]
@@ -336,10 +337,12 @@ def main(c):
                     x_hat, eps_hat = model(a * x + b * eps, t, cond)
 
                 # loss, in the recipe's space
-                p, q = (v.float()[:, None, None, None] if torch.is_tensor(v) else v
-                        for v in reflow.SPACES[recipe.space](model.schedule, t_start, t_end))
-                answer, target = p * x_hat + q * eps_hat, p * x + q * eps
-                per_sample = losses.aligned(answer, target, losses.LOSSES[recipe.loss], recipe.direction_weight)
+                def compared(space):
+                    p, q = (v.float()[:, None, None, None] if torch.is_tensor(v) else v
+                            for v in reflow.SPACES[space](model.schedule, t_start, t_end))
+                    return p * x_hat + q * eps_hat, p * x + q * eps
+                answer, target = compared(recipe.space)
+                per_sample = losses.aligned(losses.LOSSES[recipe.loss](answer, target), *compared(recipe.direction_space), recipe.direction_weight)
 
                 # gradients: processes share theirs once, at the last micro-batch
                 final = i + micro == share

@@ -149,3 +149,20 @@ def test_windows_of_the_cache_serve_every_stage():
 def test_endless_pictures_cannot_be_cached(make):
     with pytest.raises(config.UserError, match="endless"):
         make(data="sprites", pairs="data", cache_latents=True)
+
+
+def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
+    pairs, recipe, pipeline = make(recipe="lcm", windows=[1], solver_steps=4)
+    solver, student = teacher.as_model(pipeline), teacher.as_model(pipeline)
+    student.network = lambda z, timestep, **cond: 0.3 * z                   # known at once: x_hat = (1 - 0.3 sigma) z / alpha
+    t, t_start, t_end, z_start, z_end, cond = pairs.ends(pairs.fetch(range(8), 1), solver, 4, student)
+    assert torch.equal(t, t_start) and not t_end.any() and (t < 0.25).any() and (t > 0.25).any()
+    nearer = (t - 0.25).clamp_min(0)
+    with torch.no_grad():
+        z = sampler.ddim(solver, z_start, torch.stack([t, nearer]), cond)
+    alpha, sigma = (v.float()[:, None, None, None] for v in pairs.schedule(nearer.clamp_min(1e-3)))
+    expected = torch.where((nearer > 0)[:, None, None, None], (1 - 0.3 * sigma) * z / alpha, z)
+    assert torch.allclose(z_end, expected, atol=1e-5)
+    # the chord of these two ends is the student's belief itself
+    x, _ = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
+    assert torch.allclose(x, z_end, atol=1e-5)
