@@ -419,7 +419,7 @@ def summary(rows, norm, world, windows):
         everyone = [torch.empty_like(rows) for _ in range(world)]
         dist.all_gather(everyone, rows)
         rows = torch.cat(everyone)
-    window = (rows[:, 3] * windows).round().long()
+    window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
     return dict(loss=loss, magnitude=magnitude, direction=direction, grad_norm=full(norm).item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))})
