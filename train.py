@@ -463,8 +463,8 @@ def draw_grid(pipeline, model, prompts, cond, shape, windows, file):
         sampler.grid([[picture] for picture in pictures], [f"{windows} step{'s' * (windows > 1)}"], labels).save(file)
 
 
-def describe(c, recipe, windows):
-    """reflow.json of a student: what it is and how it was made."""
+def command(c):
+    """The command line that gives this Config: every option that is not its default."""
     options = {key: value for key, value in dataclasses.asdict(c).items() if value != getattr(Config(), key)}
 
     def option(key, value):
@@ -472,9 +472,14 @@ def describe(c, recipe, windows):
         if isinstance(value, bool):
             return f"--{'no-' * (not value)}{name}"
         return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    return " ".join(["python train.py", *(option(*item) for item in options.items())])
+
+
+def describe(c, recipe, windows):
+    """reflow.json of a student: what it is and how it was made."""
     return dict(method=c.name or c.recipe, recipe=c.recipe, stage=recipe.stages.index(windows), windows=windows, path=recipe.path,
-                teacher=c.model, command=" ".join(["python train.py", *(option(*item) for item in options.items())]),
-                columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
+                teacher=c.model, command=command(c), columns=dataclasses.asdict(recipe),
+                config=dataclasses.asdict(c), **export.versions())
 
 
 if __name__ == "__main__":
