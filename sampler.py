@@ -1,10 +1,22 @@
-"""Few-step sampling: time grids, the solver, and `python sampler.py --prompt "red heart on blue"`.
+"""Few-step sampling: time grids, solvers, and `python sampler.py --prompt "red heart on blue"`.
 
 python sampler.py export, export-delta and merge write models instead of pictures (export.py).
 
 Without --model it takes the newest student under runs/, else the one in assets/. A student needs no special solver:
-inside a straight window one DDIM step is exact, so stock diffusers schedulers sample it as well as this file does.
+inside a straight window one DDIM step is exact, so stock diffusers schedulers sample it as well as this file does. The
+solvers beyond DDIM are for curved trajectories, a teacher's or a student's of more steps than windows:
+
+| solver | order | evaluations | |
+|---|---|---|---|
+| ddim | 1 | S | the Euler step of every straightening of the path, so there is no other "euler" here |
+| heun | 2 | 2S - K | trapezoid in sigma_karras = sigma/alpha: dpm2 with r = 1 |
+| dpm2 | 2 | 2S - K | DPM-Solver-2: middle point at the share r of the step in log sigma_karras |
+| dpmsolver++, unipc | 2 | S | diffusers' own multistep schedulers |
+| lcm | - | S | diffusers' own: jump to the clean latent, add fresh noise; for models of one window |
+
+for S steps through K windows (of the model; a plain model has one). Any grid of GRIDS goes with the first three.
 """
+import functools
 import json
 import math
 import sys
@@ -15,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -24,32 +37,94 @@ import reflow
 import teacher
 from config import UserError
 
-# ---- noise, time grids, solver -------------------------------------------------------------------------------------
+# ---- noise, time grids ---------------------------------------------------------------------------------------------
+
+
+def generators(seeds):
+    """One CPU generator per image, so that image i is the same in any batch and on any number of processes. seeds: ints."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 def noise(seeds, shape):
-    """Standard normal noise, one generator per image, so that image i is the same in any batch and on any number of
-    processes. seeds: ints; shape: of one image.  Returns: float32 (len(seeds), *shape), CPU."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    """Standard normal noise, the first that each image's generator draws. seeds: ints; shape: of one image.
+    Returns: float32 (len(seeds), *shape), CPU."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators(seeds)])
 
 
-def time_grid(steps, windows=1):
-    """steps + 1 times from 1 to 0, steps spread evenly over the windows (any remainder goes to the noisiest ones), so
-    that no step crosses a boundary. With windows dividing steps this is k/steps: diffusers' "trailing" spacing.
-    Returns: float64 (steps + 1,).  Raises ValueError if there are fewer steps than windows."""
+# A grid says where the N steps through one window lie. Each row: (u, start, end, schedule) -> times, with u = 0, 1/N, ..., 1,
+# falling from start at u = 0 to end at u = 1, float64 (N + 1,).
+
+
+def uniform_grid(u, start, end, schedule):
+    """Evenly in t: in one window k/N, diffusers' "trailing" spacing."""
+    return start + (end - start) * u
+
+
+def sigmoid_grid(u, start, end, schedule, kappa=10.0):
+    """Denser towards both ends, the more so the larger kappa > 0: sigmoid(kappa (u - 1/2)) brought to [0, 1]. As kappa goes
+    to 0 it becomes uniform.  Source: Simple ReFlow has a sigmoid grid; its kappa is unknown, 10 is our default."""
+    if not kappa > 0:
+        raise ValueError(f"kappa = {kappa:g}: must be above 0")
+    curve = torch.sigmoid(kappa * (u - 0.5))
+    return start + (end - start) * (curve - curve[0]) / (curve[-1] - curve[0])
+
+
+def edm_grid(u, start, end, schedule, rho=7.0):
+    """Evenly in sigma_karras^(1/rho), EDM (Karras et al. 2022) eq. 5: towards t = 0 the last but one time is the lowest noise
+    that the network knows (timestep 0), then 0; a window that ends above 0 ends there.
+    Raises ValueError if sigma_karras is infinite at the start (zero terminal SNR)."""
+    steps, floor = len(u) - 1, 1 / schedule.timesteps
+    if schedule(torch.tensor(start))[0] == 0:
+        raise ValueError("sigma/alpha is infinite at t = 1 (zero terminal SNR): use another grid")
+    if steps > 1 and end < floor:                           # i / (N - 1), and the appended 0
+        return torch.cat([edm_grid(torch.linspace(0, 1, steps, dtype=torch.float64), start, floor, schedule, rho), torch.zeros(1).double()])
+    high, low = (sigma_karras(schedule, torch.tensor(t, dtype=torch.float64)) ** (1 / rho) for t in (start, end))
+    return time_of(schedule, (high + (low - high) * u) ** rho)
+
+
+GRIDS = {"uniform": uniform_grid, "sigmoid": sigmoid_grid, "edm": edm_grid}
+
+
+def sigma_karras(schedule, t):
+    """sigma_t / alpha_t, float64, like t."""
+    alpha, sigma = schedule(t)
+    return sigma / alpha
+
+
+def time_of(schedule, sigma):
+    """The t at which sigma_t / alpha_t is sigma >= 0: the exact inverse, as alpha is linear between timesteps.
+    sigma: CPU tensor of any shape; beyond what the schedule reaches gives t = 1.  Returns: float64, the same shape."""
+    alpha = 1 / (1 + sigma.double().square()).sqrt()
+    table = schedule.alpha.numpy()[::-1]                    # rising, as interp wants it
+    return torch.from_numpy(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table)))).reshape(sigma.shape)
+
+
+def time_grid(steps, windows=1, spacing=uniform_grid, schedule=None):
+    """steps + 1 times from 1 to 0, steps shared evenly by the windows (any remainder goes to the noisiest ones), so that no
+    step crosses a boundary; inside each window as spacing says, a row of GRIDS. schedule: what edm_grid needs.
+    Returns: float64 (steps + 1,), falling.  Raises ValueError if there are fewer steps than windows, or if times coincide."""
     if steps < windows:
         raise ValueError(f"{steps} steps cannot cross {windows} windows: one step per window at least")
     edges, times = reflow.boundaries(windows), [1.0]
     for i, (start, end) in enumerate(zip(edges, edges[1:])):
         inside = steps // windows + (i < steps % windows)
-        times += [start + (end - start) * (j + 1) / inside for j in range(inside)]
-    return torch.tensor(times, dtype=torch.float64)
+        u = torch.arange(inside + 1, dtype=torch.float64) / inside
+        times += [*spacing(u, start, end, schedule)[1:-1].tolist(), end]
+    times = torch.tensor(times, dtype=torch.float64)
+    if not (times.diff() < 0).all():
+        raise ValueError(f"{steps} steps: some lie closer together than numbers can tell; use fewer steps or a smaller kappa")
+    return times
 
 
-def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None):
+# ---- solvers -------------------------------------------------------------------------------------------------------
+# All of one signature (ddim says what it means), so that two can be laid side by side, and swapped.
+
+
+def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None):
     """DDIM: keep (x_hat, eps_hat), change t. First order; exact in one step where the trajectory is straight.
     model: the contract of teacher.py; z: (B, ...) at times[0]; times: (S+1,) or one column per sample, (S+1, B), in
-    sampling order, none but the last 0; callback: called with a dict(i, t, t_next, z, x_hat, eps_hat) before each move.
+    sampling order, none but the last 0; callback: called with a dict(i, t, t_next, z, x_hat, eps_hat) before each move;
+    generators: one per image, read only by solvers that draw noise (lcm).
     Returns: z at times[-1]. One network evaluation per step, and nothing else that waits for the device."""
     times = times.to(z.device).reshape(len(times), -1).expand(-1, len(z))          # (S+1, B)
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
@@ -59,6 +134,107 @@ def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None):
         a, b = (c.to(z.dtype) for c in model.coefficients(t_next, z.ndim))
         z = a * x_hat + b * eps_hat
     return z
+
+
+def dpm2(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None, r=0.5):
+    """DPM-Solver-2 (Lu et al. 2022, alg. 4; Simple ReFlow samples with it, its r is unknown): second order in
+    sigma_karras = sigma/alpha. A DDIM step to the middle point sigma_m = sigma^(1-r) sigma_next^r, then the whole step with
+    eps = (1 - 1/(2r)) eps_hat + 1/(2r) eps_m. r in (0, 1]: 1/2 is halfway in log sigma_karras, 1 is Heun's method.
+    A step that ends a window of the model is DDIM: at its end the network speaks for the next window, and at t = 0 not at
+    all. So S steps through K windows cost 2S - K evaluations, and one step per window is exact where ddim is.
+    Arguments, Returns: as for ddim.  Raises ValueError unless 0 < r <= 1, UserError where sigma_karras is infinite or, for
+    r < 1, where z is off the schedule's curve. Waits for the device once, if times are there."""
+    if not 0 < r <= 1:
+        raise ValueError(f"r = {r:g}: must be above 0 and at most 1")
+    times = times.cpu().double().reshape(len(times), -1).expand(-1, len(z))         # (S+1, B)
+    if (model.schedule(times[0])[0] == 0).any():
+        raise UserError("solver heun, dpm2: sigma/alpha is infinite at t = 1 (zero terminal SNR); use ddim")
+    if r < 1:
+        check_on_schedule("dpm2", model, times[:-1])
+    last = times[1:] <= reflow.window_of(times[:-1], model.windows)[1] + 1e-9       # (S, B): ends a window
+    sigma = sigma_karras(model.schedule, times)
+    middle = times[1:] if r == 1 else time_of(model.schedule, sigma[:-1] ** (1 - r) * sigma[1:] ** r)
+    middle = torch.where(last, times[:-1], middle)          # there eps_m is eps_hat, and the step is DDIM
+    single = last.all(1).tolist()
+    times, middle = times.to(z.device), middle.to(z.device)
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        x_hat, eps_hat = model(z, t, cond, guidance, uncond)
+        if callback:
+            callback(dict(i=i, t=t, t_next=t_next, z=z, x_hat=x_hat, eps_hat=eps_hat))
+        if not single[i]:
+            a, b = (c.to(z.dtype) for c in model.coefficients(middle[i], z.ndim))
+            _, eps_m = model(a * x_hat + b * eps_hat, middle[i], cond, guidance, uncond)
+            change = (eps_m - eps_hat) / (2 * r)
+            a, b = model.coefficients(t, z.ndim)            # the same z is a (x_hat - b/a change) + b (eps_hat + change)
+            x_hat, eps_hat = x_hat - (b / a).to(z.dtype) * change, eps_hat + change
+        a, b = (c.to(z.dtype) for c in model.coefficients(t_next, z.ndim))
+        z = a * x_hat + b * eps_hat
+    return z
+
+
+def check_on_schedule(name, model, t):
+    """Raises UserError unless the model's z lies on the noise schedule's own curve at every t, as PeRFlow's linear path does
+    only at boundaries. t: CPU tensor."""
+    for found, expected in zip(model.coefficients(t.reshape(-1)), model.schedule(t.reshape(-1))):
+        if not torch.allclose(found, expected, atol=1e-6):
+            raise UserError(f"solver {name}: between its boundaries this student leaves the noise schedule (path linear, "
+                            f"{model.windows} window{'s' * (model.windows > 1)}); use ddim or heun, or one step per window")
+
+
+def stock(name, scheduler_class, draws=False, **options):
+    """A solver out of a diffusers scheduler, which gets the model's betas and its x_hat, whatever the network predicts. It
+    asks at its own integer timesteps, so times must be the uniform grid from 1 to 0, one for all samples; z must lie on the
+    noise schedule. draws: it adds noise, from one generator per image.  Returns: a function like ddim.  Its errors are
+    UserError: another grid, more steps than it can make, a student off the schedule."""
+    def solve(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None):
+        steps, alpha = len(times) - 1, model.schedule.alpha
+        if times.ndim > 1 or not torch.allclose(times.cpu().double(), time_grid(steps), atol=1e-6):
+            raise UserError(f"solver {name}: has its own times, {steps} uniform steps from 1 to 0; use ddim, heun or dpm2 with other "
+                            "grids, and a multiple of its windows as --steps for a student of several")
+        if draws and (generators is None or len(generators) != len(z)):
+            raise ValueError(f"solver {name} draws noise: give {len(z)} generators, one per image")
+        betas = 1 - (alpha[1:] / alpha[:-1]).square()
+        scheduler = scheduler_class(trained_betas=betas.tolist(), num_train_timesteps=len(betas), prediction_type="sample",
+                                    rescale_betas_zero_snr=alpha[-1].item() == 0, **options)    # where it is, it stays as it is
+        try:
+            scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise UserError(f"solver {name}: cannot make {steps} steps ({error}); use fewer") from error
+        asked = torch.cat([(scheduler.timesteps.double() + 1) / len(betas), torch.zeros(1, dtype=torch.float64)])
+        check_on_schedule(name, model, asked[:-1])
+        asked = asked.to(z.device).reshape(-1, 1).expand(-1, len(z))
+        for i, timestep in enumerate(scheduler.timesteps):
+            x_hat, eps_hat = model(z, asked[i], cond, guidance, uncond)
+            if callback:
+                callback(dict(i=i, t=asked[i], t_next=asked[i + 1], z=z, x_hat=x_hat, eps_hat=eps_hat))
+            z = scheduler.step(x_hat, timestep, z, **({"generator": generators} if draws else {})).prev_sample
+        return z
+    return solve
+
+
+SOLVERS = {
+    "ddim": ddim,
+    "heun": functools.partial(dpm2, r=1.0),
+    "dpm2": dpm2,
+    "dpmsolver++": stock("dpmsolver++", DPMSolverMultistepScheduler, timestep_spacing="trailing"),
+    "unipc": stock("unipc", UniPCMultistepScheduler, timestep_spacing="trailing"),
+    "lcm": stock("lcm", LCMScheduler, draws=True),          # its own spacing: S of the 50 timesteps 19, 39, ..., 999
+}
+TWO_EVALUATIONS = ("heun", "dpm2")
+
+
+def evaluations(solver, steps, windows=1):
+    """Network evaluations per image without guidance. solver: a key of SOLVERS; windows: the model's."""
+    return 2 * steps - windows if solver in TWO_EVALUATIONS else steps
+
+
+def steps_for(solver, nfe, windows=1):
+    """The steps that cost nfe evaluations, without guidance.  Raises ValueError if no number of steps does."""
+    steps = (nfe + windows) // 2 if solver in TWO_EVALUATIONS else nfe
+    if steps < windows or evaluations(solver, steps, windows) != nfe:
+        near = [n for n in (nfe - 1, nfe + 1, windows) if n >= windows and evaluations(solver, steps_for(solver, n, windows), windows) == n]
+        raise ValueError(f"{nfe} evaluations: not possible with {solver} and {windows} windows")
+    return steps
 
 
 # ---- a model folder and its pictures -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -471,7 +472,7 @@ def command(c):
         name = key.replace("_", "-")
         if isinstance(value, bool):
             return f"--{'no-' * (not value)}{name}"
-        return f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        return f"--{name} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
     return " ".join(["python train.py", *(option(*item) for item in options.items())])
 
 
