@@ -19,6 +19,11 @@ demo: $(VENV)/ready
 	$(DEMO) --recipe reflow --out runs/demo/reflow
 	$(RUN) eval.py runs/demo
 
+# every table and figure of the studies, and report.html: about two hours on two cores, resumable
+study: $(VENV)/ready
+	$(RUN) eval.py --study all
+	$(RUN) report.py
+
 test: $(VENV)/ready
 	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
 
@@ -35,4 +40,4 @@ tiny: $(VENV)/ready
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: all demo test test-slow lint tiny clean
+.PHONY: all demo study test test-slow lint tiny clean

@@ -1,151 +1,406 @@
 """Measures students against their teacher: python eval.py runs/demo
 
 Everything is generated from the same noise and captions: the teacher in 32 DDIM steps, the untrained student (plain DDIM
-in 8, 4, 2, 1 steps), and every student found under the run. Leaves results.json, results.md and grid.png in the run;
-safe to interrupt, finished rows are kept.
+in 8, 4, 2, 1 steps), and every student found under the run. --protocol says with which captions and against which images:
 
-FD is the Frechet distance between Gaussians fitted to image features of the repository's own small CLIP, against real
-images nobody trained on. It is not FID (whose features are Inception's) and compares with no published number.
+    python eval.py runs/demo                                                   # tiny: the embedded pictures
+    torchrun --nproc_per_node=8 eval.py runs/sd15 --protocol coco2017-5k --data coco --dtype fp16
+
+    python eval.py --study ablation                                            # questions, answered by many runs: studies.py
+
+Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated is kept under --cache.
+
+FID is the Frechet distance on features of Inception. The protocol tiny has the features of the repository's own small CLIP,
+and real images nobody trained on: that is called FD here, and compares with no published number.
 """
+import dataclasses
+import functools
 import json
+import math
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
+import PIL
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import CLIPModel, CLIPTokenizer
+import torch.distributed as dist
+import transformers
 
+import coco
 import config
 import data
+import export
+import metrics
+import pairs
 import sampler
 import sprites
 import teacher
+import train
 from config import UserError
+from metrics import Clip, Inception, clip_score, cmmd, frechet_distance, frechet_interval, kernel_distance, moments
 
 GRID_PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green", "animal on yellow", "food",
                 "on purple")
+VIT_G = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 
-# ---- distances -----------------------------------------------------------------------------------------------------
-
-
-def moments(features):
-    """Mean (D,) and covariance (D, D) of features (N, D), float64."""
-    return features.double().mean(0), torch.cov(features.double().T)
+# ---- protocols are data --------------------------------------------------------------------------------------------
 
 
-def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two pairs (mean, covariance), as moments gives them.
-    0 for equal Gaussians. The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2)."""
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return distance.clamp_min(0).item()                     # rounding can leave -1e-12
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured against what. Options of the same names override the fields from n on."""
+    split: str                   # where captions and real images come from: sprites, or a split of COCO
+    rule: str                    # which caption of an image, a row of coco.RULES
+    network: str                 # whose features FD (FID) and KD (KID) compare: clip or inception
+    images_per_feature: int      # fewer images than this for each feature are refused; and in any case as many as features
+    fid_size: int | None         # pixels at which the networks see both sets; None = as generated
+    n: int                       # images generated per row
+    real: int                    # images of the reference
+    clip: str                    # CLIPModel of CLIP score and CMMD
+    teacher: str                 # where no student names one
+    guidance: float
+    size: int | None             # pixels of a generated image; None = what the model was made for
+    batch: int
+    paths: int                   # trajectories that straightness, endpoint and chord error are measured on
+    note: str                    # where this comes from, and what of the papers' protocols is unknown
 
 
-def frechet_interval(features, reference, resamples=100):
-    """95% interval of the distance of features (N, D) to the moments `reference`, by basic bootstrap over the N images
-    (which also corrects the estimator's own upward bias to first order).  Returns: (low, high)."""
-    value = frechet_distance(moments(features), reference)
-    draws = [frechet_distance(moments(features[torch.randint(len(features), (len(features),), generator=data.generator(0, "bootstrap", i))]),
-                              reference) for i in range(resamples)]
-    low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return 2 * value - high, 2 * value - low
-
-
-class Clip:
-    """Image and text features of a CLIPModel folder. images: (N, 3, H, W) in [-1, 1], of the tower's own size."""
-
-    def __init__(self, folder):
-        if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"--clip {folder}: no CLIPModel folder there (config.json is missing)")
-        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def images(self, images, batch=256):
-        """(N, D) float32, not normalised."""
-        size = self.model.config.vision_config.image_size
-        if images.shape[-2:] != (size, size):
-            raise UserError(f"images of {tuple(images.shape[-2:])} pixels: this CLIP takes {size} x {size}; give another --clip")
-        return torch.cat([self.model.visual_projection(self.model.vision_model(pixel_values=chunk).pooler_output)
-                          for chunk in images.split(batch)])
-
-    @torch.no_grad()
-    def texts(self, texts):
-        """(N, D) float32, not normalised."""
-        unique = list(dict.fromkeys(texts))
-        tokens = self.tokenizer(unique, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-                                return_tensors="pt").input_ids
-        features = self.model.text_projection(self.model.text_model(input_ids=tokens).pooler_output)
-        return features[torch.tensor([unique.index(text) for text in texts])]
-
-
-def clip_score(image_features, text_features):
-    """100 x the mean cosine between each image and its caption. Both (N, D).  Returns: float, in [-100, 100]."""
-    return 100 * torch.cosine_similarity(image_features, text_features).mean().item()
-
-
-# ---- the protocol of the embedded default --------------------------------------------------------------------------
+COCO_2017 = Protocol(
+    split="val2017", rule="first", network="inception", images_per_feature=1, fid_size=None, n=5000, real=5000, clip=VIT_G,
+    teacher="sd15", guidance=1.5, size=512, batch=16, paths=64,
+    note="split, caption, resize and crop as in Rectified Diffusion's scripts, which sample phased students at guidance 1.5 in fp16 and "
+         "use pytorch_fid; ProReflow's guidance is unknown but for its ablation (4), and so are its seeds and dtype")
+PROTOCOLS = {
+    "tiny": Protocol(split="sprites", rule="", network="clip", images_per_feature=10, fid_size=None, n=2048, real=16384,
+                     clip=str(teacher.ASSETS / "tiny-clip"), teacher="tiny", guidance=1.0, size=None, batch=64, paths=128, note="ours"),
+    "coco2017-5k": COCO_2017,
+    "sdxl-coco2017-5k": dataclasses.replace(COCO_2017, teacher="sdxl", size=1024, batch=4, paths=16),
+    "coco2014-30k": dataclasses.replace(
+        COCO_2017, split="val2014", rule="seeded", fid_size=256, n=30000, real=30000, size=None,
+        note="256 pixels as in DMD2's script; the 30,000 images and captions, the real images being those of the captions, and the "
+             "guidance are ours: which ones the papers used is unknown"),
+}
+SHARD = 64                       # images that are lost at most when a process is killed; also the largest --batch that counts
+STRAIGHTNESS_STEPS = 8           # DDIM steps in each window
 
 
 @dataclass
 class Config:
     run: str = field(default="", metadata=dict(positional=True))  # folder with student-* folders, at any depth
-    n: int = 2048               # images per row
-    real: int = 16384           # real images of the reference
+    protocol: str = "tiny"      # tiny, coco2014-30k, coco2017-5k or sdxl-coco2017-5k; its row of PROTOCOLS fills in what is not given
+    data: str = ""              # folder of COCO as it is distributed: annotations/captions_val2017.json, val2017/*.jpg, or 2014
+    n: int | None = None        # images per row; torchrun takes --n for its own, unless there is a -- before eval.py
+    real: int | None = None     # real images of the reference
     steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # of the students; fewer than its windows are left out
     ddim_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # of the untrained student
+    solvers: list[str] = field(default_factory=lambda: ["ddim"])  # of the untrained student: rows of sampler.SOLVERS
     teacher_steps: int = 32     # of the teacher
-    guidance: float = 1.0       # of teacher and students alike; 1 = none
+    teacher: str = ""           # folder, hub id or preset; default: what the students name
+    guidance: float | None = None  # of teacher and students alike; 1 = none
+    size: int | None = None     # pixels of a generated image, square
+    dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     seed: int = 1_000_000       # of the first image
-    batch: int = 64             # images generated at a time
-    clip: str = str(teacher.ASSETS / "tiny-clip")  # CLIPModel folder: features of FD and CLIP score
+    batch: int | None = None    # images generated at a time; at most 64
+    paths: int | None = None    # trajectories to measure straightness, endpoint and chord error on
+    clip: str = ""              # CLIPModel folder or hub id
+    inception: str = ""         # TorchScript file of the Inception network; default: downloaded
+    cache: str = "runs/eval"    # features of real and generated images, shared by all runs
+    save_images: str = ""       # folder to keep the images in as PNGs, reference and generated, for another's FID tool
     device: str = ""            # cpu or cuda; default: cuda if there is one
+
+
+def resolve(c):
+    """A Config with everything filled in that its protocol decides.  Returns: (c, Protocol).  Raises UserError."""
+    protocol = config.choose("--protocol", c.protocol, PROTOCOLS)
+    options = ("n", "real", "clip", "teacher", "guidance", "size", "batch", "paths")
+    c = dataclasses.replace(c, **{name: getattr(protocol, name) for name in options if getattr(c, name) in (None, "")})
+    for option, value, least in (("--seed", c.seed, 0), ("--guidance", c.guidance, 0), ("--batch", c.batch, 1), ("--paths", c.paths, 1),
+                                 ("--steps", min(c.steps), 1), ("--ddim-steps", min(c.ddim_steps), 1),
+                                 ("--teacher-steps", c.teacher_steps, 1)):
+        if value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
+    config.choose("--dtype", c.dtype, teacher.DTYPES)
+    for solver in c.solvers:
+        config.choose("--solvers", solver, sampler.SOLVERS)
+    if protocol.split == "sprites" and c.data:
+        raise UserError(f"--data {c.data}: --protocol {c.protocol} has its own images; leave it out, or give another --protocol")
+    if protocol.split != "sprites" and not c.data:
+        raise UserError(f"--protocol {c.protocol}: needs COCO; give --data FOLDER, with annotations/captions_{protocol.split}.json and "
+                        f"{protocol.split} in it")
+    return c, protocol
 
 
 def real_images(n, stream):
     """n images and captions of the mix of caption levels, held-out pairs included.  Returns: (images, captions)."""
-    generator = data.generator(0, "evaluation", stream)
-    plans = sprites.plan(n, generator)
+    plans = sprites.plan(n, data.generator(0, "evaluation", stream))
     return torch.cat([sprites.render(chunk) for chunk in plans.split(2048)]), sprites.describe(plans)[0]
 
 
-def evaluate_row(c, clip, folder, cache, prompts, steps, bar):
-    """CLIP features and speed of one model at one step count, from `cache` if it holds this very row.
-    Returns: (features (N, D), seconds per image)."""
-    pipeline, model, info = sampler.open_model(folder, teacher.pick_device(c.device))
-    key = json.dumps([str(folder), file_age(folder), steps, c.n, c.guidance, c.seed, c.clip])
-    if cache.is_file():
-        with safe_open(cache, "pt") as file:
-            if file.metadata()["key"] == key:
-                bar.update(c.n)
-                return file.get_tensor("features"), float(file.metadata()["seconds"])
-    times = sampler.time_grid(steps, info.get("windows", 1))
-    features, start = [], time.perf_counter()
-    pause = 0.0
-    for first in range(0, c.n, 4 * c.batch):
-        part = slice(first, min(c.n, first + 4 * c.batch))
-        z = sampler.generate(pipeline, model, prompts[part], range(c.seed + part.start, c.seed + part.stop), times, c.guidance,
-                             c.batch, progress=bar)
-        images = teacher.decode(pipeline, z)
-        mark = time.perf_counter()
-        features.append(clip.images(images))
-        pause += time.perf_counter() - mark
-    features, seconds = torch.cat(features), (time.perf_counter() - start - pause) / c.n
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    data.write_atomically(cache, lambda part: save_file({"features": features}, part, {"key": key, "seconds": str(seconds)}))
-    return features, seconds
-
-
 def file_age(folder):
-    """When the model's weights were written: a cached row of an older student is not used."""
+    """When the model's weights were written."""
     weights = Path(teacher.PRESETS.get(folder, (folder, ""))[0]) / "unet" / "diffusion_pytorch_model.safetensors"
     return weights.stat().st_mtime_ns if weights.is_file() else 0
+
+
+class Asked:
+    """A model whose evaluations are counted, and whose answers a study may edit: (name, function(z, t, x_hat, eps_hat) -> the same two)."""
+
+    def __init__(self, model, edit=None):
+        self.model, self.edit, self.calls = model, edit, 0
+
+    def __getattr__(self, name):                               # schedule, coefficients, windows
+        return getattr(self.model, name)
+
+    def __call__(self, z, t, cond, guidance=1.0, uncond=None):
+        self.calls += 1
+        answer = self.model(z, t, cond, guidance, uncond)
+        return self.edit[1](z, t, *answer) if self.edit else answer
+
+
+# ---- one protocol, any number of models ----------------------------------------------------------------------------
+
+
+class Evaluator:
+    """A protocol with its captions, networks, real images and teacher, ready to measure models: row(). What all rows share is made here.
+    c: Config; rank, world, barrier: of the processes, which all generate; the first alone computes distances.  Raises UserError."""
+
+    def __init__(self, c, rank=0, world=1, barrier=lambda: None):
+        self.c, self.protocol = c, protocol = resolve(c)
+        self.processes, self.device = (rank, world, barrier), teacher.pick_device(c.device)
+        torch.backends.cudnn.allow_tf32 = False                # fp32 is fp32 in a measurement, whatever training has set
+        torch.set_float32_matmul_precision("highest")
+        if rank:                                               # the first process downloads, the others find the files
+            barrier()
+        self.clip = Clip(c.clip, self.device)
+        self.network = Inception(c.inception, self.device) if protocol.network == "inception" else self.clip
+        if rank == 0:
+            barrier()
+        least = max(protocol.images_per_feature * self.network.dim, metrics.least_images(self.network.dim))
+        for option, value in (("--n", c.n), ("--real", c.real)):
+            if value < least:
+                raise UserError(f"{option} {value}: must be at least {least} for a Frechet distance on the {self.network.dim} features of "
+                                f"{self.network.name}")
+
+        if protocol.split == "sprites":
+            self.prompts, self.ids, key = real_images(c.n, "prompts")[1], [], data.digest(sprites.SHEET.read_bytes())
+            pictures = functools.cache(lambda: real_images(c.real, "reference")[0])
+
+            def reference(part):
+                return pictures()[part.start:part.stop]
+        else:
+            images = coco.Coco(c.data, protocol.split, protocol.rule, max(c.n, c.real))
+            self.prompts, self.ids, key = images.captions[:c.n], images.ids[:c.n], images.key
+
+            def reference(part):
+                return images.images(part, protocol.fid_size or c.size)
+        weights = pairs.fingerprint(self.clip.model)
+        self.networks = dict(clip=[self.clip.name, weights], network=self.network.name, fid_size=protocol.fid_size)
+        settings = dict(split=protocol.split, images=key, real=c.real, size=protocol.fid_size or c.size, **self.networks)
+        rows = self.store("reference", c.real, settings, lambda part, name: self.look(reference(part), part, name), SHARD)[range(c.real)]
+        self.reference = {key: value.to(self.device) for key, value in rows.items()}
+        self.reference_moments = moments(self.reference[protocol.network])
+        self.read, self.opened = {}, (None, None)
+        self.teacher_path = self.path()
+        self.teacher_rows = self.features(c.teacher, c.teacher_steps)
+
+    # ---- rows on disk, of which every process makes its share ----
+
+    def store(self, label, count, settings, solve, batch):
+        """`count` rows, made `batch` at a time by solve(range of row numbers, name of the set) -> dict of tensors, where they are missing.
+        Other settings are another set.  Returns: data.Rows."""
+        folder = Path(self.c.save_images, "rows") if self.c.save_images else Path(self.c.cache)
+        name = f"{label}-{data.digest(settings)}"
+
+        @torch.no_grad()
+        def shard(numbers):
+            parts = [solve(numbers[first:first + batch], name) for first in range(0, len(numbers), batch)]
+            return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return data.cached(folder / name, count, settings, shard, SHARD, *self.processes, desc=label)
+
+    def look(self, images, part, name):
+        """Features of the images of these numbers, (N, 3, H, W) in [-1, 1].  Returns: dict of (N, dim)."""
+        size = self.protocol.fid_size
+        if size and images.shape[-2:] != (size, size):
+            images = coco.tensor(coco.square(picture, size) for picture in sampler.to_pil(images))
+        if self.c.save_images:
+            folder = Path(self.c.save_images, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, picture in zip(part, sampler.to_pil(images)):
+                picture.save(folder / f"{i:06d}.png")
+        found = {"clip": self.clip.images(images)}
+        return found if self.network is self.clip else found | {self.protocol.network: self.network.images(images)}
+
+    def open(self, folder):
+        """(pipeline, model, reflow.json) of a model folder. The last one stays in memory: there may be no room for two."""
+        key = folder, file_age(folder)
+        if self.opened[0] != key:
+            self.opened = None, None
+            self.opened = key, sampler.open_model(folder, self.device, teacher.DTYPES[self.c.dtype])
+        return self.opened[1]
+
+    def about(self, folder):
+        """(reflow.json, what decides its answers) of a model folder; read once, and again if its weights are new."""
+        key = folder, file_age(folder)
+        if key not in self.read:
+            pipeline, model, info = self.open(folder)
+            shape = sampler.latent_shape(pipeline, self.c.size)
+            self.read[key] = info, dict(
+                weights=pairs.fingerprint(pipeline.unet, pipeline.vae, *pairs.text_encoders(pipeline)), path=info.get("path", "vp"),
+                schedule=data.digest(model.schedule.alpha.tolist(), model.prediction), windows=info.get("windows", 1),
+                size=[side * pipeline.vae_scale_factor for side in shape[1:]])
+        return self.read[key]
+
+    def settings(self, folder, steps, solver, guidance, edit, count):
+        """What decides the first `count` images, and how they came about."""
+        return dict(**self.about(folder)[1], dtype=self.c.dtype, steps=steps, solver=solver, guidance=guidance, edit=edit and edit[0],
+                    seed=self.c.seed, prompts=data.digest(*self.prompts[:count]))
+
+    def generate(self, folder, part, steps, solver, guidance, edit, callback=None):
+        """Images by number.  Returns: (latents (N, C, h, w), the model as Asked)."""
+        pipeline, model, info = self.open(folder)
+        asked, times = Asked(model, edit), sampler.time_grid(steps, info.get("windows", 1))
+        prompts, seeds = self.prompts[part.start:part.stop], range(self.c.seed + part.start, self.c.seed + part.stop)
+        z = sampler.generate(pipeline, asked, prompts, seeds, times, guidance, len(part), callback, size=self.c.size, solver=solver)
+        return z, asked
+
+    def path(self):
+        """The teacher's own trajectories: z, (teacher_steps + 1, C, h, w) each."""
+        c, count = self.c, min(self.c.paths, self.c.n)
+
+        def solve(part, name):
+            visited = []
+            end, _ = self.generate(c.teacher, part, c.teacher_steps, "ddim", c.guidance, None, visited.append)
+            return {"z": torch.stack([*(state["z"].cpu() for state in visited), end], 1)}
+        return self.store("path", count, self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count), solve, c.batch)
+
+    def features(self, folder, steps, solver="ddim", guidance=None, edit=None):
+        """Features of a model's images, (dim,) each, and what an image cost: seconds, evaluations of the network.  Returns: data.Rows."""
+        c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
+
+        def solve(part, name):
+            pipeline, start = self.open(folder)[0], time.perf_counter()
+            z, model = self.generate(folder, part, steps, solver, guidance, edit)
+            images = teacher.decode(pipeline, z)
+            cost = torch.tensor([(time.perf_counter() - start) / len(part), model.calls], dtype=torch.float64).expand(len(part), 2)
+            return {**self.look(images, part, name), "seconds": cost[:, 0], "evaluations": cost[:, 1]}
+        settings = self.settings(folder, steps, solver, guidance, edit, c.n) | self.networks
+        return self.store(f"{Path(folder).name}-{steps}-{solver}", c.n, settings, solve, c.batch)
+
+    def trajectories(self, folder, steps, solver="ddim", guidance=None, edit=None):
+        """Squared endpoint error of a model's trajectories, () each; straightness and squared chord error in K windows, (K,) each, the
+        mean of their batch. K is the student's; for a teacher, what its steps have in common with 8. The chord error is NaN where the
+        teacher's steps do not stop at every boundary.  Returns: data.Rows."""
+        c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
+        info, count = self.about(folder)[0], min(c.paths, c.n)
+        windows = info.get("windows") or math.gcd(steps, 8)
+
+        def solve(part, name):
+            path = self.teacher_path[part]["z"]
+            end, model = self.generate(folder, part, steps, solver, guidance, edit)
+            size = self.about(folder)[1]["size"]
+            cond, uncond = (teacher.encode_text(self.open(folder)[0], prompts, size=size, device=self.device)
+                            for prompts in (self.prompts[part.start:part.stop], [None] * len(part)))
+            straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows, STRAIGHTNESS_STEPS, guidance, uncond)
+            chord = [math.nan] * windows
+            if c.teacher_steps % windows == 0:
+                chord = metrics.chord_error(model, path.to(self.device), cond, windows, guidance, uncond)
+            per_window = torch.tensor([straight, chord], dtype=torch.float64).expand(len(part), 2, windows)
+            return {"endpoint": (end - path[:, -1]).double().square().flatten(1).mean(1), "straightness": per_window[:, 0],
+                    "chord": per_window[:, 1].square()}
+        settings = self.settings(folder, steps, solver, guidance, edit, count) | dict(
+            measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS,
+            teacher=self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count))
+        return self.store(f"{Path(folder).name}-{steps}-{solver}-trajectories", count, settings, solve, c.batch)
+
+    # ---- numbers ----
+
+    @functools.cached_property
+    def texts(self):
+        """CLIP features of the captions, (n, dim)."""
+        return self.clip.texts(self.prompts)
+
+    @functools.cached_property
+    def teacher_features(self):
+        """Of its own samples, (n, dim)."""
+        return self.teacher_rows[range(self.c.n)][self.protocol.network].to(self.device)
+
+    @functools.cached_property
+    def noise(self):
+        """What FD cannot tell: of the two halves of the teacher's images, the difference of their FDs to the reference, and the FD between
+        them.  Returns: dict(between_fds, between_halves); None where a half has no more images than features."""
+        half = self.c.n // 2
+        if half < metrics.least_images(self.network.dim):
+            return dict(between_fds=None, between_halves=None)
+        a, b = (moments(part) for part in (self.teacher_features[:half], self.teacher_features[half:2 * half]))
+        to_a, to_b = (frechet_distance(part, self.reference_moments) for part in (a, b))
+        return dict(between_fds=abs(to_a - to_b), between_halves=frechet_distance(a, b))
+
+    def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None):
+        """Every column of a row of results.json, made where missing. folder: a model; guidance: default --guidance; edit: as for Asked, its
+        name stands for it in the cache.  Returns: dict; {} on all processes but the first."""
+        c, guidance, network = self.c, self.c.guidance if guidance is None else guidance, self.protocol.network
+        rows = self.features(folder, steps, solver, guidance, edit)
+        paths = self.trajectories(folder, steps, solver, guidance, edit)
+        if self.processes[0] > 0:
+            return {}
+        info, rows, paths = self.about(str(folder))[0], rows[range(c.n)], paths[range(len(paths))]
+        features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt) for prompt in self.prompts])
+        found, reference = moments(features), self.reference_moments
+        kid, kid_std = kernel_distance(rows[network], self.reference[network].cpu())
+        evaluations, chord = rows["evaluations"].mean().item(), paths["chord"].mean(0).sqrt()
+        return dict(
+            method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps, solver=solver, guidance=guidance,
+            nfe=round(evaluations * (1 if guidance in (0, 1) else 2)), nfe_pairs_as_one=round(evaluations),
+            fd=frechet_distance(found, reference), fd_interval=list(frechet_interval(features, reference)),
+            fd_teacher=frechet_distance(found, moments(self.teacher_features)), kid=kid, kid_std=kid_std,
+            cmmd=cmmd(rows["clip"].to(self.device), self.reference["clip"]),
+            clip=clip_score(rows["clip"][captioned], self.texts[captioned]),
+            endpoint_error=paths["endpoint"].mean().sqrt().item(), straightness=paths["straightness"].mean(0).tolist(),
+            chord_error=None if chord.isnan().any() else chord.tolist(), seconds_per_image=rows["seconds"].mean().item())
+
+    def describe(self, students):
+        """The protocol of a table, item by item. students: their reflow.json.  Returns: dict; `text` says all of it in one string."""
+        c, protocol, code, name = self.c, self.protocol, export.versions(), self.network.name
+        sprite, made = protocol.split == "sprites", self.about(c.teacher)[1]["size"][0]
+        seen = protocol.fid_size or made
+        decays = sorted({str(info.get("config", {}).get("ema", "unknown")) for info in students})
+        found = dict(
+            name=c.protocol, split="fresh sprites" if sprite else f"COCO {protocol.split}", n=c.n, real=c.real,
+            captions="mix of caption levels, held-out pairs included" if sprite else coco.RULES[protocol.rule],
+            reference="fresh sprite images, all pairs, mix of caption levels" if sprite else f"images of the first {c.real} captions",
+            size=f"{made} pixels as generated, {seen} as both networks see them",
+            resize="none" if sprite else f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
+            crop="none" if sprite else "centre", distance="FID" if name.startswith("Inception 2015") else "FD",
+            features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
+            clip=self.clip.name, clip_score="100 x mean cosine; no prefix" + "; empty captions left out" * sprite,
+            cmmd="on the same CLIP; sigma 10, x 1000",
+            steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students {' '.join(map(str, c.steps))}",
+            nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1", guidance=c.guidance,
+            scheduler="the model's own schedule, steps uniform in t within each window (trailing)", solver="DDIM",
+            solvers=f"{', '.join(c.solvers)} for the plain teacher", teacher=c.teacher, seeds=[c.seed, c.seed + c.n - 1], dtype=c.dtype,
+            weights=", ".join({"0": "raw", "0.0": "raw", "unknown": "unknown"}.get(ema, f"running average (EMA {ema})") for ema in decays),
+            trajectories=f"first {min(c.paths, c.n)} seeds", endpoint_error=f"root mean square distance to the teacher's {c.teacher_steps} "
+            "DDIM steps", straightness=f"mean square of u minus the chord's, {STRAIGHTNESS_STEPS} steps a window",
+            chord_error="root mean square of u minus that of the teacher's chord, at its start",
+            noise_fd_two_teacher_halves=self.noise["between_halves"], noise_fds_of_two_teacher_halves=self.noise["between_fds"],
+            interval="95%, basic bootstrap over the generated images", batch=min(c.batch, SHARD),
+            seconds_per_image="wall time of text, sampling and decoding at this batch size, on one process", note=protocol.note,
+            commit=code["commit"], versions={**code["versions"], "transformers": transformers.__version__, "pillow": PIL.__version__})
+
+        def said(value):
+            if isinstance(value, list):
+                return " to ".join(map(str, value))
+            if isinstance(value, dict):
+                return ", ".join(map(" ".join, value.items()))
+            return f"{value:g}" if isinstance(value, float) else value
+        text = "; ".join(f"{key.replace('_', ' ')}: {said(value)}" for key, value in found.items())
+        commands = [f"{info.get('command', 'unknown')} (commit {info.get('commit', 'unknown')})" for info in students]
+        return dict(**found, text=text, students=commands)
+
+
+# ---- python eval.py RUN --------------------------------------------------------------------------------------------
 
 
 def main(c):
@@ -155,86 +410,94 @@ def main(c):
     students = sorted(run.rglob("student-*/reflow.json"), key=lambda file: (len(file.parts), -int(file.parent.name.split("-")[1])))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
-    clip = Clip(c.clip)
-    enough = 10 * clip.model.config.projection_dim          # fewer images than that do not determine a covariance
-    for option, value, least in (("--n", c.n, enough), ("--real", c.real, enough), ("--seed", c.seed, 0), ("--guidance", c.guidance, 0),
-                                 ("--batch", c.batch, 1), ("--steps", min(c.steps), 1), ("--ddim-steps", min(c.ddim_steps), 1),
-                                 ("--teacher-steps", c.teacher_steps, 1)):
-        if value < least:
-            raise UserError(f"{option} {value}: must be at least {least}")
     infos = [json.loads(file.read_text()) for file in students]
     names = {info["teacher"] for info in infos}
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their runs one by one")
-    teacher_name = names.pop()
+    c, _ = resolve(dataclasses.replace(c, teacher=c.teacher or names.pop()))
+    rank, world, _ = train.start_processes(SimpleNamespace(device=c.device, shard=False))
+    evaluator = Evaluator(c, rank, world, dist.barrier if world > 1 else lambda: None)
 
-    # rows: (method, windows, steps, folder)
-    plan = [("teacher", None, c.teacher_steps, teacher_name)]
-    plan += [("ddim", None, steps, teacher_name) for steps in c.ddim_steps]
-    found = [(info["method"], info["windows"], steps, str(file.parent)) for file, info in zip(students, infos)
+    # rows: (method, windows, steps, folder, solver)
+    plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim")]
+    plan += [(solver, None, steps, c.teacher, solver) for solver in c.solvers for steps in c.ddim_steps]
+    found = [(info["method"], info["windows"], steps, str(file.parent), "ddim") for file, info in zip(students, infos)
              for steps in c.steps if steps >= info["windows"]]
     plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))        # one step per window first; stable otherwise
-
-    _, prompts = real_images(c.n, "prompts")
-    reference = moments(clip.images(real_images(c.real, "reference")[0]))
-    texts = clip.texts(prompts)
-    captioned = torch.tensor([bool(prompt) for prompt in prompts])
-    rows, teacher_features = [], None
-    with tqdm(total=c.n * len(plan), desc="evaluation", unit="image") as bar:
-        for method, windows, steps, folder in plan:
-            cache = run / "eval" / f"{method}-{windows or 'x'}w-{steps}.safetensors"
-            features, seconds = evaluate_row(c, clip, folder, cache, prompts, steps, bar)
-            teacher_features = features if teacher_features is None else teacher_features
-            low, high = frechet_interval(features, reference)
-            rows.append(dict(method=method, windows=windows, steps=steps, nfe=steps * (1 if c.guidance in (0, 1) else 2),
-                             guidance=c.guidance, fd=frechet_distance(moments(features), reference), fd_interval=[low, high],
-                             fd_teacher=frechet_distance(moments(features), moments(teacher_features)),
-                             clip=clip_score(features[captioned], texts[captioned]), seconds_per_image=seconds))
-    half = c.n // 2
-    noise = frechet_distance(moments(teacher_features[:half]), moments(teacher_features[half:]))
-    protocol = dict(name="tiny", n=c.n, real=c.real, reference="fresh sprite images, all pairs, mix of caption levels",
-                    features=f"{Path(c.clip).name}, projected image features", guidance=c.guidance, teacher=teacher_name,
-                    solver="DDIM", weights="running average (EMA)", dtype="float32", seeds=[c.seed, c.seed + c.n - 1], batch=c.batch,
-                    noise_fd_two_teacher_halves=noise, interval="95%, basic bootstrap over the generated images",
-                    seconds_per_image="wall time of text, sampling and decoding at this batch size",
-                    commit=infos[0]["commit"], versions=infos[0]["versions"], students=[info["command"] for info in infos])
-    result = dict(protocol=protocol, rows=rows)
+    for _, _, steps, folder, solver in plan:
+        evaluator.features(folder, steps, solver)
+        evaluator.trajectories(folder, steps, solver)
+    if rank > 0:
+        return None
+    evaluator.processes = 0, 1, lambda: None                   # the others are done; distances take longer than they would wait
+    rows = [evaluator.row(folder, steps, method, solver) for method, _, steps, folder, solver in plan]
+    result = dict(protocol=evaluator.describe(infos), rows=rows)
+    if evaluator.ids:                                          # one string: a line each would be 30,000 lines
+        result["image_and_caption_ids"] = " ".join(f"{image}/{caption}" for image, caption in evaluator.ids)
     data.write_atomically(run / "results.json", lambda part: part.write_text(json.dumps(result, indent=1)))
     text = table(result)
     data.write_atomically(run / "results.md", lambda part: part.write_text(text))
     print(text)
-    picture(c, teacher_name, plan, run / "grid.png")
+    picture(evaluator, plan, run / "grid.png")
     print(f"{run}/results.json, results.md, grid.png")
     return result
 
 
 def table(result):
-    """results as a Markdown table."""
-    protocol, lines = result["protocol"], ["| method | windows | steps | NFE | FD (95%) | FD to teacher | CLIP score | s/image |",
-                                           "|---|---|---|---|---|---|---|---|"]
-    for r in result["rows"]:
-        lines.append(f"| {r['method']} | {r['windows'] or '-'} | {r['steps']} | {r['nfe']} | {r['fd']:.2f} ({r['fd_interval'][0]:.2f} to "
-                     f"{r['fd_interval'][1]:.2f}) | {r['fd_teacher']:.2f} | {r['clip']:.1f} | {r['seconds_per_image']:.4f} |")
-    return "\n".join(lines) + (
-        f"\n\nFD: Frechet distance on {protocol['features']} (not FID); N = {protocol['n']} against {protocol['real']} real images; seeds "
-        f"{protocol['seeds'][0]} to {protocol['seeds'][1]}; guidance {protocol['guidance']:g}; {protocol['solver']}; two halves of the "
-        f"teacher's samples differ by {protocol['noise_fd_two_teacher_halves']:.2f}. Commit {protocol['commit']}.\n")
+    """results as a Markdown table, with what they have of these columns."""
+    protocol, rows = result["protocol"], result["rows"]
+    fd, kd = ("FID", "KID") if protocol.get("distance") == "FID" else ("FD", "KD")
+
+    def number(digits, scale=1):
+        return lambda value: "-" if value is None else f"{value * scale:.{digits}f}"
+
+    def numbers(digits):
+        return lambda values: "-" if values is None else " ".join(map(number(digits), values))
+    columns = {
+        "method": ("method", str), "windows": ("windows", number(0)), "steps": ("steps", number(0)), "nfe": ("NFE", number(0)),
+        "nfe_pairs_as_one": ("NFE, pairs as 1", number(0)), "fd": (f"{fd} (95%)", number(2)), "fd_teacher": (f"{fd} to teacher", number(2)),
+        "kid": (f"{kd} x 1000", number(2, 1000)), "cmmd": ("CMMD", number(3)), "clip": ("CLIP score", number(1)),
+        "endpoint_error": ("endpoint error", number(3)), "straightness": ("straightness", numbers(3)),
+        "chord_error": ("chord error", numbers(3)), "seconds_per_image": ("s/image", number(4))}
+    columns = {key: column for key, column in columns.items() if key in rows[0]}
+    lines = [f"| {' | '.join(title for title, _ in columns.values())} |", f"|{'---|' * len(columns)}"]
+    for row in rows:
+        cells = {key: said(row[key]) for key, (_, said) in columns.items()}
+        cells["fd"] += f" ({row['fd_interval'][0]:.2f} to {row['fd_interval'][1]:.2f})"
+        lines.append(f"| {' | '.join(cells.values())} |")
+    halves, fds = (number(2)(protocol.get(key)) for key in ("noise_fd_two_teacher_halves", "noise_fds_of_two_teacher_halves"))
+    lines += ["", f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}; N = {protocol['n']} against "
+              f"{protocol['real']} real images; seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}; guidance {protocol['guidance']:g}; "
+              f"{protocol['solver']}; two halves of the teacher's samples differ by {halves}"
+              + f" ({fd} between them), their {fd}s to the real images by {fds}" * ("text" in protocol) + f". Commit {protocol['commit']}."]
+    lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol else []
+    return "\n".join(lines) + "\n"
 
 
-def picture(c, teacher_name, plan, file, scale=3):
+def picture(evaluator, plan, file, scale=3):
     """grid.png: the same seeds and prompts down the rows; teacher, plain DDIM and students across."""
-    progressive = next((method for method, windows, _, _ in plan if windows and windows > 1), "reflow")
+    c = evaluator.c
+    prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else evaluator.prompts[:len(GRID_PROMPTS)]
+    progressive = next((method for method, windows, *_ in plan if windows and windows > 1), "reflow")
     columns = [row for row in plan if row[0] == "teacher"]
     columns += [row for steps in (4, 2, 1) for row in plan if row[0] == "ddim" and row[2] == steps]
     columns += [row for steps in (4, 2, 1) for row in plan if row[0] == progressive and row[1] == steps == row[2]]
     pictures = []
-    for _, _, steps, folder in columns:
-        pipeline, model, info = sampler.open_model(folder, teacher.pick_device(c.device))
-        z = sampler.generate(pipeline, model, list(GRID_PROMPTS), range(len(GRID_PROMPTS)), sampler.time_grid(steps, info.get("windows", 1)))
-        pictures.append(sampler.to_pil(teacher.decode(pipeline, z), scale))
-    titles = [f"{method if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, _ in columns]
-    sampler.grid(list(zip(*pictures)), titles, GRID_PROMPTS).save(file)
+    for _, _, steps, folder, _ in columns:
+        pipeline, model, info = evaluator.open(folder)
+        times = sampler.time_grid(steps, info.get("windows", 1))
+        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch, size=c.size)
+        drawn = sampler.to_pil(teacher.decode(pipeline, z), scale)
+        pictures.append([image if image.width <= 256 else coco.square(image, 256) for image in drawn])
+    titles = [f"{method if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
+    labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]
+    sampler.grid(list(zip(*pictures)), titles, labels).save(file)
 
 
 if __name__ == "__main__":
-    config.run(main, Config, __doc__)
+    if "--study" in sys.argv[1:]:
+        import lab
+        import studies
+        config.run(studies.main, lab.Config, studies.__doc__)
+    else:
+        config.run(main, Config, __doc__)

@@ -54,7 +54,61 @@ def aligned(value, pred, target, direction_weight):
     return value + direction_weight * direction_loss(pred, target) if direction_weight else value
 
 
-LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber}
+# ---- Simple ReFlow: any invertible linear map before the square, any positive weight after it ---------------------------
+# Neither moves the minimum, the posterior mean, which is why the paper allows these two and no perceptual loss.
+
+
+def high_pass(z, weight, radius=0.1):
+    """phi(z) = z + weight HPF(z), over the last two axes, each channel by itself. HPF keeps the frequencies of at least
+    radius times the highest one, sqrt(1/2) cycles per pixel (the corner of the spectrum), and is an orthogonal projector:
+    |phi(z)|^2 = |z|^2 + (weight^2 + 2 weight) |HPF(z)|^2, and phi with -weight / (1 + weight) is the inverse.
+    z: (..., h, w), real, any h and w; weight > -1, 0 is the identity; radius in [0, 1].  Returns: like z, float32 or better.
+    Raises ValueError outside these ranges.  Source: Simple ReFlow, whose weight and radius are unknown; 0.1 is our default."""
+    if z.ndim < 3 or not weight > -1 or not 0 <= radius <= 1:
+        raise ValueError(f"shape {tuple(z.shape)}, weight {weight:g}, radius {radius:g}: need (..., h, w), weight > -1 (phi must be "
+                         "invertible) and radius in [0, 1]")
+    z = z.to(torch.promote_types(z.dtype, torch.float32))                          # there is no FFT of bfloat16
+    height, width = z.shape[-2:]
+    vertical, horizontal = torch.fft.fftfreq(height, device=z.device), torch.fft.rfftfreq(width, device=z.device)
+    # even in both frequencies, so that what comes back is real; a little less, so that rounding leaves the corner in at radius 1
+    kept = vertical[:, None].square() + horizontal.square() >= radius ** 2 / 2 * (1 - 1e-6)
+    return torch.fft.irfft2(torch.fft.rfft2(z) * (1 + weight * kept), s=(height, width))
+
+
+def high_pass_loss(pred, target, weight=1.0, radius=0.1):
+    """mean (phi(p - q) / (1 + weight))^2 over all but B: the highest frequencies count as in mse, those below radius by
+    1 / (1 + weight)^2 of it. Without the division the size of the loss, and of its gradients, would grow with weight^2.
+    pred, target: (B, ..., h, w).  Returns: (B,), >= 0, 0 at the target, mse at weight = 0. weight and radius: of high_pass; ours."""
+    p, q = _flat(pred, target)
+    return (high_pass((p - q).view(pred.shape), weight, radius) / (1 + weight)).square().flatten(1).mean(1)
+
+
+def normalised(value, log_predicted, floor=1e-4):
+    """Each sample's loss over what is usual at its (z_t, t), so that no region outweighs the others, and the regression that
+    teaches log_predicted what is usual: value / sg[max(exp(p), floor)] + (sg[log max(value, floor)] - p)^2. The first part
+    moves the student alone, the second the normaliser alone (normaliser.py), towards E[log value].
+    value: (B,), >= 0; log_predicted: (B,), p; floor > 0: below it a loss counts as that small.  Returns: (B,), >= 0.
+    Source: Simple ReFlow's w(x_t, t) = 1 / sg[E loss]; that it learns the denominator, and how, is our guess."""
+    _check_normaliser(value, log_predicted, floor)
+    usual = log_predicted.detach().exp().clamp_min(floor)
+    return value / usual + (value.detach().clamp_min(floor).log() - log_predicted).square()
+
+
+def self_normalised(value, floor=1e-4):
+    """value / sg[max(value, floor)]: w = 1 / sg[loss] read literally, sample by sample. Above floor it is the constant 1 with
+    the gradient of log value (so log `value`, not this); below, an ordinary loss, as 1 / value has no bound.
+    value: (B,), >= 0.  Returns: (B,), in [0, 1].  Source: Simple ReFlow, as for normalised; the floor is ours."""
+    _check_normaliser(value, value, floor)
+    return value / value.detach().clamp_min(floor)
+
+
+def _check_normaliser(value, log_predicted, floor):
+    if value.ndim != 1 or value.shape != log_predicted.shape or not floor > 0:
+        raise ValueError(f"loss {tuple(value.shape)}, predicted {tuple(log_predicted.shape)}, floor {floor:g}: need (B,) twice and "
+                         "floor > 0")
+
+
+LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber, "high-pass": high_pass_loss}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ trajectory is straight over the window, and one step crosses it.
     python reflow.py           # straightens a 2-D flow in 8, 4, 2, 1 windows, saves the picture, asserts what it shows
     python reflow.py uniform   # the same with times drawn uniformly: the many-window students hardly learn (see `starts`)
 """
+import math
 import sys
 from dataclasses import dataclass
 
@@ -105,6 +106,8 @@ def end_space(schedule, t_start, t_end):
 SPACES = {"eps": eps_space, "u": flow_space, "velocity": window_velocity_space, "end": end_space}
 
 # ---- time laws: where in (0, 1] the student is asked; u uniform in [0, 1) -> t ------------------------------------------
+# Except for `starts` a law is one of the whole axis: it says how often each window is asked as well as where inside it, and
+# windows changes nothing. DENSITIES has what each draws from.
 
 
 def uniform(u, windows):
@@ -120,7 +123,49 @@ def starts(u, windows):
     return torch.where(u < 0.5, window_of(t, windows)[0], t)
 
 
-TIME_LAWS = {"uniform": uniform, "starts": starts}
+def exponential(u, windows, base=10.0):
+    """More often near noise: density base^t ln(base) / (base - 1). base > 0 and not 1; below 1, more often near data.
+    Source: Simple ReFlow, with its base 10 (on its own clock, where sigma/alpha = t / (1 - t); ours is the schedule's)."""
+    _check_base(base)
+    return (torch.log1p((1 - u) * (base - 1)) / math.log(base)).clamp(2 ** -53, 1)
+
+
+def exponential_density(t, base=10.0):
+    _check_base(base)
+    return base ** t * math.log(base) / (base - 1)
+
+
+def _check_base(base):
+    if not base > 0 or base == 1:
+        raise ValueError(f"base = {base:g}: must be above 0 and not 1 (which would be the uniform law)")
+
+
+def cosh(u, windows, a=4.0):
+    """More often near both ends: density a cosh(a (t - 1/2)) / (2 sinh(a / 2)), a > 0.
+    Source: Lee et al. 2024 (Improving the training of rectified flows), with their a = 4."""
+    return (0.5 + torch.asinh((1 - 2 * u) * math.sinh(a / 2)) / a).clamp(2 ** -53, 1)
+
+
+def cosh_density(t, a=4.0):
+    return a * torch.cosh(a * (t - 0.5)) / (2 * math.sinh(a / 2))
+
+
+def log_normal(u, windows, mean=-1.2, std=1.2):
+    """EDM's: ln sigma_karras normal with this mean and standard deviation, on the clock of a straight flow, sigma_karras = t / (1 - t),
+    so that ln(t / (1 - t)) is normal. It needs no schedule; Stable Diffusion's is noisier at the same t (1.6, not 1, at 1/2).
+    Source: Karras et al. 2022, table 1; Simple ReFlow compares with it on the same clock."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(1 - u)).clamp_min(2 ** -53)
+
+
+def log_normal_density(t, mean=-1.2, std=1.2):
+    """0 at both ends."""
+    t = t.clamp(1e-12, 1 - 1e-12)
+    return torch.exp(-(torch.logit(t) - mean).square() / (2 * std ** 2)) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+
+
+TIME_LAWS = {"uniform": uniform, "starts": starts, "exponential": exponential, "cosh": cosh, "log-normal": log_normal}
+# of a draw, at t; `starts` has none: half of it sits on the boundaries
+DENSITIES = {"uniform": torch.ones_like, "exponential": exponential_density, "cosh": cosh_density, "log-normal": log_normal_density}
 
 # ---- recipes are data ----------------------------------------------------------------------------------------------
 

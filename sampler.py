@@ -14,7 +14,8 @@ solvers beyond DDIM are for curved trajectories, a teacher's or a student's of m
 | dpmsolver++, unipc | 2 | S | diffusers' own multistep schedulers |
 | lcm | - | S | diffusers' own: jump to the clean latent, add fresh noise; for models of one window |
 
-for S steps through K windows (of the model; a plain model has one). Any grid of GRIDS goes with the first three.
+for S steps through K windows (of the model; a plain model has one). Any grid of GRIDS goes with the first three. The last
+step, to t = 0, is DDIM in all of them, and on the uniform grid most of the error: second order pays on the edm grid.
 """
 import functools
 import json
@@ -96,7 +97,7 @@ def time_of(schedule, sigma):
     sigma: CPU tensor of any shape; beyond what the schedule reaches gives t = 1.  Returns: float64, the same shape."""
     alpha = 1 / (1 + sigma.double().square()).sqrt()
     table = schedule.alpha.numpy()[::-1]                    # rising, as interp wants it
-    return torch.from_numpy(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table)))).reshape(sigma.shape)
+    return torch.tensor(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table))))
 
 
 def time_grid(steps, windows=1, spacing=uniform_grid, schedule=None):
@@ -136,8 +137,18 @@ def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None, genera
     return z
 
 
+def invert(model, z_0, times, cond, guidance=1.0, uncond=None, callback=None):
+    """DDIM from data to noise: the z at times[0] whose trajectory ends at z_0. First order, so the way back misses z_0 by an
+    error that falls with the steps. times: as for ddim, falling from noise to data (they are walked backwards). No network is
+    asked about t = 0: z_0 is taken for the latent at timestep 0, the lowest noise it knows, and so is any earlier time.
+    model: of one window. The rest: as for ddim.  Raises ValueError unless the times fall."""
+    if not (times.diff(dim=0) < 0).all():
+        raise ValueError(f"times from {times[0].max():g} to {times[-1].min():g}: must fall, as in time_grid; inversion turns them round")
+    return ddim(model, z_0, times.flip(0).clamp_min(1 / model.schedule.timesteps), cond, guidance, uncond, callback)
+
+
 def dpm2(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None, r=0.5):
-    """DPM-Solver-2 (Lu et al. 2022, alg. 4; Simple ReFlow samples with it, its r is unknown): second order in
+    """DPM-Solver-2 with free r (Lu et al. 2022; Simple ReFlow samples so too, its r is unknown): second order in
     sigma_karras = sigma/alpha. A DDIM step to the middle point sigma_m = sigma^(1-r) sigma_next^r, then the whole step with
     eps = (1 - 1/(2r)) eps_hat + 1/(2r) eps_m. r in (0, 1]: 1/2 is halfway in log sigma_karras, 1 is Heun's method.
     A step that ends a window of the model is DDIM: at its end the network speaks for the next window, and at t = 0 not at
@@ -229,11 +240,12 @@ def evaluations(solver, steps, windows=1):
 
 
 def steps_for(solver, nfe, windows=1):
-    """The steps that cost nfe evaluations, without guidance.  Raises ValueError if no number of steps does."""
+    """The steps that cost nfe evaluations.  Raises ValueError if no number of steps does."""
     steps = (nfe + windows) // 2 if solver in TWO_EVALUATIONS else nfe
     if steps < windows or evaluations(solver, steps, windows) != nfe:
-        near = [n for n in (nfe - 1, nfe + 1, windows) if n >= windows and evaluations(solver, steps_for(solver, n, windows), windows) == n]
-        raise ValueError(f"{nfe} evaluations: not possible with {solver} and {windows} windows")
+        possible = [str(evaluations(solver, windows + i, windows)) for i in range(3)]
+        raise ValueError(f"{nfe} network evaluations: {solver} takes {', '.join(possible)}, ... through {windows} "
+                         f"window{'s' * (windows > 1)}; ask for one of these, or use another solver")
     return steps
 
 
@@ -260,9 +272,10 @@ def default_model(runs=Path("runs")):
 
 
 @torch.no_grad()
-def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None, size=None):
-    """Latents for prompts[i] from noise seeds[i]. times: from time_grid; size: as for latent_shape.  Returns: float32
-    (N, C, h, w), CPU. progress: a tqdm to advance by images."""
+def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None, size=None, solver="ddim"):
+    """Latents for prompts[i] from noise seeds[i]. times: from time_grid; size: as for latent_shape; solver: a row of SOLVERS,
+    or a function like them.  Returns: float32 (N, C, h, w), CPU. progress: a tqdm to advance by images."""
+    solve = config.choose("--solver", solver, SOLVERS) if isinstance(solver, str) else solver
     shape = latent_shape(pipeline, size)
     pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
     device, results = pipeline.unet.device, []
@@ -274,7 +287,9 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
         rows = torch.tensor([unique.index(prompt) for prompt in prompts[part]]).to(device)
         cond = {key: value[rows] for key, value in table.items()}
         uncond = {key: value[:1].expand(len(rows), *[-1] * (value.ndim - 1)) for key, value in table.items()}
-        z = ddim(model, noise(seeds[part], shape).to(device), times, cond, guidance, uncond, callback)
+        own = generators(seeds[part])                      # further noise comes from the same stream, as in diffusers' pipelines
+        z = torch.stack([torch.randn(shape, generator=generator) for generator in own]).to(device)
+        z = solve(model, z, times, cond, guidance, uncond, callback, own)
         results.append(z.cpu())
         if progress is not None:
             progress.update(len(z))
@@ -343,8 +358,13 @@ class Config:
     random_init: bool = False   # random weights instead of trained ones: any preset without a download
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     size: int | None = None     # pixels, square; default: what the model was made for
-    steps: int | None = None    # network evaluations per image without guidance; default: what the model was made for
-    guidance: float = 1.0       # 1 = none; otherwise each step costs two evaluations
+    steps: int | None = None    # of the solver; default: what the model was made for
+    nfe: int | None = None      # instead of --steps: network evaluations per image without guidance
+    solver: str = "ddim"        # ddim, heun, dpm2, dpmsolver++, unipc or lcm; heun and dpm2 ask the network twice in most steps
+    r: float | None = None      # dpm2's middle point, in (0, 1]; default: 0.5
+    time_grid: str = "uniform"  # where the steps lie inside each window: uniform, sigmoid or edm
+    kappa: float | None = None  # the sigmoid grid's steepness, above 0; default: 10
+    guidance: float = 1.0       # 1 = none; otherwise each evaluation costs two
     seed: int = 0               # of the first image; image i has seed + i
     n: int = 1                  # images per prompt
     out: str = "sample.png"     # PNG; several images are numbered unless --grid
@@ -358,10 +378,23 @@ class Config:
 def main(c):
     if not c.prompt or not all(prompt.strip() for prompt in c.prompt):
         raise UserError('no prompt: give at least one, e.g. --prompt "red heart on blue"')
-    for option, value, least in (("--steps", c.steps, 1), ("--n", c.n, 1), ("--seed", c.seed, 0), ("--scale", c.scale, 1),
-                                 ("--guidance", c.guidance, 0)):
+    for option, value, least in (("--steps", c.steps, 1), ("--nfe", c.nfe, 1), ("--n", c.n, 1), ("--seed", c.seed, 0),
+                                 ("--scale", c.scale, 1), ("--guidance", c.guidance, 0)):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: must be at least {least}")
+    solver, spacing = config.choose("--solver", c.solver, SOLVERS), config.choose("--time-grid", c.time_grid, GRIDS)
+    for option, value, owner, chosen in (("--r", c.r, "--solver dpm2", c.solver == "dpm2"),
+                                         ("--kappa", c.kappa, "--time-grid sigmoid", c.time_grid == "sigmoid")):
+        if value is not None and not chosen:
+            raise UserError(f"{option} {value:g}: only goes with {owner}")
+    if c.r is not None:
+        if not 0 < c.r <= 1:
+            raise UserError(f"--r {c.r:g}: must be above 0 and at most 1")
+        solver = functools.partial(dpm2, r=c.r)
+    if c.kappa is not None:
+        spacing = functools.partial(sigmoid_grid, kappa=c.kappa)
+    if c.steps is not None and c.nfe is not None:
+        raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
     out = Path(c.out)
     check_writable(out)
     dtype = config.choose("--dtype", c.dtype, teacher.DTYPES)
@@ -370,10 +403,17 @@ def main(c):
     pipeline, model, info = open_model(name, device, dtype, c.random_init, c.model_config)
     latent_shape(pipeline, c.size)                         # refused here, before the bar
     windows = info.get("windows", 1)
-    steps = c.steps if c.steps is not None else info.get("windows", 32)
+    try:
+        steps = c.steps if c.steps is not None else info.get("windows", 32) if c.nfe is None else steps_for(c.solver, c.nfe, windows)
+    except ValueError as error:
+        raise UserError(f"--nfe {error}") from error
     if steps < windows:
         raise UserError(f"--steps {steps}: {name} is straight over {windows} windows and needs a step for each; "
                         f"use --steps {windows} or more, or a student of {steps} window{'s' * (steps > 1)}")
+    try:
+        times = time_grid(steps, windows, spacing, model.schedule)
+    except ValueError as error:
+        raise UserError(f"--time-grid {c.time_grid}: {error}") from error
     prompts = [prompt for prompt in c.prompt for _ in range(c.n)]
     seeds = [c.seed + i for i in range(len(prompts))]
     beliefs = []                                           # per batch and step, x_hat
@@ -381,7 +421,7 @@ def main(c):
     with warnings.catch_warnings(), tqdm(total=len(prompts), desc=f"{steps} steps", unit="image", leave=False) as bar:
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
         warn_unknown_words(name, pipeline, c.prompt)
-        z = generate(pipeline, model, prompts, seeds, time_grid(steps, windows), c.guidance, progress=bar, size=c.size,
+        z = generate(pipeline, model, prompts, seeds, times, c.guidance, progress=bar, size=c.size, solver=solver,
                      callback=(lambda state: beliefs.append((state["i"], state["x_hat"].float().cpu()))) if c.save_steps else None)
         images = teacher.decode(pipeline, z)
     seconds = time.perf_counter() - start
@@ -411,8 +451,8 @@ def main(c):
     for file, picture in files.items():
         picture.save(file)
     shown = ", ".join(str(file) for file in list(files)[:4]) + (", ..." if len(files) > 4 else "")
-    evaluations = steps * (1 if c.guidance in (0, 1) else 2)
-    print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}, {steps} steps = {evaluations} network evaluations "
+    count = evaluations(c.solver, steps, windows) * (1 if c.guidance in (0, 1) else 2)
+    print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}, {steps} steps = {count} network evaluations "
           f"each, {seconds / len(prompts):.3f} s per image")
 
 

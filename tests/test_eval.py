@@ -1,74 +1,178 @@
-"""Metric code against closed forms, then the whole protocol on a random model."""
+"""Protocols end to end on small random models, COCO's of a few images and a feature network of six features; each column against a
+direct computation; the same rows however they come about; what is refused."""
+import dataclasses
+import hashlib
 import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT, SMALL, torchrun
+from PIL import Image
+from test_coco import make_coco
+from transformers import CLIPModel
 
+import architectures
+import coco
+import data
 import eval as evaluation
+import metrics
+import sampler
 import sprites
+import teacher
 import tiny
 import train
+from config import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+COUNT = 20                       # images of the fake COCO
 
 
-def gaussian(n, mean, std, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return mean + std * torch.randn(n, len(mean), generator=generator, dtype=torch.float64)
+class Colours(torch.nn.Module):
+    """Stands in for Inception, asked as it is: 6 features, the mean colours of an image's upper and lower half."""
+
+    def forward(self, images, return_features: bool = False):
+        assert images.dtype == torch.uint8 and return_features
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), (2, 1)).flatten(1) / 255
 
 
-def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    m1, m2, s1, s2 = (torch.rand(16, generator=generator, dtype=torch.float64) for _ in range(4))
-    found = evaluation.frechet_distance((m1, torch.diag(s1 ** 2)), (m2, torch.diag(s2 ** 2)))
-    assert found == pytest.approx(((m1 - m2) ** 2).sum().item() + ((s1 - s2) ** 2).sum().item(), abs=1e-10)
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Straightness costs more than all the rest here."""
+    monkeypatch.setattr(evaluation, "STRAIGHTNESS_STEPS", 2)
 
 
-def test_frechet_distance_is_symmetric_invariant_to_rotation_and_0_for_a_set_with_itself():
-    a, b = gaussian(500, torch.zeros(6), torch.linspace(1, 2, 6), 0), gaussian(500, torch.ones(6), torch.linspace(2, 1, 6), 1)
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).Q
-    distance = evaluation.frechet_distance(evaluation.moments(a), evaluation.moments(b))
-    assert evaluation.frechet_distance(evaluation.moments(b), evaluation.moments(a)) == pytest.approx(distance, abs=1e-8)
-    assert evaluation.frechet_distance(evaluation.moments(a @ rotation), evaluation.moments(b @ rotation)) == pytest.approx(distance, abs=1e-8)
-    assert abs(evaluation.frechet_distance(evaluation.moments(a), evaluation.moments(a))) < 1e-8
-
-
-def test_the_interval_covers_the_true_distance():
-    mean, std = torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    reference = (torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64))       # true distance: 4 x 0.25 = 1
-    hits = sum(low < 1 < high for low, high in (evaluation.frechet_interval(gaussian(400, mean, std, seed), reference) for seed in range(20)))
-    assert hits >= 16
-
-
-def test_clip_score_is_100_for_parallel_features_and_blind_to_length():
-    x = torch.randn(5, 8)
-    assert evaluation.clip_score(x, 3 * x) == pytest.approx(100, abs=1e-3)
-    assert evaluation.clip_score(x, -x) == pytest.approx(-100, abs=1e-3)
-
-
-def test_a_run_is_measured_end_to_end_and_a_second_call_reuses_the_rows(random_sd, tmp_path):
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folder with COCO, an Inception, a CLIPModel for any image and one for 32 pixels."""
+    folder = tmp_path_factory.mktemp("parts")
+    make_coco(folder / "coco", COUNT)
+    torch.jit.script(Colours()).save(folder / "inception.pt")
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
-    tiny.make_clip(tokenizer).save_pretrained(tmp_path / "clip")
-    tokenizer.save_pretrained(tmp_path / "clip")
-    run = tmp_path / "run"
-    common = dict(model=str(random_sd), data="sprites", batch=2, trajectories=2, solver_steps=8, cache=str(run / "cache"))
-    train.main(train.Config(**common, out=str(run), name="proreflow", windows=[2, 1], steps=2))
-    train.main(train.Config(**common, out=str(run / "reflow"), recipe="reflow", steps=1))
-    c = evaluation.Config(run=str(run), n=640, real=640, steps=[1, 2], ddim_steps=[1], teacher_steps=2, clip=str(tmp_path / "clip"))
+    config = tiny.make_clip(tokenizer).config
+    config.projection_dim = 8                                       # tiny wants ten images for each
+    clip = CLIPModel(config)
+    for name in ("clip", "tiny-clip"):
+        clip.save_pretrained(folder / name), tokenizer.save_pretrained(folder / name)
+    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(
+        image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=32), resample=3, do_center_crop=True,
+        crop_size=dict(height=32, width=32), do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    return folder
+
+
+def make_student(folder, kind, teacher_folder, seed=1):
+    """A student as train.py leaves it, in another network than its teacher's."""
+    architectures.build(kind, seed=seed, **SMALL[kind]).save_pretrained(folder)
+    about = dict(method="reflow", windows=2, path="vp", teacher=str(teacher_folder), command="python train.py", config=dict(ema=0.999))
+    (folder / "reflow.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def students(small_models, tmp_path_factory):
+    """{"sd15", "sdxl": folder of a run with one student of two windows}."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: make_student(folder / kind / "student-2", kind, small_models[kind]).parent for kind in ("sd15", "sdxl")}
+
+
+def options(parts, cache, protocol="coco2017-5k", **more):
+    """A Config of few, small images."""
+    coco_parts = dict(data=str(parts / "coco"), clip=str(parts / "clip"), inception=str(parts / "inception.pt"))
+    own = dict(clip=str(parts / "tiny-clip")) if protocol == "tiny" else coco_parts
+    small = dict(size=32, n=16, real=18, steps=[2], ddim_steps=[1], teacher_steps=4, batch=8, paths=5)
+    return evaluation.Config(protocol=protocol, cache=str(cache), **(own | small | more))
+
+
+@pytest.fixture(scope="module")
+def judge(parts, small_models, tmp_path_factory):
+    """An Evaluator of coco2017-5k, its teacher the small SD 1.5."""
+    return evaluation.Evaluator(options(parts, tmp_path_factory.mktemp("judge"), teacher=str(small_models["sd15"])))
+
+
+def without_time(row):
+    return {key: value for key, value in row.items() if key != "seconds_per_image"}
+
+
+# ---- protocols -----------------------------------------------------------------------------------------------------
+
+
+def test_protocols_are_what_their_names_say():
+    found = evaluation.PROTOCOLS
+    assert list(found) == ["tiny", "coco2017-5k", "sdxl-coco2017-5k", "coco2014-30k"]
+    assert [(p.split, p.n, p.size, p.fid_size, p.rule) for p in found.values()] == [
+        ("sprites", 2048, None, None, ""), ("val2017", 5000, 512, None, "first"), ("val2017", 5000, 1024, None, "first"),
+        ("val2014", 30000, None, 256, "seeded")]
+    assert [p.network for p in found.values()] == ["clip", *["inception"] * 3]
+    assert all(p.clip == "laion/CLIP-ViT-g-14-laion2B-s12B-b42K" for name, p in found.items() if name != "tiny")
+    assert found["tiny"].guidance == 1 and found["sdxl-coco2017-5k"].teacher == "sdxl"
+
+
+@pytest.mark.parametrize("protocol, kind, size, items", [
+    ("coco2017-5k", "sd15", 32, ["split: COCO val2017", "captions: the first caption of each image",
+                                 "resize: shorter side to 32, Lanczos (Pillow), of real images;"]),
+    ("coco2014-30k", "sd15", None, ["split: COCO val2014", "captions: one caption of each image drawn at random",
+                                    "size: 32 pixels as generated, 256 as both networks see them",
+                                    "resize: shorter side to 256, Lanczos (Pillow), of real and generated images"]),
+    ("sdxl-coco2017-5k", "sdxl", 32, ["split: COCO val2017", "captions: the first caption of each image"])])
+def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
+        parts, students, small_models, tmp_path, capsys, protocol, kind, size, items):
+    run = shutil.copytree(students[kind], tmp_path / "run")
+    c = options(parts, tmp_path / "cache", protocol, run=str(run), size=size, n=14, real=16, solvers=["ddim", "heun"], ddim_steps=[2])
     result = evaluation.main(c)
     assert result == json.loads((run / "results.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    columns = ("method", "windows", "steps", "solver", "nfe", "nfe_pairs_as_one")
+    assert [tuple(row[column] for column in columns) for row in result["rows"]] == [
+        ("teacher", None, 4, "ddim", 8, 4), ("ddim", None, 2, "ddim", 4, 2), ("heun", None, 2, "heun", 6, 3),
+        ("reflow", 2, 2, "ddim", 4, 2)]
+    assert rows["teacher"]["fd_teacher"] < 1e-8 and rows["teacher"]["endpoint_error"] < 1e-6 < rows["reflow"]["endpoint_error"]
+    assert [len(row["straightness"]) for row in rows.values()] == [len(row["chord_error"]) for row in rows.values()] == [4, 2, 2, 2]
+    for row in rows.values():
+        assert row["fd_interval"][0] < row["fd_interval"][1] and row["seconds_per_image"] > 0 and row["guidance"] == 1.5
+        assert row["fd"] > 0 and row["cmmd"] > 0 and row["kid_std"] >= 0 and abs(row["clip"]) <= 100
+    text = result["protocol"]["text"]
+    for item in [*items, f"name: {protocol}", "n: 14", "real: 16", "crop: centre", "6 features", "clip: clip;",
+                 "features: inception, not the published Inception (SHA-256", "clip score: 100 x mean cosine",
+                 "steps: teacher 4, plain 2, students 2",
+                 "a guided pair is 2, in the column beside it 1", "guidance: 1.5", "scheduler: the model's own schedule", "solver: DDIM",
+                 "solvers: ddim, heun", "seeds: 1000000 to 1000013", "dtype: fp32", "weights: running average (EMA 0.999)",
+                 f"teacher: {small_models[kind]}", "commit: ", f"versions: torch {torch.__version__}, diffusers ", ", transformers ",
+                 "unknown", "noise fd two teacher halves: ", "trajectories: first 5 seeds", "endpoint error: root mean square"]:
+        assert item in text, item
+    assert len(result["image_and_caption_ids"].split()) == 14 and result["image_and_caption_ids"].split()[0].count("/") == 1
+    printed = capsys.readouterr().out
+    assert (run / "results.md").read_text() in printed and text in printed and (run / "grid.png").stat().st_size > 1000
+    assert "| teacher | - | 4 | 8 | 4 | " in printed and "FD (95%)" in printed and "(not FID)" in printed       # stand-in, not Inception
+
+
+def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_anew(random_sd, parts, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    train.main(train.Config(model=str(random_sd), data="sprites", batch=2, trajectories=2, solver_steps=8, out=str(run), name="proreflow",
+                            windows=[2, 1], steps=2, grid_steps=0))
+    c = options(parts, tmp_path / "cache", "tiny", run=str(run), n=80, real=80, steps=[1, 2], teacher_steps=2, size=None, paths=4, batch=64)
+    result = evaluation.main(c)
     assert [(row["method"], row["windows"], row["steps"]) for row in result["rows"]] == [
-        ("teacher", None, 2), ("ddim", None, 1), ("proreflow", 2, 2), ("proreflow", 1, 1), ("proreflow", 1, 2),
-        ("reflow", 1, 1), ("reflow", 1, 2)]
+        ("teacher", None, 2), ("ddim", None, 1), ("proreflow", 2, 2), ("proreflow", 1, 1), ("proreflow", 1, 2)]
     for row in result["rows"]:
-        assert row["fd_interval"][0] <= row["fd"] <= row["fd_interval"][1] + 0.5 and row["seconds_per_image"] > 0
+        assert row["fd_interval"][0] <= row["fd"] <= row["fd_interval"][1] + 0.5 and row["nfe"] == row["nfe_pairs_as_one"] == row["steps"]
     assert abs(result["rows"][0]["fd_teacher"]) < 1e-6 and result["rows"][1]["fd_teacher"] >= 0
-    assert (run / "grid.png").stat().st_size > 1000 and "| teacher | - | 2 |" in (run / "results.md").read_text()
-    assert evaluation.main(c)["rows"] == result["rows"]
+    assert "| teacher | - | 2 |" in (run / "results.md").read_text() and "image_and_caption_ids" not in result
+    for item in ("held-out pairs included", "features: tiny-clip, projected image features", "resize: none"):
+        assert item in result["protocol"]["text"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.sampler, "generate", None)         # only the picture is drawn again
+        patch.setattr(evaluation, "picture", lambda *_: None)
+        assert evaluation.main(c)["rows"] == result["rows"]
 
 
 def test_evaluation_pictures_are_fresh_and_hold_the_held_out_pairs():
-    images, captions = evaluation.real_images(2000, "reference")
-    again, other = evaluation.real_images(2000, "reference"), evaluation.real_images(2000, "prompts")
+    images, captions = evaluation.real_images(800, "reference")
+    again, other = evaluation.real_images(800, "reference"), evaluation.real_images(800, "prompts")
     assert torch.equal(images, again[0]) and captions == again[1] != other[1]
     assert set(captions) & {f"{name} on {colour}" for name in sprites.load_sheet()[0] for colour in sprites.BACKGROUNDS
                             if sprites.is_held_out(name, colour)}
@@ -82,3 +186,277 @@ def test_sprites_hold_out_a_tenth_and_training_never_draws_it():
     images, captions, _ = sprites.draw(8, torch.Generator().manual_seed(0))
     assert images.shape == (8, 3, 32, 32) and images.abs().max() <= 1 and images.std() > 0.1
     assert {word for caption in captions for word in caption.split()} <= set(sprites.vocabulary())
+
+
+# ---- columns, each against a direct computation --------------------------------------------------------------------
+
+
+def test_every_column_is_the_direct_computation(judge, parts, students):
+    folder, seeds, prompts = students["sd15"] / "student-2", range(1_000_000, 1_000_016), judge.prompts
+    row = judge.row(folder, 4)
+    pipeline, model, _ = sampler.open_model(str(folder))
+    z = sampler.generate(pipeline, model, prompts, seeds, sampler.time_grid(4, 2), 1.5, batch=8)
+    images, network, clip = teacher.decode(pipeline, z), metrics.Inception(parts / "inception.pt"), metrics.Clip(parts / "clip")
+    real = coco.Coco(parts / "coco", "val2017", "first", 18)
+    reference = real.images(range(18), 32)
+    assert prompts == real.captions[:16]
+    ours, theirs, mine = metrics.moments(network.images(images)), metrics.moments(network.images(reference)), clip.images(images)
+    assert row["fd"] == pytest.approx(metrics.frechet_distance(ours, theirs), rel=1e-5)
+    assert row["fd_interval"] == pytest.approx(list(metrics.frechet_interval(network.images(images), theirs)), rel=1e-4)
+    kid = metrics.kernel_distance(network.images(images), network.images(reference))
+    assert (row["kid"], row["kid_std"]) == pytest.approx(kid, rel=1e-4, abs=1e-9)
+    assert row["cmmd"] == pytest.approx(metrics.cmmd(mine, clip.images(reference)), rel=1e-4)
+    assert row["clip"] == pytest.approx(metrics.clip_score(mine, clip.texts(prompts)), rel=1e-4)
+
+    other, top, _ = sampler.open_model(judge.c.teacher)
+    times = sampler.time_grid(4)
+    samples = sampler.generate(other, top, prompts, seeds, times, 1.5, batch=8)
+    sampled = metrics.moments(network.images(teacher.decode(other, samples)))
+    assert row["fd_teacher"] == pytest.approx(metrics.frechet_distance(ours, sampled), rel=1e-4)
+    assert row["endpoint_error"] == pytest.approx((z[:5] - samples[:5]).square().mean().sqrt().item(), rel=1e-4)
+    texts = prompts[:5], [None] * 5
+    (cond, uncond), (top_cond, top_uncond) = ([teacher.encode_text(one, text) for text in texts] for one in (pipeline, other))
+    noise, visited = sampler.noise(seeds[:5], (4, 8, 8)), []
+    assert row["straightness"] == pytest.approx(metrics.straightness(model, noise, cond, 2, 2, 1.5, uncond), rel=1e-4)
+    end = sampler.ddim(top, noise, times, top_cond, 1.5, top_uncond, lambda state: visited.append(state["z"]))
+    path = torch.stack([*visited, end], 1)
+    assert row["chord_error"] == pytest.approx(metrics.chord_error(model, path, cond, 2, 1.5, uncond), rel=1e-4)
+    assert (row["method"], row["windows"], row["nfe"], row["nfe_pairs_as_one"], row["solver"]) == ("reflow", 2, 8, 4, "ddim")
+
+
+def test_measures_of_batches_are_those_of_all_trajectories(judge, parts, students, tmp_path):
+    """Straightness and chord error are kept as means of batches of unequal size: 3 and 2 of 5."""
+    other = evaluation.Evaluator(dataclasses.replace(judge.c, batch=3, cache=str(tmp_path)))
+    one, two = (each.row(students["sd15"] / "student-2", 2) for each in (judge, other))
+    for column in ("straightness", "chord_error", "endpoint_error", "fd", "kid", "cmmd", "clip", "nfe"):
+        assert two[column] == pytest.approx(one[column], rel=1e-3, abs=1e-6), column
+
+
+@pytest.mark.parametrize("solver, steps, guidance", [("heun", 3, 1.5), ("unipc", 3, 1.0), ("dpmsolver++", 2, 0.0), ("lcm", 2, 2.0)])
+def test_evaluations_are_counted_for_every_solver_and_a_pair_is_two(judge, solver, steps, guidance):
+    row, once = judge.row(judge.c.teacher, steps, solver=solver, guidance=guidance), sampler.evaluations(solver, steps)
+    assert (row["nfe_pairs_as_one"], row["nfe"]) == (once, once * (2 if guidance > 1 else 1))
+    assert (row["method"], row["windows"], row["solver"], row["guidance"]) == ("teacher", None, solver, guidance)
+
+
+@pytest.mark.parametrize("steps, windows", [(1, 1), (3, 1), (8, 8), (12, 4)])
+def test_windows_of_a_teacher_are_what_its_steps_have_in_common_with_8(judge, steps, windows):
+    row = judge.row(judge.c.teacher, steps)
+    assert len(row["straightness"]) == windows
+    assert row["chord_error"] is None if windows == 8 else len(row["chord_error"]) == windows          # the cached path has 4 steps
+
+
+def test_an_edit_changes_every_answer_and_its_name_the_row(judge, students):
+    folder = students["sd15"] / "student-2"
+    plain = judge.row(folder, 2)
+    same = judge.row(folder, 2, edit=("nothing", lambda z, t, x_hat, eps_hat: (x_hat, eps_hat)))
+    fog = judge.row(folder, 2, "fog", edit=("fog", lambda z, t, x_hat, eps_hat: (0 * x_hat, 0 * eps_hat)))
+    assert without_time(same) == without_time(plain)
+    assert fog["method"] == "fog" and fog["straightness"][1] == 0 < fog["straightness"][0] and fog["fd"] != plain["fd"]
+    path = judge.path()[range(5)]["z"]
+    assert fog["endpoint_error"] == pytest.approx(path[:, -1].square().mean().sqrt().item(), rel=1e-5)         # its end is 0
+    seen = []
+
+    def watch(z, t, x_hat, eps_hat):
+        seen.append((z.shape[1:], t.shape))
+        return x_hat, eps_hat
+    judge.row(folder, 4, edit=("watch", watch))
+    assert set(seen) == {((4, 8, 8), (8,)), ((4, 8, 8), (5,))}
+
+
+def test_noise_is_what_two_halves_of_the_teachers_samples_differ_by(judge, parts):
+    features, reference = judge.teacher_rows[range(16)]["inception"], judge.reference_moments
+    a, b = metrics.moments(features[:8]), metrics.moments(features[8:])
+    difference = abs(metrics.frechet_distance(a, reference) - metrics.frechet_distance(b, reference))
+    assert judge.noise == dict(between_fds=pytest.approx(difference), between_halves=pytest.approx(metrics.frechet_distance(a, b)))
+    few = evaluation.Evaluator(dataclasses.replace(judge.c, n=13))
+    assert few.noise == dict(between_fds=None, between_halves=None)                # 6 images of 6 features
+    assert evaluation.Evaluator(dataclasses.replace(judge.c, n=14)).noise["between_fds"] is not None
+
+
+def test_images_without_a_caption_do_not_enter_the_clip_score(random_sd, parts, tmp_path):
+    c = options(parts, tmp_path, "tiny", teacher=str(random_sd), n=80, real=80, teacher_steps=1, paths=1, batch=64)
+    judge = evaluation.Evaluator(c)
+    rows, given = judge.teacher_rows[range(80)]["clip"], [i for i, prompt in enumerate(judge.prompts) if prompt]
+    expected = metrics.clip_score(rows[given], judge.clip.texts([judge.prompts[i] for i in given]))
+    assert judge.row(random_sd, 1)["clip"] == pytest.approx(expected, rel=1e-6) and 0.8 < len(given) / 80 < 1
+    assert judge.prompts == evaluation.real_images(80, "prompts")[1]
+    assert torch.allclose(judge.reference["clip"], judge.clip.images(evaluation.real_images(80, "reference")[0]), atol=1e-5)
+
+
+# ---- the same rows however they come about -------------------------------------------------------------------------
+
+
+def test_rows_are_the_same_on_one_process_and_two(parts, students, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "SHARD", 8)                     # 3 shards, so that two processes share them
+    script = tmp_path / "shards.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport eval\neval.SHARD, eval.STRAIGHTNESS_STEPS = 8, 2\n"
+                      "eval.config.run(eval.main, eval.Config, '')\n")
+    for run in ("one", "two"):
+        shutil.copytree(students["sd15"], run)
+    c = options(parts, "cache-one", run="one", n=COUNT, real=COUNT, teacher_steps=2, batch=4, paths=6)
+    one = evaluation.main(c)
+    names = ("protocol", "data", "clip", "inception", "size", "n", "real", "batch", "paths")
+    arguments = [f"--{name}={getattr(c, name)}" for name in names]
+    arguments += ["--steps=2", "--ddim-steps=1", "--teacher-steps=2", "--cache=cache-two"]
+    done = subprocess.run([*torchrun(2), "--", str(script), "two", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("| teacher |") == 1                    # the first process alone prints
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert [without_time(row) for row in one["rows"]] == [without_time(row) for row in two["rows"]]
+    assert one["protocol"]["text"] == two["protocol"]["text"] and one["image_and_caption_ids"] == two["image_and_caption_ids"]
+    left, right = (sorted(str(file.relative_to(cache)) for file in cache.rglob("*.*")) for cache in map(Path, ("cache-one", "cache-two")))
+    assert left == right and any(name.startswith("student-2-2-ddim-") and name.endswith("00002.safetensors") for name in left)
+
+
+def test_image_i_has_its_own_seed_whatever_the_batch_and_the_number_of_images(judge, students, tmp_path):
+    folder = students["sd15"] / "student-2"
+    rows = judge.features(folder, 2)[range(16)]
+    other = evaluation.Evaluator(dataclasses.replace(judge.c, batch=5, n=18, cache=str(tmp_path)))
+    more = other.features(folder, 2)[range(18)]
+    for key in ("inception", "clip"):
+        assert torch.allclose(rows[key], more[key][:16], atol=1e-4)
+    shifted = evaluation.Evaluator(dataclasses.replace(judge.c, seed=1_000_001, cache=str(tmp_path)))
+    assert not torch.allclose(rows["inception"], shifted.features(folder, 2)[range(16)]["inception"], atol=1e-4)
+
+
+def test_an_interrupted_row_goes_on_where_it_was_and_comes_out_the_same(judge, students, tmp_path, monkeypatch):
+    folder, decode, calls = students["sd15"] / "student-2", teacher.decode, []
+    monkeypatch.setattr(evaluation, "SHARD", 4)
+    other = evaluation.Evaluator(dataclasses.replace(judge.c, batch=4, cache=str(tmp_path)))
+    whole = other.features(folder, 3)[range(16)]
+    shutil.rmtree(next(tmp_path.glob("student-2-3-*")))
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+    monkeypatch.setattr(teacher, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other.features(folder, 3)
+    shards = {file: file.stat().st_mtime_ns for file in next(tmp_path.glob("student-2-3-*")).glob("*.safetensors")}
+    assert len(shards) == 2
+    rows = other.features(folder, 3)[range(16)]
+    assert len(calls) == 5 and all(file.stat().st_mtime_ns == age for file, age in shards.items())
+    assert all(torch.equal(rows[key], whole[key]) for key in ("inception", "clip", "evaluations"))
+
+
+def test_a_retrained_student_has_rows_of_its_own(judge, small_models, tmp_path):
+    folder = make_student(tmp_path / "student-2", "sd15", small_models["sd15"], seed=2)
+    before = judge.row(folder, 2)
+    make_student(folder, "sd15", small_models["sd15"], seed=3)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    after = judge.row(folder, 2)
+    assert before["fd"] != after["fd"] and before["straightness"] != after["straightness"]
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "student-2")
+    assert judge.row(moved, 2) == after                             # weights decide, not where they lie; even the seconds are the same
+
+
+@pytest.mark.parametrize("change", [dict(seed=7), dict(guidance=2.0), dict(dtype="bf16"), dict(size=24)], ids=str)
+def test_other_settings_are_other_rows(judge, tmp_path, change):
+    other = evaluation.Evaluator(dataclasses.replace(judge.c, **change))
+    for find in (lambda e: e.teacher_rows[range(16)]["inception"], lambda e: e.trajectories(e.c.teacher, 2)[range(5)]["straightness"]):
+        assert not torch.allclose(find(other), find(judge), atol=1e-6)
+
+
+def test_saved_images_are_those_that_were_measured(judge, parts, students, tmp_path):
+    kept = evaluation.Evaluator(dataclasses.replace(judge.c, save_images=str(tmp_path / "images")))
+    rows = kept.features(students["sd15"] / "student-2", 2)[range(16)]
+    network = metrics.Inception(parts / "inception.pt")
+    for name, count, features in (("reference", 18, kept.reference["inception"]), ("student-2-2-ddim", 16, rows["inception"])):
+        files = sorted(next((tmp_path / "images").glob(f"{name}-*")).iterdir())
+        assert [file.name for file in files] == [f"{i:06d}.png" for i in range(count)]
+        assert torch.equal(network.images(coco.tensor(Image.open(file) for file in files)), features)
+    assert torch.equal(rows["inception"], judge.features(students["sd15"] / "student-2", 2)[range(16)]["inception"])
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_earlier_results_are_as_they_were():
+    for name in ("tiny", "demo"):
+        text = evaluation.table(json.loads((ROOT / "results" / f"{name}.json").read_text()))
+        assert text.strip() in (ROOT / "README.md").read_text()
+
+
+def test_only_the_published_inception_makes_a_fid(judge, parts, students, monkeypatch):
+    row = judge.row(students["sd15"] / "student-2", 2)
+    text = evaluation.table(dict(protocol=judge.describe([]), rows=[row]))
+    assert "| FD (95%) | FD to teacher | KD x 1000 |" in text and "\nFD: Frechet distance on inception, not the published" in text
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256((parts / "inception.pt").read_bytes()).hexdigest())
+    published = evaluation.Evaluator(judge.c)
+    text = evaluation.table(dict(protocol=published.describe([]), rows=[row]))
+    assert "| FID (95%) | FID to teacher | KID x 1000 |" in text and "\nFID: Frechet distance on Inception 2015-12-05, 6 features;" in text
+
+
+def test_a_table_says_what_noise_is_and_leaves_open_what_is_not_known(judge, students):
+    few = evaluation.Evaluator(dataclasses.replace(judge.c, n=13, teacher_steps=3))
+    row = few.row(students["sd15"] / "student-2", 2)
+    text = evaluation.table(dict(protocol=few.describe([dict(config=dict(ema=0.0)), {}]), rows=[row]))
+    assert row["chord_error"] is None and f"| {row['straightness'][0]:.3f} {row['straightness'][1]:.3f} | - | " in text
+    assert "two halves of the teacher's samples differ by - (FD between them), their FDs to the real images by -. Commit" in text
+    assert "weights: raw, unknown;" in text
+    text = evaluation.table(dict(protocol=judge.describe([]), rows=[row]))
+    assert (f"teacher's samples differ by {judge.noise['between_halves']:.2f} (FD between them), their FDs to the real images by "
+            f"{judge.noise['between_fds']:.2f}. Commit ") in text
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(n=6), r"--n 6: must be at least 7 for a Frechet distance on the 6 features of inception, not the published"),
+    (dict(real=6), r"--real 6: must be at least 7 for a Frechet distance"),
+    (dict(n=COUNT + 1), rf"--data .*: {COUNT} captioned images in val2017, and {COUNT + 1} are asked for"),
+    (dict(protocol="coco2017"), r"--protocol coco2017: not one of tiny, .*; did you mean coco2017-5k\?"),
+    (dict(data=""), r"--protocol coco2017-5k: needs COCO; give --data FOLDER, with annotations/captions_val2017.json and val2017 in it"),
+    (dict(protocol="tiny"), r"--data .*: --protocol tiny has its own images; leave it out"),
+    (dict(data="nowhere"), r"--data nowhere: annotations/captions_val2017.json cannot be read"),
+    (dict(solvers=["ddmi"]), r"--solvers ddmi: not one of ddim, .*; did you mean ddim\?"),
+    (dict(dtype="fp8"), r"--dtype fp8: not one of fp32, bf16, fp16"),
+    (dict(seed=-1), r"--seed -1: must be at least 0"), (dict(guidance=-1.0), r"--guidance -1.0: must be at least 0"),
+    (dict(batch=0), r"--batch 0: must be at least 1"), (dict(paths=0), r"--paths 0: must be at least 1"),
+    (dict(steps=[0]), r"--steps 0: must be at least 1"),
+    (dict(ddim_steps=[1, 0]), r"--ddim-steps 0: must be at least 1"), (dict(teacher_steps=0), r"--teacher-steps 0: must be at least 1"),
+    (dict(size=30), r"--size 30: must be a multiple of 8"), (dict(teacher="nowhere"), r"--model nowhere: no diffusers pipeline there"),
+    (dict(clip="nowhere"), r"--clip nowhere: no CLIPModel folder there"),
+    (dict(inception="nowhere"), r"--inception nowhere: cannot be read"),
+    (dict(device="tpu"), r"--device tpu: not one of cpu, cuda")], ids=str)
+def test_what_cannot_be_measured_is_refused_in_one_line(judge, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        evaluation.Evaluator(dataclasses.replace(judge.c, cache=str(tmp_path), **change))
+
+
+def test_tiny_wants_ten_images_a_feature(parts, tmp_path):
+    with pytest.raises(UserError, match="--n 79: must be at least 80 for a Frechet distance on the 8 features of tiny-clip"):
+        evaluation.Evaluator(options(parts, tmp_path, "tiny", n=79, real=80))
+
+
+def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, tmp_path):
+    c = options(parts, tmp_path / "cache")
+    for run, message in (("", "no run: give the folder"), ("nowhere", "nowhere: give the folder"), (str(tmp_path), "no finished student")):
+        with pytest.raises(UserError, match=message):
+            evaluation.main(dataclasses.replace(c, run=run))
+    for name in ("a", "b"):
+        (tmp_path / name / "student-2").mkdir(parents=True)
+        (tmp_path / name / "student-2" / "reflow.json").write_text(json.dumps(dict(teacher=name, windows=2, method="reflow")))
+    with pytest.raises(UserError, match=r"students of several teachers \(a, b\); evaluate their runs one by one"):
+        evaluation.main(dataclasses.replace(c, run=str(tmp_path)))
+
+
+def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):
+    with pytest.raises(UserError):
+        evaluation.Evaluator(dataclasses.replace(judge.c, cache=str(tmp_path), n=6))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_user_gives_overrides_the_protocol():
+    c, protocol = evaluation.resolve(evaluation.Config(protocol="coco2014-30k", data="x"))
+    assert (c.n, c.real, c.guidance, c.size, c.teacher, c.batch, c.clip) == (30000, 30000, 1.5, None, "sd15", 16, evaluation.VIT_G)
+    given = dict(n=3, guidance=0.0, size=64, teacher="y", clip="z", paths=1, batch=2)
+    c, _ = evaluation.resolve(evaluation.Config(protocol="sdxl-coco2017-5k", data="x", **given))
+    assert (c.n, c.real, c.guidance, c.size, c.teacher, c.batch, c.clip, c.paths) == (3, 5000, 0.0, 64, "y", 2, "z", 1)
+    assert protocol.note and np.isfinite(protocol.guidance) and data.digest(protocol)

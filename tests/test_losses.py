@@ -1,4 +1,6 @@
-"""Identities of losses.py: zero at the target, exact decomposition, limits, gradients."""
+"""Identities of losses.py: zero at the target, exact decomposition, limits, the high-pass map, normalised losses, gradients."""
+import math
+
 import pytest
 import torch
 
@@ -63,3 +65,141 @@ def test_shapes_that_would_broadcast_are_refused():
     with pytest.raises(ValueError, match="4, 1"):
         losses.mse(torch.zeros(4, 1), torch.zeros(4, 4))
     assert losses.mse(torch.zeros(4, 4), torch.ones(4, 4)).tolist() == [1] * 4       # batch equal to width
+
+
+# ---- the high-pass map ---------------------------------------------------------------------------------------------
+
+SIZES = [(8, 8), (7, 9), (6, 5), (1, 4), (3, 1), (32, 32)]
+
+
+def image(height, width, seed=0):
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def frequencies(height, width):
+    """Cycles per pixel of each number of fft2, by hand: indices above the middle are negative frequencies."""
+    signed = [[(i if 2 * i < n else i - n) / n for i in range(n)] for n in (height, width)]
+    return torch.tensor([[math.hypot(y, x) for x in signed[1]] for y in signed[0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("weight", [-0.5, 0.0, 1.0, 1000.0])
+def test_high_pass_is_the_whole_complex_transform_with_a_centred_mask(size, weight):
+    e, radius = image(*size), 0.4
+    mask = 1 + weight * (frequencies(*size) >= radius * math.sqrt(0.5))
+    expected = torch.fft.ifft2(torch.fft.fft2(e) * mask)
+    found = losses.high_pass(e, weight, radius)
+    assert found.dtype == e.dtype and found.shape == e.shape
+    assert expected.imag.abs().max() < 1e-10 * (1 + weight)                          # Hermitian: nothing imaginary is dropped
+    assert torch.allclose(found, expected.real, atol=1e-10 * (1 + abs(weight)))
+
+
+def test_high_pass_multiplies_a_wave_by_1_or_by_1_plus_the_weight():
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    for ky, kx, kept in ((0, 0, False), (2, 1, False), (2, 2, True), (0, 3, True), (16, 16, True)):    # cut at 0.1 x 22.6 = 2.26 bins
+        wave = torch.cos(2 * math.pi * (ky * y + kx * x).double() / 32)[None, None]
+        assert torch.allclose(losses.high_pass(wave, 5.0), wave * (6 if kept else 1), atol=1e-6), (ky, kx)
+    assert (frequencies(32, 32) < 0.1 * math.sqrt(0.5)).sum() == 21
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_high_pass_is_linear_symmetric_invertible_and_the_identity_at_weight_0(size):
+    e, f = image(*size), image(*size, seed=1)
+
+    def phi(z):
+        return losses.high_pass(z, 3.0, 0.3)
+    assert torch.allclose(phi(2 * e - f), 2 * phi(e) - phi(f), atol=1e-10)
+    assert (phi(e) * f).sum().item() == pytest.approx((e * phi(f)).sum().item(), rel=1e-9)
+    assert torch.allclose(losses.high_pass(phi(e), -3 / 4, 0.3), e, atol=1e-10)
+    assert torch.allclose(losses.high_pass(e, 0.0), e, atol=1e-12)
+
+
+def test_high_pass_norm_is_parsevals_sum_over_the_spectrum():
+    e, weight, radius = image(7, 9), 3.0, 0.3
+    power = torch.fft.fft2(e).abs().square() / (7 * 9)
+    high = power * (frequencies(7, 9) >= radius * math.sqrt(0.5))
+    expected = power.sum((1, 2, 3)) + (weight ** 2 + 2 * weight) * high.sum((1, 2, 3))
+    assert torch.allclose(losses.high_pass(e, weight, radius).square().sum((1, 2, 3)), expected)
+    assert 0 < high.sum() < power.sum()
+
+
+def test_high_pass_keeps_all_at_radius_0_and_only_the_corner_at_radius_1():
+    e = image(8, 8)
+    assert torch.allclose(losses.high_pass(e, 2.0, 0.0), 3 * e)
+    corner = torch.tensor([[(-1.0) ** (i + j) for j in range(8)] for i in range(8)], dtype=torch.float64)
+    projection = (e * corner).mean((2, 3), keepdim=True) * corner
+    assert torch.allclose(losses.high_pass(e, 2.0, 1.0), e + 2 * projection)
+
+
+def test_high_pass_loss_is_mse_at_weight_0_and_never_above_it_for_weight_above_0():
+    p, q = image(8, 6), image(8, 6, seed=1)
+    assert torch.allclose(losses.high_pass_loss(p, q, 0.0), losses.mse(p, q))
+    values = [losses.high_pass_loss(p, q, weight) for weight in (0.0, 1.0, 10.0, 1e6)]
+    assert all((after < before).all() for before, after in zip(values, values[1:]))
+    fine = torch.tensor([[(-1.0) ** (i + j) for j in range(6)] for i in range(8)], dtype=torch.float64).expand(2, 3, 8, 6)
+    assert torch.allclose(losses.high_pass_loss(q + fine, q, 7.0), losses.mse(q + fine, q))          # high frequencies count in full
+    assert torch.allclose(losses.high_pass_loss(q + 1, q, 7.0), losses.mse(q + 1, q) / 64)           # an error of the mean does not
+
+
+def test_high_pass_computes_low_precision_in_float32():
+    e = image(8, 8)
+    found = losses.high_pass(e.bfloat16(), 1.0)
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), losses.high_pass(e, 1.0), atol=0.05)
+
+
+def test_high_pass_that_cannot_be_inverted_or_filtered_is_refused():
+    for shape, weight, radius in (((2, 3, 4, 4), -1.0, 0.1), ((2, 3, 4, 4), float("nan"), 0.1), ((2, 3, 4, 4), 1.0, -0.1),
+                                  ((2, 3, 4, 4), 1.0, 1.1), ((2, 3), 1.0, 0.1)):
+        with pytest.raises(ValueError, match="weight > -1"):
+            losses.high_pass(torch.zeros(shape), weight, radius)
+    with pytest.raises(ValueError, match="4, 1"):
+        losses.high_pass_loss(torch.zeros(4, 1, 2, 2), torch.zeros(4, 4, 2, 2))
+
+
+# ---- normalised losses ---------------------------------------------------------------------------------------------
+
+
+def test_normalised_weighs_the_student_and_teaches_the_normaliser_apart():
+    value = torch.tensor([0.5, 2.0, 0.01], dtype=torch.float64, requires_grad=True)
+    predicted = torch.tensor([0.0, 1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    total = losses.normalised(value, predicted)
+    expected = value / predicted.exp() + (value.log() - predicted).square()
+    assert total.shape == (3,) and torch.allclose(total, expected)
+    student, normaliser = torch.autograd.grad(total.sum(), (value, predicted))
+    assert torch.allclose(student, (-predicted).exp())                               # no gradient through log value
+    assert torch.allclose(normaliser, 2 * (predicted - value.log()))                 # nor through the weight
+
+
+def test_normalised_is_the_plain_loss_plus_a_constant_while_the_prediction_is_0():
+    value = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    gradient, = torch.autograd.grad(losses.normalised(value, torch.zeros(2, dtype=torch.float64)).sum(), value)
+    assert torch.equal(gradient, torch.ones(2, dtype=torch.float64))
+
+
+def test_normalised_by_the_true_mean_log_has_the_scale_of_no_region():
+    value = torch.tensor([1e-3, 1.0, 1e3])
+    assert losses.normalised(value, value.log()).tolist() == pytest.approx([1] * 3)
+
+
+def test_the_floor_bounds_the_weight_and_the_target_also_at_loss_zero():
+    value, low = torch.zeros(2, requires_grad=True), torch.tensor([-50.0, -1.0], requires_grad=True)
+    total = losses.normalised(value, low, floor=0.01)
+    assert total.tolist() == pytest.approx([(math.log(0.01) + 50) ** 2, (math.log(0.01) + 1) ** 2])
+    total.sum().backward()
+    assert value.grad.tolist() == pytest.approx([100, math.e]) and low.grad.isfinite().all()
+
+
+def test_self_normalised_is_constant_with_the_gradient_of_the_logarithm_above_the_floor():
+    value = torch.tensor([0.5, 1e-3, 1e-6, 0.0], dtype=torch.float64, requires_grad=True)
+    found = losses.self_normalised(value, floor=1e-4)
+    assert torch.allclose(found, torch.tensor([1, 1, 0.01, 0], dtype=torch.float64))
+    gradient, = torch.autograd.grad(found.sum(), value)
+    assert torch.allclose(gradient, torch.tensor([2, 1e3, 1e4, 1e4], dtype=torch.float64))
+
+
+def test_normalised_losses_refuse_other_shapes_and_no_floor():
+    for value, predicted, floor in (((3,), (3, 1), 1e-4), ((3,), (3,), 0.0), ((2, 2), (2, 2), 1.0)):
+        with pytest.raises(ValueError, match="floor"):
+            losses.normalised(torch.ones(value), torch.ones(predicted), floor)
+    with pytest.raises(ValueError, match="floor"):
+        losses.self_normalised(torch.ones(3), 0.0)

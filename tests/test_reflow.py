@@ -1,4 +1,5 @@
-"""Identities of reflow.py: windows, chord, paths, spaces, recipes."""
+"""Identities of reflow.py: windows, chord, paths, spaces, time laws, recipes."""
+import numpy as np
 import pytest
 import torch
 
@@ -115,3 +116,71 @@ def test_starts_time_law_is_half_uniform_and_half_on_the_starts(windows):
     rest = t[~on_start].sort().values
     uniform = torch.linspace(0, 1, len(rest), dtype=torch.float64)
     assert (rest - uniform).abs().max() < 0.02 and 0 < t.min() and t.max() == 1                  # Kolmogorov-Smirnov distance
+
+
+def cumulative(density, points=200_001):
+    """(t, F(t)) by the trapezoid rule: an integral that knows no inverse."""
+    t = torch.linspace(0, 1, points, dtype=torch.float64)
+    return t, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density(t), t)])
+
+
+def kolmogorov_smirnov(draws, density, low=0.0, high=1.0):
+    """sup |empirical - F| of draws from the density restricted to (low, high]; 1.95 / sqrt(n) is exceeded once in a thousand."""
+    t, F = cumulative(density)
+    draws = draws[(draws > low) & (draws <= high)].sort().values
+    at = torch.from_numpy(np.interp(torch.cat([draws, torch.tensor([low, high]).double()]).numpy(), t.numpy(), F.numpy()))
+    at = (at[:-2] - at[-2]) / (at[-1] - at[-2])
+    steps = torch.arange(len(draws) + 1, dtype=torch.float64) / len(draws)
+    return max((at - steps[:-1]).max().item(), (steps[1:] - at).max().item()) * len(draws) ** 0.5
+
+
+DRAWS = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+VARIANTS = {"uniform": ({},), "exponential": ({}, dict(base=4.0), dict(base=0.1), dict(base=1e4)), "cosh": ({}, dict(a=1.0), dict(a=10.0)),
+            "log-normal": ({}, dict(mean=0.5, std=0.7))}
+
+
+@pytest.mark.parametrize("name, options", [(name, options) for name, variants in VARIANTS.items() for options in variants])
+def test_time_laws_draw_from_their_density_on_the_axis_and_inside_each_window(name, options):
+    law, density = reflow.TIME_LAWS[name], reflow.DENSITIES[name]
+    for windows in (1, 4):
+        t = law(DRAWS, windows, **options)
+        assert 0 < t.min() and t.max() <= 1 and t.dtype == torch.float64
+        for start, end in zip(reflow.boundaries(windows), reflow.boundaries(windows)[1:]):
+            assert kolmogorov_smirnov(t, lambda t: density(t, **options), end, start) < 1.95, (windows, start)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_densities_integrate_to_one_and_kolmogorov_smirnov_tells_them_apart(name):
+    assert cumulative(reflow.DENSITIES[name])[1][-1].item() == pytest.approx(1, abs=1e-8)
+    for other in set(VARIANTS) - {name}:
+        assert kolmogorov_smirnov(reflow.TIME_LAWS[name](DRAWS, 1), reflow.DENSITIES[other]) > 10
+    assert set(reflow.DENSITIES) == set(reflow.TIME_LAWS) - {"starts"}
+
+
+def test_known_moments_of_the_time_laws():
+    t = reflow.exponential(DRAWS, 1)
+    assert t.mean().item() == pytest.approx(0.677, abs=3e-3) and (t > 0.5).double().mean().item() == pytest.approx(0.760, abs=4e-3)
+    t = reflow.cosh(DRAWS, 1)
+    assert t.mean().item() == pytest.approx(0.5, abs=4e-3)
+    logit = torch.logit(reflow.log_normal(DRAWS, 1))
+    assert logit.mean().item() == pytest.approx(-1.2, abs=0.015) and logit.std().item() == pytest.approx(1.2, abs=0.015)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_time_laws_stay_in_the_half_open_interval_at_the_ends_of_u(name):
+    u = torch.tensor([0.0, 2 ** -53, 1 - 2 ** -53], dtype=torch.float64)
+    for windows in (1, 8):
+        for options in VARIANTS[name]:
+            t = reflow.TIME_LAWS[name](u, windows, **options)
+            assert 0 < t.min() and t.max() <= 1 and t[0] > t[-1], options
+            reflow.window_of(t, windows)
+
+
+def test_bases_without_an_exponential_law_are_refused():
+    for base in (0.0, -2.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="base = .*above 0 and not 1"):
+            reflow.exponential(DRAWS[:2], 1, base)
+        with pytest.raises(ValueError, match="base = .*above 0 and not 1"):
+            reflow.exponential_density(DRAWS[:2], base)
+    near = reflow.exponential(DRAWS, 1, 1 + 1e-9)                                     # and the limit is the uniform law
+    assert torch.allclose(near, reflow.uniform(DRAWS, 1), atol=1e-6)

@@ -1,0 +1,209 @@
+"""Runs trained and rows measured, each once, several at a time; and what a few seeds allow to be said about them."""
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import queue
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+import config
+import data
+import eval as evaluation
+import reflow
+import teacher
+import train
+from config import UserError
+
+
+@dataclass
+class Config:
+    study: list[str] = field(default_factory=list)  # which, or all
+    seeds: int = 5              # of training, for the ablation; studies of smaller questions use fewer, see each
+    scale: float = 1.0          # share of every budget (updates, trajectories): 0.01 to see that it runs
+    model: str = "tiny"         # the teacher
+    data: str = ""              # images with captions; default: the model's own, sprites for tiny
+    out: str = "runs/study"     # trained runs, caches and measured rows
+    results: str = "results/studies"  # tables and figures
+    n: int = 1024               # images per row
+    real: int = 16384           # real images of the reference
+    paths: int = 64             # trajectories per row, for the endpoint error
+    clip: str = ""              # CLIPModel folder: features of FD and CLIP score; default: the embedded one
+    workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per core
+    device: str = ""            # cpu or cuda; default: cuda if there is one
+
+
+# ---- training and measuring -----------------------------------------------------------------------------------------
+
+
+class Lab:
+    """Trains runs and measures rows, `workers` at a time on a thread each, and keeps both."""
+
+    def __init__(self, c):
+        self.c, self.out = c, Path(c.out)
+        self.device = teacher.pick_device(c.device)
+        self.workers = c.workers or (torch.cuda.device_count() if self.device == "cuda" else os.cpu_count())
+        self.free = queue.SimpleQueue()                     # numbers of the workers (on CUDA: of the GPUs) without a job
+        for i in range(self.workers):
+            self.free.put(i)
+        self.commands = []                                  # of the study at hand
+
+    def updates(self, count, stages=1):
+        """A budget of updates, scaled."""
+        return max(stages, round(count * self.c.scale))
+
+    def cached(self, seed=0, trajectories=2048):
+        """Options that name a cache of trajectories, one per seed."""
+        count = max(16, round(trajectories * self.c.scale))
+        return f"--seed {seed} --cache {self.out}/cache/{count}-{seed} --trajectories {count}"
+
+    def parse(self, options):
+        """train.Config of a run's options."""
+        given = {f"--{name}": getattr(self.c, name) for name in ("model", "data", "device") if getattr(self.c, name)}
+        common = "--batch 16 --grid-steps 0 --log-steps 50 --checkpoint-steps 2000 --keep 1".split()
+        return config.parse(train.Config, "", [*(word for pair in given.items() for word in pair), *common, *shlex.split(options)])
+
+    def train(self, runs):
+        """runs: name -> options of train.py. Those not finished are trained.  Returns: name -> folder of the run."""
+        folders, jobs, caches = {}, [], {}
+        for name, options in runs.items():
+            folders[name] = folder = self.out / name
+            c = self.parse(f"{options} --out {folder}")
+            recipe = train.resolve_recipe(c)
+            command = train.command(c)
+            self.commands.append(command)
+            if not (folder / f"student-{recipe.stages[-1]}" / "reflow.json").is_file():
+                jobs.append((name, command))
+                if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
+                    caches[c.cache or str(folder)] = command.replace("train.py", "data.py cache", 1)
+        for i, command in enumerate(caches.values()):
+            self.run(command, f"cache {i + 1} of {len(caches)}", threads=os.cpu_count())
+        with ThreadPoolExecutor(self.workers) as pool, tqdm(total=len(jobs), desc="runs", disable=not jobs) as bar:
+            for name, _ in pool.map(lambda job: (job[0], self.run(job[1], job[0])), jobs):
+                bar.set_postfix_str(name)
+                bar.update()
+        return folders
+
+    def run(self, command, name, threads=1):
+        """Run a command of this project to its end, quietly.  Raises UserError with its last line if it fails."""
+        words = shlex.split(command)
+        words[:2] = [sys.executable, str(Path(__file__).parent / words[1])]
+        worker = self.free.get()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(worker)} if self.device == "cuda" else {})
+        try:
+            done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        finally:
+            self.free.put(worker)
+        if done.returncode:
+            raise UserError(f"{name}: {command} ended with status {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+
+    def measure(self, requests):
+        """requests: dicts of Evaluator.row's arguments, `folder` and `steps` at least.  Returns: their rows, in order."""
+        files = [self.row_file(request) for request in requests]
+        missing = {file: request for file, request in zip(files, requests) if not file.is_file()}
+        if missing:
+            evaluator(self.c)                               # what all rows share is made before the workers ask for it
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(self.workers, context, start_worker, (self.c,)) as pool, tqdm(total=len(missing), desc="rows") as bar:
+                for file, row in zip(missing, pool.map(measure_row, missing.values())):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    data.write_atomically(file, lambda part: part.write_text(json.dumps(row, indent=1)))
+                    bar.update()
+        return [json.loads(file.read_text()) for file in files]
+
+    def row_file(self, request):
+        """Where a row is kept: named after everything it depends on."""
+        edit = request.get("edit")
+        key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]), "age": evaluation.file_age(str(request["folder"])),
+               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model]}
+        return self.out / "rows" / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20] + ".json")
+
+    def evaluations(self, options):
+        """What a run costs: forward passes of a network over all its samples, a backward counted as two, trajectories included."""
+        c = self.parse(options)
+        recipe = train.resolve_recipe(c)
+        total = c.trajectories * recipe.solver_steps * (recipe.pairs == "trajectory")
+        solved = recipe.solver_steps                        # steps from noise to data of what solves this stage's windows
+        for windows, updates in zip(recipe.stages, reflow.stage_steps(recipe, c.steps)):
+            pair = {"trajectory": 0, "consistency": 2}.get(recipe.pairs, solved // windows)
+            total += updates * c.batch * (3 + pair / recipe.reuse)
+            solved = windows if recipe.pairs == "student" else solved
+        return total
+
+    def within(self, budget, options):
+        """The options with as many updates as the budget of evaluations allows."""
+        most = (1, 1000)
+        fixed, more = (self.evaluations(f"{options} --steps {steps * 8}") for steps in most)
+        per_step = (more - fixed) / (8 * (most[1] - most[0]))
+        return f"{options} --steps {max(8, round((budget * self.c.scale - fixed) / per_step) + 8)}"
+
+
+EVALUATOR = []                # of this process, once it has one
+
+
+def evaluator(c):
+    if not EVALUATOR:
+        EVALUATOR.append(evaluation.Evaluator(evaluation.Config(
+            n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device, cache=f"{c.out}/eval")))
+    return EVALUATOR[0]
+
+
+def start_worker(c):
+    if teacher.pick_device(c.device) == "cpu":
+        torch.set_num_threads(1)
+    evaluator(c)
+
+
+def measure_row(request):
+    return EVALUATOR[0].row(**request)
+
+
+# ---- statistics and words -------------------------------------------------------------------------------------------
+
+
+def mean_interval(values):
+    """Mean and half the width of its 95% interval by Student's t; infinite for one value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if len(values) < 2:
+        return values.mean().item(), math.inf
+    return values.mean().item(), stats.t.ppf(0.975, len(values) - 1) * (values.std() / len(values) ** 0.5).item()
+
+
+def shown(values, digits=2):
+    mean, half = mean_interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def paired(a, b):
+    """a - b, pair by pair.  Returns: (mean, half width of the 95% interval, p of the paired t-test)."""
+    difference = [x - y for x, y in zip(a, b)]
+    return *mean_interval(difference), float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 else math.nan
+
+
+def outcome(a, b):
+    """better, worse, or neither: of the paired difference a - b of something that should be low, by its 95% interval."""
+    mean, half, _ = paired(a, b)
+    return "no difference is shown" if not abs(mean) > half else "better" if mean < 0 else "worse"
+
+
+def counted(outcomes):
+    """How often each outcome came out, in words."""
+    return ", ".join(f"{word} in {outcomes.count(word)}" for word in ("better", "worse", "no difference is shown") if word in outcomes) \
+        + f" of {len(outcomes)} comparisons"
+
+
+def told(what, a, b, unit="FD"):
+    """A sentence on a paired difference a - b of something that should be low."""
+    mean, half, p = paired(a, b)
+    if not math.isfinite(half):
+        return f"{what}: {mean:+.3f} {unit} (one seed)."
+    return f"{what}: {outcome(a, b)} ({mean:+.3f} {unit}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}, p = {p:.2g}, {len(a)} seeds)."

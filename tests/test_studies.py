@@ -1,0 +1,215 @@
+"""Studies: their statistics against closed forms, their budgets against counted evaluations, each study on made-up rows whose
+verdict is known, and one end to end on a random model."""
+import json
+import math
+import zlib
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+import bench
+import lab as laboratory
+import studies
+import tiny
+from config import UserError
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students_and_covers():
+    mean, half = laboratory.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.3026527 * 1 / math.sqrt(3), abs=1e-6)         # t of 2 degrees of freedom
+    draws = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covered = sum(abs(mean) < half for mean, half in map(laboratory.mean_interval, draws.tolist()))
+    assert 0.935 < covered / 2000 < 0.965
+    assert laboratory.mean_interval([7.0]) == (7.0, math.inf) and laboratory.shown([7.0]) == "7.00"
+
+
+def test_pairs_are_compared_pair_by_pair():
+    common, shift = [0.0, 10.0, 20.0, 30.0], [0.9, 1.1, 1.0, 1.0]
+    mean, half, p = laboratory.paired([c + s for c, s in zip(common, shift)], common)
+    assert mean == pytest.approx(1.0) and half < 0.2 and p < 0.001                             # unpaired, the spread of 10 would hide it
+
+
+@pytest.mark.parametrize("shift, word", [(-1.0, "better"), (1.0, "worse"), (0.0, "no difference is shown")])
+def test_words_follow_the_interval(shift, word):
+    noise = [0.01, -0.01, 0.02, -0.02, 0.0]
+    sentence = laboratory.told("a against b", [5 + shift + e for e in noise], [5.0] * 5)
+    assert word in sentence and "5 seeds" in sentence
+    assert [other in sentence for other in ("better", "worse", "no difference is shown")].count(True) == 1
+    assert "one seed" in laboratory.told("a against b", [1.0], [2.0])
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return laboratory.Lab(laboratory.Config(out=str(tmp_path / "study"), results=str(tmp_path / "results"), seeds=3, workers=2))
+
+
+@pytest.mark.parametrize("options, per_sample", [
+    ("--recipe perflow", 8 + 3), ("--recipe rectified-diffusion", 10 + 3), ("--recipe lcm", 2 + 3), ("--pairs data --windows 1", 32 + 3),
+    ("--recipe proreflow --windows 8 4", (4 + 2) / 2 + 3), ("--recipe proreflow --windows 8 4 2", (4 + 2 + 2) / 3 + 3),
+    ("--recipe perflow --reuse 2", 4 + 3)])
+def test_a_run_costs_what_its_recipe_says(lab, options, per_sample):
+    assert lab.evaluations(f"{options} --steps 600") == pytest.approx(600 * 16 * per_sample)
+
+
+def test_costs_are_the_counted_ones(lab, small_models, monkeypatch):
+    """The loop's own calls of the student and the solver, counted."""
+    lab.c.model = str(small_models["sd15"])
+    for options in (dict(recipe="proreflow", windows=[8, 4]), dict(recipe="lcm")):
+        counted = bench.run_training(model=lab.c.model, random_init=False, data="sprites", batch=16, steps=2, device="cpu", **options)["evaluations"]
+        words = f"--recipe {options['recipe']} --data sprites --steps 2" + (" --windows 8 4" if "windows" in options else "")
+        assert counted["solver"] + 3 * counted["student"] == pytest.approx(lab.evaluations(words)) or options["recipe"] == "lcm"
+
+
+def test_trajectories_are_part_of_the_cost_and_of_the_budget(lab):
+    assert lab.evaluations("--trajectories 100 --steps 10") == 100 * 32 + 10 * 16 * 3
+    for options in ("--trajectories 100", "--recipe perflow", "--recipe proreflow --windows 8 4 2", "--recipe lcm"):
+        c = lab.parse(lab.within(40_000, options))
+        assert abs(lab.evaluations(f"{options} --steps {c.steps}") - 40_000) < 0.02 * 40_000, options
+
+
+def test_arms_of_the_ablation_cost_the_same(lab):
+    runs = {}
+    lab.train = lambda asked: runs.update(asked) or {name: lab.out / name for name in asked}
+    lab.measure = lambda requests: [dict(fd=1.0, endpoint_error=0.1, clip=60.0) for _ in requests]
+    studies.ablation(lab)
+    costs = {name: lab.evaluations(options) for name, options in runs.items()}
+    updates = {name: lab.parse(options).steps for name, options in runs.items()}
+    for s in range(3):
+        for alpha in ("0", f"{studies.ALPHA:g}"):
+            arm = {key: f"ablation/ProReflow-{key}-{alpha}-s{s}" for key in ("direct", "8-4-equal-updates", "8-4-equal-evaluations")}
+            assert costs[arm["8-4-equal-evaluations"]] == pytest.approx(costs[arm["direct"]], rel=0.01)
+            assert updates[arm["8-4-equal-updates"]] == updates[arm["direct"]] < updates[arm["8-4-equal-evaluations"]]
+            ours = [f"ablation/ours-{key}-{alpha}-s{s}" for key in ("direct", "8-4-equal-updates")]
+            assert costs[ours[0]] == costs[ours[1]] and updates[ours[0]] == updates[ours[1]]
+    assert len(runs) == 2 * 3 * 5 and len({tuple(lab.parse(options).__dict__.items()).__repr__() for options in runs.values()}) == len(runs)
+
+
+# ---- each study on made-up rows --------------------------------------------------------------------------------------
+
+
+def made_up(request):
+    """A row that depends on what is asked: more steps are better, runs of 8 windows first are worse."""
+    name = str(request["folder"])
+    fd = 2.0 + 1 / request["steps"] + 0.5 * ("8-4" in name or "progressive" in name) + zlib.crc32(name.encode()) % 1000 * 1e-5
+    fd += {"d": 0.3, "m": 0.1}.get((request.get("edit") or "x")[0][0], 0) + 0.1 * (request.get("guidance") or 1)
+    return dict(fd=fd, fd_interval=[fd - 0.1, fd + 0.1], endpoint_error=fd / 10, clip=60.0, chord_error=[0.1], straightness=[0.1])
+
+
+@pytest.fixture
+def pretend(lab, random_sd):
+    """A Lab whose runs are all the random model and whose rows are made up."""
+    lab.train = lambda runs: {name: lab.out / name for name in runs}
+    lab.measure = lambda requests: [made_up(request) for request in requests]
+    lab.c.model = str(random_sd)
+    return lab
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")         # made-up differences are all alike
+@pytest.mark.parametrize("name", [name for name in studies.STUDIES if name not in ("discrepancy", "samples")])
+def test_a_study_is_whole(pretend, name, tmp_path):
+    found = studies.STUDIES[name](pretend)
+    assert found["verdict"] and all(sentence.endswith(".") for sentence in found["verdict"])
+    for caption, columns, lines in found["tables"]:
+        assert caption and lines and all(len(line) == len(columns) for line in lines)
+    found.pop("figure").savefig(tmp_path / "figure.png")
+    text = studies.markdown(dict(found, question=studies.STUDIES[name].__doc__.strip(), command="x", protocol="y"))
+    assert text.count("\n|") >= 3 and "nan" not in text and json.dumps(found)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
+def test_verdicts_are_those_of_the_rows(pretend):
+    ablation = studies.ablation(pretend)["verdict"]
+    assert sum("progressive against direct" in s and "worse" in s for s in ablation) == sum("progressive against direct" in s for s in ablation) == 12
+    assert any("none of 100, 300" in sentence for sentence in studies.crossing(pretend)["verdict"])
+    assert "Direction costs more at 4 of 4 sizes." in studies.noise(pretend)["verdict"]
+    guided = studies.guidance(pretend)["verdict"]
+    assert all("FD is lowest at guidance 1 " in sentence for sentence in guided)
+    pretend.measure = lambda requests: [dict(made_up(request), fd=2.0 if request["steps"] == 32 else 2.2) for request in requests]
+    met = studies.one_step(pretend)["verdict"]
+    assert "target 1.5 x is met" in met[0] and "target 1.2 x is met" in met[1] and "target 1 x is missed by 0.10" in met[2]
+
+
+# ---- what is looked at directly --------------------------------------------------------------------------------------
+
+
+def test_perturbed_velocities_are_equally_wrong_in_one_way_only(schedule):
+    generator = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(6, 4, 8, 8, generator=generator) for _ in range(2))
+    t = torch.linspace(0.1, 1, 6, dtype=torch.float64)
+    alpha, sigma = (v.float()[:, None, None, None] for v in schedule(t))
+    z, u = alpha * x + sigma * eps, (eps - x).flatten(1)
+    for size in (0.05, 0.4):
+        for kind in ("direction", "magnitude"):
+            x_hat, eps_hat = studies.perturb(z, t, x, eps, schedule, kind, size)
+            moved = (eps_hat - x_hat).flatten(1)
+            assert torch.allclose(alpha * x_hat + sigma * eps_hat, z, atol=1e-5)
+            assert torch.allclose((moved - u).norm(dim=1), size * u.norm(dim=1), rtol=1e-4)
+            cosine = torch.cosine_similarity(moved, u)
+            if kind == "direction":
+                assert torch.allclose(moved.norm(dim=1), u.norm(dim=1), rtol=1e-4) and (cosine < 0.9999).all()
+            else:
+                assert torch.allclose(cosine, torch.ones(6), atol=1e-5)
+    # an image is perturbed alike in any batch, and otherwise than its neighbour
+    alone = studies.perturb(z[2:3], t[2:3], x[2:3], eps[2:3], schedule, "direction", 0.4)
+    assert torch.allclose(alone[0], studies.perturb(z, t, x, eps, schedule, "direction", 0.4)[0][2:3], atol=1e-6)
+
+
+def test_velocities_are_those_the_sampler_meets(random_sd):
+    u = studies.velocities(random_sd, "cpu", ["fox", "food"], steps=4)
+    assert u.shape[:2] == (4, 2) and u.isfinite().all() and not torch.allclose(u[0], u[3])
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory):
+    """A CLIPModel of 8 features: 80 images are enough."""
+    torch.manual_seed(0)
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "small-clip", tiny.make_tokenizer()
+    settings = tiny.make_clip(tokenizer).config
+    settings.projection_dim = 8
+    CLIPModel(settings).save_pretrained(folder), tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_study_trains_measures_writes_and_is_not_repeated(random_sd, small_clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(laboratory, "EVALUATOR", [])
+    c = laboratory.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(random_sd), data="sprites", n=80, real=80, paths=4,
+                          out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_clip), workers=2, device="cpu")
+    monkeypatch.setattr(studies, "SCALES", (1, 2))
+    studies.main(c)
+    first = json.loads((tmp_path / "results" / "guidance.json").read_text())
+    assert first["runs"] and first["runs"][0].startswith("python train.py --model") and first["commit"] and len(first["tables"][0][2]) == 2
+    assert (tmp_path / "results" / "guidance.png").stat().st_size > 5000 and (tmp_path / "results" / "discrepancy.png").stat().st_size > 5000
+    assert (tmp_path / "results" / "guidance.md").read_text() == studies.markdown(first)
+    assert first["verdict"][0] in capsys.readouterr().out
+    monkeypatch.setattr(laboratory.Lab, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(laboratory, "ProcessPoolExecutor", lambda *_: pytest.fail("measured again"))
+    studies.main(c)
+    again = json.loads((tmp_path / "results" / "guidance.json").read_text())
+    assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"]
+
+
+def test_a_run_that_fails_names_itself_and_its_reason(lab):
+    lab.c.model = "/nowhere"
+    with pytest.raises(UserError, match=r"broken: python train.py .*nowhere.* ended with status 2: error: .*nowhere"):
+        lab.train({"broken": "--recipe perflow --steps 8"})
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(study=["ablations"]), "did you mean ablation"), (dict(scale=0), "--scale 0"), (dict(seeds=0), "--seeds 0"), (dict(workers=0), "--workers 0")])
+def test_bad_input_is_one_line(changes, message):
+    with pytest.raises(UserError, match=message):
+        studies.main(laboratory.Config(**{"study": ["noise"], **changes}))
+
+
+def test_the_command_line_knows_studies(run_file):
+    done = run_file("eval.py", "--study", "nonsense")
+    assert done.returncode == 2 and "--study nonsense" in done.stderr and "Traceback" not in done.stderr
