@@ -22,7 +22,7 @@ from studies import STUDIES
 class Config:
     results: str = "results/studies"  # folder of the studies' tables and figures
     embedded: str = "results/tiny.json"  # results.json of eval.py for the embedded default; the page says so if it is not there
-    out: str = "report.html"    # the page
+    out: str = "results/report.html"  # the page
 
 
 # ---- what the paper reports ------------------------------------------------------------------------------------------

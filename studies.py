@@ -502,14 +502,26 @@ STUDIES = {"ablation": ablation, "crossing": crossing, "direction-weight": direc
            "noise": noise, "guidance": guidance, "pairs": pairs, "one-step": one_step}
 
 
-def markdown(result):
-    """A study as Markdown: question, verdict, tables, protocol. What README.md shows of it is this, verbatim."""
-    parts = [f"**{result['question']}**", "\n".join(f"- {sentence}" for sentence in result["verdict"])]
+def tables(result):
+    """A study's tables as Markdown."""
+    parts = []
     for caption, columns, lines in result["tables"]:
         rows = [columns, ["---"] * len(columns), *lines]
         parts += [f"{caption}:", "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)]
-    parts.append(f"`{result['command']}`, {result['protocol']}")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
+
+
+def markdown(result):
+    """A study as Markdown: question, verdict, tables, protocol."""
+    return "\n\n".join([f"**{result['question']}**", "\n".join(f"- {sentence}" for sentence in result["verdict"]), tables(result),
+                        f"`{result['command']}`, {result['protocol']}"]) + "\n"
+
+
+def overview(results):
+    """All studies in one table: the question, and the sentence that answers it."""
+    rows = [["study", "question", "answer"], ["---"] * 3]
+    rows += [[f"[{r['name']}](results/studies/{r['name']}.md)", r["question"], r["verdict"][0]] for r in results if r["tables"]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main(c):

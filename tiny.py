@@ -300,24 +300,25 @@ def save(pipeline, clip):
 def measure(n=2048):
     """Measure what lies in assets/ and write the model card, assets/tiny-sd/README.md."""
     import eval as evaluation
+    import metrics
     import sampler
     import teacher
     pipeline, model, _ = sampler.open_model("tiny")
-    clip = evaluation.Clip(ASSETS / "tiny-clip")
+    clip = metrics.Clip(ASSETS / "tiny-clip")
     images, captions = evaluation.real_images(n, "prompts")
     decoded = teacher.decode(pipeline, teacher.encode(pipeline, images))
     psnr = (10 * (4 / (decoded - images).square().mean((1, 2, 3))).log10()).mean().item()
-    reference = evaluation.moments(clip.images(evaluation.real_images(16384, "reference")[0]))
+    reference = metrics.moments(clip.images(evaluation.real_images(16384, "reference")[0]))
 
     # the teacher over the mix of caption levels, at several step counts from the same noise
     fd = {}
     for steps in (32, 8, 4, 2, 1):
         z = sampler.generate(pipeline, model, captions, range(1_000_000, 1_000_000 + n), sampler.time_grid(steps))
         features = clip.images(teacher.decode(pipeline, z))
-        fd[steps] = evaluation.frechet_distance(evaluation.moments(features), reference)
+        fd[steps] = metrics.frechet_distance(metrics.moments(features), reference)
         if steps == 32:
-            half = evaluation.frechet_distance(evaluation.moments(features[:n // 2]), evaluation.moments(features[n // 2:]))
-    reconstruction = evaluation.frechet_distance(evaluation.moments(clip.images(decoded)), reference)
+            half = metrics.frechet_distance(metrics.moments(features[:n // 2]), metrics.moments(features[n // 2:]))
+    reconstruction = metrics.frechet_distance(metrics.moments(clip.images(decoded)), reference)
 
     # does it compose? full captions of pairs it has seen and of pairs it never saw, for real images and its own
     scores = {}
@@ -327,7 +328,7 @@ def measure(n=2048):
         full = sprites.describe(plans)[0]
         text = clip.texts(full)
         z = sampler.generate(pipeline, model, full, range(2_000_000, 2_000_512), sampler.time_grid(32))
-        scores[name] = [evaluation.clip_score(clip.images(x), text) for x in (sprites.render(plans), teacher.decode(pipeline, z))]
+        scores[name] = [metrics.clip_score(clip.images(x), text) for x in (sprites.render(plans), teacher.decode(pipeline, z))]
 
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
              (("UNet2DConditionModel", pipeline.unet), ("AutoencoderTiny", pipeline.vae), ("CLIPTextModel", pipeline.text_encoder))}

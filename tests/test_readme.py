@@ -2,29 +2,38 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, torchrun
+from test_eval import parts  # noqa: F401  a fixture
 
 import eval as evaluation
+import studies
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
 SMALL = {"train.py": "--steps 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4",
          "data.py": "--trajectories 2 --solver-steps 8", "bench.py": "--parts training",
-         "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2", "tiny.py": "--help"}
+         "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2", "tiny.py": "--help",
+         "eval.py --study": "--n 80 --real 80 --paths 2 --clip {parts}/tiny-clip",
+         "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
+                               "--inception {parts}/inception.pt"}
 # what this machine does not have, and the number that a short run ends with
 STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", "checkpoint-003000": "checkpoint-000008"}
 
 
-def test_every_command_runs(tmp_path, small_models):
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_every_command_runs(tmp_path, small_models, parts):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("fox\nred heart on blue\n")
     (tmp_path / "photos").mkdir()
     evaluation.sampler.to_pil(evaluation.real_images(1, "readme")[0])[0].save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "a.txt").write_text("a photo")
-    assert len(COMMANDS) >= 25
+    shutil.copytree(tmp_path / "photos", tmp_path / "shards")
+    shutil.copytree(parts / "coco", tmp_path / "coco")
+    assert len(COMMANDS) >= 30
     for line in COMMANDS:
         if line == ". .venv/bin/activate":
             continue
@@ -37,11 +46,12 @@ def test_every_command_runs(tmp_path, small_models):
             script = next(word for word in words if word.endswith(".py"))
             words[words.index(script)] = str(ROOT / script)
             launcher, rest = ([sys.executable], words[1:]) if words[0] == "python" else (torchrun(2), words[2:])
-            command, where = [*launcher, *rest, *SMALL.get(script, "").split()], tmp_path
+            less = next((value for key, value in reversed(SMALL.items()) if key.split()[0] == script and set(key.split()[1:]) <= set(words)), "")
+            command, where = [*launcher, *rest, *less.format(parts=parts).split()], tmp_path
         done = subprocess.run(command, cwd=where, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr[-2000:])
     for file in ("heart.png", "zoo.png", "compare.png", "compare-steps.png", "reflow-2d.png", "lighthouse.png", "runs/train/grid.png", "runs/merged/model_index.json",
-                 "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json"):
+                 "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json", "runs/coco/results.json", "results/report.html"):
         assert (tmp_path / file).stat().st_size > 500, file
 
 
@@ -49,6 +59,16 @@ def test_tables_are_the_files(tmp_path):
     """The README's tables are what eval.py prints for the committed results."""
     for name in ("tiny", "demo"):
         assert evaluation.table(json.loads((ROOT / "results" / f"{name}.json").read_text())).strip() in README, name
+
+
+def test_studies_are_the_files():
+    """What the README shows of the studies is what is in results/studies."""
+    results = {file.stem: json.loads(file.read_text()) for file in (ROOT / "results" / "studies").glob("*.json")}
+    assert studies.overview([results[name] for name in studies.STUDIES]) in README
+    for name in ("ablation", "baselines", "one-step"):
+        assert studies.tables(results[name]) in README, name
+    for name, result in results.items():
+        assert (ROOT / "results" / "studies" / f"{name}.md").read_text() == studies.markdown(result), name
 
 
 def test_links_and_files_exist():

@@ -119,7 +119,8 @@ def test_a_study_is_whole(pretend, name, tmp_path):
         assert caption and lines and all(len(line) == len(columns) for line in lines)
     found.pop("figure").savefig(tmp_path / "figure.png")
     text = studies.markdown(dict(found, question=studies.STUDIES[name].__doc__.strip(), command="x", protocol="y"))
-    assert text.count("\n|") >= 3 and "nan" not in text and json.dumps(found)
+    assert text.count("\n|") >= 3 and "nan" not in text and json.dumps(found) and studies.tables(found) in text
+    assert found["verdict"][0] in studies.overview([dict(found, name=name, question="q")])
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
