@@ -337,9 +337,10 @@ class Evaluator:
         to_a, to_b = (frechet_distance(part, self.reference_moments) for part in (a, b))
         return dict(between_fds=abs(to_a - to_b), between_halves=frechet_distance(a, b))
 
-    def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None):
+    def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, kernels=True):
         """Every column of a row of results.json, made where missing. folder: a model; guidance: default --guidance; edit: as for Asked, its
-        name stands for it in the cache.  Returns: dict; {} on all processes but the first."""
+        name stands for it in the cache; kernels: KID and CMMD too, which take longer than a small model's images.
+        Returns: dict; {} on all processes but the first."""
         c, guidance, network = self.c, self.c.guidance if guidance is None else guidance, self.protocol.network
         rows = self.features(folder, steps, solver, guidance, edit)
         paths = self.trajectories(folder, steps, solver, guidance, edit)
@@ -348,14 +349,16 @@ class Evaluator:
         info, rows, paths = self.about(str(folder))[0], rows[range(c.n)], paths[range(len(paths))]
         features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt) for prompt in self.prompts])
         found, reference = moments(features), self.reference_moments
-        kid, kid_std = kernel_distance(rows[network], self.reference[network].cpu())
+        kernel_columns = {}
+        if kernels:
+            kid, kid_std = kernel_distance(rows[network], self.reference[network].cpu())
+            kernel_columns = dict(kid=kid, kid_std=kid_std, cmmd=cmmd(rows["clip"].to(self.device), self.reference["clip"]))
         evaluations, chord = rows["evaluations"].mean().item(), paths["chord"].mean(0).sqrt()
         return dict(
             method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps, solver=solver, guidance=guidance,
             nfe=round(evaluations * (1 if guidance in (0, 1) else 2)), nfe_pairs_as_one=round(evaluations),
             fd=frechet_distance(found, reference), fd_interval=list(frechet_interval(features, reference)),
-            fd_teacher=frechet_distance(found, moments(self.teacher_features)), kid=kid, kid_std=kid_std,
-            cmmd=cmmd(rows["clip"].to(self.device), self.reference["clip"]),
+            fd_teacher=frechet_distance(found, moments(self.teacher_features)), **kernel_columns,
             clip=clip_score(rows["clip"][captioned], self.texts[captioned]),
             endpoint_error=paths["endpoint"].mean().sqrt().item(), straightness=paths["straightness"].mean(0).tolist(),
             chord_error=None if chord.isnan().any() else chord.tolist(), seconds_per_image=rows["seconds"].mean().item())
