@@ -1,5 +1,6 @@
 """Protocols end to end on small random models, COCO's of a few images and a feature network of six features; each column against a
 direct computation; the same rows however they come about; what is refused."""
+import copy
 import dataclasses
 import hashlib
 import json
@@ -269,6 +270,9 @@ def test_noise_is_what_two_halves_of_the_teachers_samples_differ_by(judge, parts
     a, b = metrics.moments(features[:8]), metrics.moments(features[8:])
     difference = abs(metrics.frechet_distance(a, reference) - metrics.frechet_distance(b, reference))
     assert judge.noise == dict(between_fds=pytest.approx(difference), between_halves=pytest.approx(metrics.frechet_distance(a, b)))
+    turned = copy.copy(judge)
+    vars(turned).pop("noise"), vars(turned).update(teacher_features=judge.teacher_features.roll(8, 0))
+    assert turned.noise == pytest.approx(judge.noise)              # whichever half comes first
     few = evaluation.Evaluator(dataclasses.replace(judge.c, n=13))
     assert few.noise == dict(between_fds=None, between_halves=None)                # 6 images of 6 features
     assert evaluation.Evaluator(dataclasses.replace(judge.c, n=14)).noise["between_fds"] is not None
