@@ -324,7 +324,7 @@ def discrepancy(lab):
         unit = u / u.norm(dim=2, keepdim=True)
         cosine = torch.einsum("tnd,snd->tsn", unit, unit).mean(2)
         distance = torch.cdist(u.transpose(0, 1), u.transpose(0, 1)).mean(0)
-        maps = ((distance, "L2 distance", "viridis", 0, None), (cosine, "cosine", "cividis", 0.0, 1.0))
+        maps = ((distance, "L2 distance", "viridis", 0, None), (cosine, "cosine", "cividis", 0.5, 1.0))
         for axis, (values, label, colours, low, high) in zip(panels[:, column], maps):
             if high is None:
                 high = lines[0][-1] if lines else values.max().item()

@@ -123,7 +123,8 @@ def test_protocols_are_what_their_names_say():
 def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
         parts, students, small_models, tmp_path, capsys, protocol, kind, size, items):
     run = shutil.copytree(students[kind], tmp_path / "run")
-    c = options(parts, tmp_path / "cache", protocol, run=str(run), size=size, n=14, real=16, solvers=["ddim", "heun"], ddim_steps=[2])
+    c = options(parts, tmp_path / "cache", protocol, run=str(run), size=size, n=14, real=16, solvers=["ddim", "heun"], ddim_steps=[2],
+                save_images=str(tmp_path / "images"))
     result = evaluation.main(c)
     assert result == json.loads((run / "results.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
@@ -145,6 +146,8 @@ def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
                  f"teacher: {small_models[kind]}", "commit: ", f"versions: torch {torch.__version__}, diffusers ", ", transformers ",
                  "unknown", "noise fd two teacher halves: ", "trajectories: first 5 seeds", "endpoint error: root mean square"]:
         assert item in text, item
+    sizes = [Image.open(file).size for file in (tmp_path / "images").rglob("*.png")]
+    assert len(sizes) == 16 + 4 * 14 and set(sizes) == {(256, 256) if protocol == "coco2014-30k" else (32, 32)}
     assert len(result["image_and_caption_ids"].split()) == 14 and result["image_and_caption_ids"].split()[0].count("/") == 1
     printed = capsys.readouterr().out
     assert (run / "results.md").read_text() in printed and text in printed and (run / "grid.png").stat().st_size > 1000
@@ -312,6 +315,18 @@ def test_rows_are_the_same_on_one_process_and_two(parts, students, tmp_path, mon
     assert one["protocol"]["text"] == two["protocol"]["text"] and one["image_and_caption_ids"] == two["image_and_caption_ids"]
     left, right = (sorted(str(file.relative_to(cache)) for file in cache.rglob("*.*")) for cache in map(Path, ("cache-one", "cache-two")))
     assert left == right and any(name.startswith("student-2-2-ddim-") and name.endswith("00002.safetensors") for name in left)
+
+
+def test_each_process_makes_every_other_shard(judge, students, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "SHARD", 4)
+    folder, each = students["sd15"] / "student-2", copy.copy(judge)
+    each.c, each.processes = dataclasses.replace(judge.c, cache=str(tmp_path)), (0, 2, lambda: None)
+    with pytest.raises(FileNotFoundError):                          # the other's are not there yet
+        each.features(folder, 2)
+    assert sorted(file.name for file in tmp_path.rglob("*.safetensors")) == ["00000.safetensors", "00002.safetensors"]
+    each.processes = 1, 2, lambda: None
+    rows = each.features(folder, 2)[range(16)]
+    assert torch.allclose(rows["clip"], judge.features(folder, 2)[range(16)]["clip"], atol=1e-4)
 
 
 def test_image_i_has_its_own_seed_whatever_the_batch_and_the_number_of_images(judge, students, tmp_path):
