@@ -389,7 +389,8 @@ def noise(lab):
     worse = {size: rows["direction", size]["fd"] - rows["magnitude", size]["fd"] for size in sizes}
     verdict = [f"An error of {size:g} |u| at every step raises FD by {rows['direction', size]['fd'] - clean['fd']:.2f} if it turns the velocity and by "
                f"{rows['magnitude', size]['fd'] - clean['fd']:.2f} if it stretches it." for size in sizes]
-    verdict.append(f"Direction costs more at {sum(difference > 0 for difference in worse.values())} of {len(sizes)} sizes.")
+    verdict.insert(0, f"Direction costs more at {sum(difference > 0 for difference in worse.values())} of {len(sizes)} sizes, most at "
+                      f"{max(worse, key=worse.get):g} |u|, by {max(worse.values()):.2f} FD.")
     figure, (axis,) = axes(width=6)
     for kind, colour, marker in (("direction", BLUE, "o"), ("magnitude", ORANGE, "s")):
         axis.plot([0, *sizes], [clean["fd"], *(rows[kind, size]["fd"] for size in sizes)], color=colour, marker=marker, label=f"{kind} only")

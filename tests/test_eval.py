@@ -379,6 +379,26 @@ def test_other_settings_are_other_rows(judge, tmp_path, change):
     other = evaluation.Evaluator(dataclasses.replace(judge.c, **change))
     for find in (lambda e: e.teacher_rows[range(16)]["inception"], lambda e: e.trajectories(e.c.teacher, 2)[range(5)]["straightness"]):
         assert not torch.allclose(find(other), find(judge), atol=1e-6)
+    assert torch.equal(other.reference["clip"], judge.reference["clip"]) == ("size" not in change)
+
+
+def test_rows_are_named_after_all_that_decides_them(judge, students):
+    """dtype too: weights that are stored in half precision are the same in both."""
+    folder, given = str(students["sd15"] / "student-2"), dict(steps=2, solver="ddim", guidance=1.5, edit=None, count=16)
+    other = copy.copy(judge)
+    other.c = dataclasses.replace(judge.c, dtype="fp16")
+    changes = [{}, dict(steps=3), dict(solver="heun"), dict(guidance=1.0), dict(edit=("a", None)), dict(edit=("b", None)), dict(count=15)]
+    found = [judge.settings(folder, **given | change) for change in changes] + [other.settings(folder, **given)]
+    assert len({json.dumps(settings) for settings in found}) == len(changes) + 1
+    assert json.dumps(found[4]["edit"]) == '"a"'
+
+
+def test_other_real_images_are_another_reference(judge, parts, tmp_path):
+    folder = shutil.copytree(parts / "coco", tmp_path / "coco")
+    Image.new("RGB", (50, 40), "red").save(folder / "val2017" / f"{103:012d}.jpg")
+    other = evaluation.Evaluator(dataclasses.replace(judge.c, data=str(folder)))
+    same = (other.reference["inception"] == judge.reference["inception"]).all(1).tolist()
+    assert same == [i != 3 for i in range(18)]
 
 
 def test_saved_images_are_those_that_were_measured(judge, parts, students, tmp_path):
