@@ -71,7 +71,7 @@ COCO_2017 = Protocol(
     split="val2017", rule="first", network="inception", images_per_feature=1, fid_size=None, n=5000, real=5000, clip=VIT_G,
     teacher="sd15", guidance=1.5, size=512, batch=16, paths=64,
     note="split, caption, resize and crop as in Rectified Diffusion's scripts, which sample phased students at guidance 1.5 in fp16 and "
-         "use pytorch_fid; ProReflow's guidance is unknown but for its ablation (4), and so are its seeds and dtype")
+         "use pytorch_fid, while ProReflow's guidance is unknown but for its ablation (4), and so are its seeds and dtype")
 PROTOCOLS = {
     "tiny": Protocol(split="sprites", rule="", network="clip", images_per_feature=10, fid_size=None, n=2048, real=16384,
                      clip=str(teacher.ASSETS / "tiny-clip"), teacher="tiny", guidance=1.0, size=None, batch=64, paths=128, note="ours"),
@@ -79,7 +79,7 @@ PROTOCOLS = {
     "sdxl-coco2017-5k": dataclasses.replace(COCO_2017, teacher="sdxl", size=1024, batch=4, paths=16),
     "coco2014-30k": dataclasses.replace(
         COCO_2017, split="val2014", rule="seeded", fid_size=256, n=30000, real=30000, size=None,
-        note="256 pixels as in DMD2's script; the 30,000 images and captions, the real images being those of the captions, and the "
+        note="256 pixels as in DMD2's script, while the 30,000 images and captions, the real images being those of the captions, and the "
              "guidance are ours: which ones the papers used is unknown"),
 }
 SHARD = 64                       # images that are lost at most when a process is killed; also the largest --batch that counts
@@ -377,8 +377,8 @@ class Evaluator:
             resize="none" if sprite else f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
             crop="none" if sprite else "centre", distance="FID" if name.startswith("Inception 2015") else "FD",
             features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
-            clip=self.clip.name, clip_score="100 x mean cosine; no prefix" + "; empty captions left out" * sprite,
-            cmmd="on the same CLIP; sigma 10, x 1000",
+            clip=self.clip.name, clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
+            cmmd="on the same CLIP, sigma 10, x 1000",
             steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students {' '.join(map(str, c.steps))}",
             nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1", guidance=c.guidance,
             scheduler="the model's own schedule, steps uniform in t within each window (trailing)", solver="DDIM",

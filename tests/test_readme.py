@@ -45,7 +45,7 @@ def test_every_command_runs(tmp_path, small_models, parts):  # noqa: F811
         else:
             script = next(word for word in words if word.endswith(".py"))
             words[words.index(script)] = str(ROOT / script)
-            launcher, rest = ([sys.executable], words[1:]) if words[0] == "python" else (torchrun(2), words[2:])
+            launcher, rest = ([sys.executable], words[1:]) if words[0] == "python" else ((*torchrun(2), "--"), words[2:])     # else --n is torchrun's
             less = next((value for key, value in reversed(SMALL.items()) if key.split()[0] == script and set(key.split()[1:]) <= set(words)), "")
             command, where = [*launcher, *rest, *less.format(parts=parts).split()], tmp_path
         done = subprocess.run(command, cwd=where, capture_output=True, text=True)
