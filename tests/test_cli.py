@@ -91,7 +91,7 @@ BAD = [
     ("train.py --recipe proreflwo", "did you mean proreflow?"),
     ("train.py --pairs trajectories", "did you mean trajectory?"),
     ("train.py --space v", "not one of eps, u, velocity, end"),
-    ("train.py --time-law start", "--time-law start: not one of uniform, starts; did you mean starts?"),
+    ("train.py --time-law start", "--time-law start: not one of uniform, starts, exponential, cosh, log-normal; did you mean starts?"),
     ("train.py --seed -1", "--seed -1: must be at least 0"),
     ("train.py --batch 0", "--batch 0: must be at least 1"),
     ("train.py --lr 0", "lr 0.0 (> 0)"),
