@@ -47,8 +47,8 @@ class Config:
     pairs: str | None = None         # trajectory, data, student or consistency
     path: str | None = None          # vp or linear
     space: str | None = None         # eps, u, velocity or end
-    loss: str | None = None          # mse or pseudo-huber
-    time_law: str | None = None      # uniform or starts
+    loss: str | None = None          # mse, pseudo-huber or high-pass
+    time_law: str | None = None      # uniform, starts, exponential, cosh or log-normal
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
     direction_space: str | None = None  # of that cosine: eps, u, velocity or end
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
