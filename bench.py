@@ -100,8 +100,8 @@ def measured_training(options, queue):
         weights.update(text=size_of(*text_encoders(pipeline)), vae=size_of(pipeline.vae), online=pairs.online)
         return *rest, pipeline, pairs
 
-    def make_student(c, unet, device):
-        student = real_student(c, unet, device)
+    def make_student(c, unet, device, dropout):
+        student = real_student(c, unet, device, dropout)
         weights.update(network=size_of(student), trained=sum(p.nbytes for p in train.trained(student).values()))
         return student
     train.open_pairs, train.make_student = open_pairs, make_student

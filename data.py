@@ -418,6 +418,29 @@ class Rows:
         return {name: torch.stack([self.slices[i // self.shard][name][i % self.shard] for i in indices]) for name in self.slices[0]}
 
 
+class Joined:
+    """Several Rows as one, end to end."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, indices):
+        """As Rows."""
+        found = []
+        for index in map(int, indices):
+            for part in self.parts:
+                if index < len(part):
+                    found.append(part[[index]])
+                    break
+                index -= len(part)
+            else:
+                raise IndexError(f"row {index} beyond the last of {len(self)}")
+        return {name: torch.cat([row[name] for row in found]) for name in found[0]}
+
+
 def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc=""):
     """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill at any moment, and shared by every
     run that asks with the same settings. settings: dict that says how rows are made; a folder made otherwise is refused.

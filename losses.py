@@ -109,6 +109,9 @@ def _check_normaliser(value, log_predicted, floor):
 
 
 LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber, "high-pass": high_pass_loss}
+# (values (B,), ask() -> what the normaliser predicts) -> what is minimised
+NORMALISATIONS = {"none": lambda value, ask: value, "learnt": lambda value, ask: normalised(value, ask()),
+                  "per-sample": lambda value, ask: self_normalised(value)}
 
 
 if __name__ == "__main__":

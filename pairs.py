@@ -10,12 +10,18 @@
 Consistency distillation (LCM) is the peer that users know. It is a chord as well: from z_t to the data at t = 0, which the
 student itself is believed to know better one teacher step nearer to it.
 
+A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to the noise that the teacher makes
+it from (forward, Simple ReFlow). A backward one has the true noise at its start, a forward one true data at its end; the other end
+is only as good as the teacher. Projected pairs (there as well) mend that end.
+
 Everything random about sample k comes from generators seeded with (seed, k), so that a sample is the same on one process
 or eight, at any micro-batch, before or after a resume.
 """
+import functools
 import math
 from pathlib import Path
 
+import ot
 import torch
 
 import data
@@ -25,6 +31,7 @@ import teacher
 from config import UserError
 
 SOURCES = ("trajectory", "data", "student", "consistency")
+LARGE_BATCH = 1024            # trajectories that are projected together
 PRECISIONS = {name: teacher.DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
 
 
@@ -76,29 +83,64 @@ class Pairs:
         """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their casts are not kept."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16", cache_enabled=not self.c.shard)
 
+    def noises(self, numbers):
+        """Noise of these samples, (N, C, h, w)."""
+        return torch.stack([torch.randn(self.shape, generator=data.generator(self.c.seed, "noise", k)) for k in numbers]).to(self.device)
+
+    def latents(self, numbers):
+        """Latents of the images of these samples, (N, C, h, w)."""
+        return teacher.encode(self.pipeline, self.dataset.images(numbers, self.pixels).to(self.device))
+
     @torch.no_grad()
     def cache_trajectories(self):
-        """Latents at every boundary of the teacher's own trajectories from noise, (9, C, h, w) each for 8 windows, and
-        the text they were made with."""
-        c, steps, windows = self.c, self.recipe.solver_steps, cache_windows(self.recipe)
-        times, keep, model = sampler.time_grid(steps), steps // windows, teacher.as_model(self.pipeline)
+        """Latents at every boundary of the teacher's trajectories, noise first, (9, C, h, w) each for 8 windows, and the text they
+        were made with: the backward ones, then the forward ones.  Returns: data.Joined."""
+        c, recipe, model = self.c, self.recipe, teacher.as_model(self.pipeline)
+        windows = cache_windows(recipe)
+        times, keep = sampler.time_grid(recipe.solver_steps), recipe.solver_steps // windows
 
-        def solve(numbers):
+        def solve(walk, begin, numbers):
             made = []
             for first in range(0, len(numbers), c.micro_batch or c.batch):
-                part = numbers[first:first + (c.micro_batch or c.batch)]
+                part, visited = numbers[first:first + (c.micro_batch or c.batch)], []
                 cond = self.text([self.dataset.captions[i] for i in self.captions(part, "trajectory")], self.device)
-                z = torch.stack([torch.randn(self.shape, generator=data.generator(c.seed, "noise", k)) for k in part]).to(self.device)
-                visited = []
                 with self.autocast():
-                    end = sampler.ddim(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
-                                       lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
-                made.append({"z": torch.stack([*visited, end], 1), **cond})
+                    end = walk(model, begin(part), times, cond, c.guidance_teacher, self.null_like(cond),
+                               lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
+                path = torch.stack([*visited, end], 1)
+                made.append({"z": path if walk is sampler.ddim else path.flip(1), **cond})
             return {key: torch.cat([part[key].cpu() for part in made]) for key in made[0]}
-        settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=steps, windows=windows,
-                        guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text, size=self.pixels, seed=c.seed,
-                        precision=c.precision, data=c.data or c.prompts, captions=data.digest(*self.dataset.captions))
-        return data.cached(cache_folder(c) / "trajectories", c.trajectories, settings, solve, 256, *self.processes, desc="teacher trajectories")
+        settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=recipe.solver_steps,
+                        windows=windows, guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text,
+                        size=self.pixels, seed=c.seed, precision=c.precision, data=c.data or c.prompts,
+                        captions=data.digest(*self.dataset.captions))
+        stores, forward = [], round(recipe.forward_rate * c.trajectories)
+        for name, count, walk, begin, other in (("trajectories", c.trajectories - forward, sampler.ddim, self.noises, self.latents),
+                                                ("inversions", forward, sampler.invert, self.latents, self.noises)):
+            if count:
+                rows = data.cached(cache_folder(c) / name, count, settings, functools.partial(solve, walk, begin), 256, *self.processes,
+                                   desc=f"teacher {name}")
+                if recipe.projection:
+                    wrong = -1 if walk is sampler.ddim else 0
+                    rows = data.cached(cache_folder(c) / f"projected-{name}", count, {**settings, "projection": recipe.projection},
+                                       functools.partial(self.project, rows, wrong, other), LARGE_BATCH, *self.processes, desc="projection")
+                stores.append(rows)
+        return data.Joined(stores)
+
+    def project(self, rows, wrong, fresh, numbers):
+        """Trajectories of a large minibatch with one end, 0 or -1, replaced by as many fresh samples of what should be there, each by
+        one that it draws from their optimal transport. Text counts as much as the latent in what is near. Only the two ends are kept.
+        Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is not public; this one is ours."""
+        held, true = rows[numbers], torch.cat([fresh(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
+        cond = torch.cat([value.flatten(1) for key, value in held.items() if key != "z"], 1)
+        cost = sum(distance / distance.mean().clamp_min(1e-12) for distance in
+                   (torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square() for a, b in ((held["z"][:, wrong], true), (cond, cond))))
+        partner = couple(cost, self.recipe.projection, data.generator(self.c.seed, "projection", wrong, numbers[0]))
+        ends = [held["z"][:, 0], held["z"][:, -1]]
+        ends[wrong] = true[partner]
+        if wrong == -1:                                    # a picture brings its own caption
+            held |= {key: value[partner] for key, value in held.items() if key != "z"}
+        return {**held, "z": torch.stack(ends, 1)}
 
     @torch.no_grad()
     def cache_latents(self):
@@ -128,7 +170,7 @@ class Pairs:
 
     def times(self, numbers, windows):
         u = torch.cat([torch.rand(1, generator=data.generator(self.c.seed, "time", k), dtype=torch.float64) for k in numbers])
-        return reflow.TIME_LAWS[self.recipe.time_law](u, windows)
+        return reflow.draw_times(self.recipe, u, windows)
 
     def fetch(self, numbers, windows):
         """What the host knows of these samples: their times, and the cached rows or images their pairs start from. Runs
@@ -195,6 +237,15 @@ class Pairs:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0) for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
         return t, t_start, t_end, z_start, z_end, cond
+
+
+def couple(cost, entropy, generator):
+    """Entropic optimal transport between two sets of N equally likely points, by Sinkhorn's iterations on logarithms, and of its plan
+    one partner drawn for each point of the first set: on average, each of the second is drawn once.
+    cost: (N, N); entropy > 0: its weight, in units of the mean cost; towards 0 the plan is a permutation, for large values all
+    partners are equally likely.  Returns: (N,), indices of the second set."""
+    plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log", warn=False))
+    return torch.multinomial(plan, 1, generator=generator)[:, 0]
 
 
 def cache_folder(c):

@@ -8,6 +8,7 @@ trajectory is straight over the window, and one step crosses it.
     python reflow.py           # straightens a 2-D flow in 8, 4, 2, 1 windows, saves the picture, asserts what it shows
     python reflow.py uniform   # the same with times drawn uniformly: the many-window students hardly learn (see `starts`)
 """
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -167,6 +168,16 @@ TIME_LAWS = {"uniform": uniform, "starts": starts, "exponential": exponential, "
 # of a draw, at t; `starts` has none: half of it sits on the boundaries
 DENSITIES = {"uniform": torch.ones_like, "exponential": exponential_density, "cosh": cosh_density, "log-normal": log_normal_density}
 
+
+def draw_times(recipe, u, windows):
+    """The times that a recipe asks at. u: float64 (N,), uniform in [0, 1).  Returns: float64 (N,), in (0, 1]."""
+    law = functools.partial(exponential, base=recipe.time_base) if recipe.time_law == "exponential" else TIME_LAWS[recipe.time_law]
+    if not recipe.time_inside:
+        return law(u, windows)
+    window = (u * windows).floor()
+    return (window + law(u * windows - window, 1)) / windows
+
+
 # ---- recipes are data ----------------------------------------------------------------------------------------------
 
 
@@ -179,10 +190,18 @@ class Recipe:
     path: str = "vp"                     # how the student meets the chord, a row of PATHS
     space: str = "u"                     # what the loss compares, a row of SPACES
     loss: str = "mse"                    # a row of losses.LOSSES
+    high_pass_weight: float = 1.0        # lambda of the high-pass loss
+    high_pass_radius: float = 0.1        # where its high frequencies begin, as a share of the highest
+    normalisation: str = "none"          # of each sample's loss: none, learnt (by normaliser.py) or per-sample
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
     direction_space: str = "u"           # what that cosine compares, a row of SPACES
     time_law: str = "starts"             # a row of TIME_LAWS
+    time_base: float = 10.0              # of the exponential law
+    time_inside: bool = False            # the law inside each window, all windows equally often, instead of on the whole axis
     solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
+    forward_rate: float = 0.0            # rho: share of trajectories that run from real data to noise
+    projection: float = 0.0              # entropy of the optimal transport that brings the pairs back on their marginals; 0 = leave them
+    dropout: float = 0.0                 # of the student while it trains
     reuse: int = 1                       # times t that each pair is asked at, in the same update
 
 
@@ -197,6 +216,8 @@ RECIPES = {
     "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity", time_law="uniform"),
     "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber", time_law="uniform",
                   solver_steps=50),                                                  # the peer: latent consistency
+    "simple-reflow": Recipe(stages=(1,), shares=(1,), space="end", loss="high-pass", normalisation="learnt", time_law="exponential",
+                            forward_rate=0.5, projection=0.05),                      # its space at one window: the denoiser's
 }
 
 

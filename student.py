@@ -23,9 +23,13 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.ne
                "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
 
 
-def make_student(c, unet, device):
+def make_student(c, unet, device, dropout=0.0):
     """Make the teacher's UNet the student: all of its weights in fp32, or LoRA adapters on it (fp32, the rest frozen as
-    it is); both start as the teacher. The same module is returned, sharded if asked for."""
+    it is); both start as the teacher. dropout: rate of every dropout in it, whatever it was built with.
+    The same module is returned, sharded if asked for."""
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
     if c.lora:
         torch.manual_seed(c.seed)                        # adapters begin alike on every process and at every start
         unet.add_adapter(LoraConfig(r=c.lora, lora_alpha=c.lora, target_modules=LORA_LAYERS), "student")
@@ -73,6 +77,7 @@ class Solver:
     def __call__(self, *args, **kwargs):
         if not self.lora:
             return self.copy(*args, **kwargs)
+        self.student.eval()                                # no dropout
         if self.adapter:
             self.student.set_adapter(self.adapter)
         else:
@@ -82,6 +87,7 @@ class Solver:
         finally:
             self.student.enable_adapters()
             self.student.set_adapter("student")
+            self.student.train()
 
     @torch.no_grad()
     def become(self, weights, c):
@@ -105,12 +111,18 @@ def checkpoints(out):
     return sorted(out.glob("checkpoint-*.safetensors"), reverse=True)
 
 
-def save_checkpoint(out, rank, step, info, done, student, optimizer, ema, keep):
+def states(student, normaliser, optimizer, ema):
+    """Everything that training changes: name -> {part: tensor}; of the normaliser there is no average."""
+    found = {name: {"student": p, "ema": average} for (name, p), average in zip(trained(student).items(), ema.shadow_params)}
+    found |= {f"normaliser.{name}": {"normaliser": p} for name, p in normaliser.named_parameters()}
+    return {name: {**parts, **optimizer.state[next(iter(parts.values()))]} for name, parts in found.items()}
+
+
+def save_checkpoint(out, rank, step, info, done, student, normaliser, optimizer, ema, keep):
     """checkpoint-STEP.safetensors: the trained weights, their running average, the optimiser's state. Everything random
     is a function of the step, so that nothing else is needed to go on. All processes call; the first one writes."""
     tensors = {}
-    for (name, p), average in zip(trained(student).items(), ema.shadow_params):
-        parts = {"student": p, "ema": average, **optimizer.state[p]}
+    for name, parts in states(student, normaliser, optimizer, ema).items():
         tensors |= {f"{part}:{name}": full(value) for part, value in parts.items()}
     if rank == 0:
         metadata = {"info": json.dumps(info), "step": str(step), "done": str(done)}
@@ -131,24 +143,24 @@ def newest_checkpoint(out, rank):
     return None, {}
 
 
-def restore(file, done, student, optimizer, ema):
+def restore(file, done, student, normaliser, optimizer, ema):
     """The inverse of save_checkpoint, `done` updates into its stage."""
     ema.optimization_step = done
     with safe_open(file, "pt") as saved:
-        parts = collections.defaultdict(dict)
+        stored = collections.defaultdict(list)
         for key in saved.keys():
             part, name = key.split(":")
-            parts[name][part] = key
-        for (name, p), average in zip(trained(student).items(), ema.shadow_params):
-            assign(p, saved.get_tensor(parts[name].pop("student")))
-            assign(average, saved.get_tensor(parts[name].pop("ema")))
-            state = {}
-            for part, key in parts[name].items():
-                value = saved.get_tensor(key)
-                state[part] = value if value.ndim == 0 else torch.zeros_like(p)
-                if value.ndim:
-                    assign(state[part], value)
-            optimizer.state[p] = state
+            stored[name].append(part)
+        for name, parts in states(student, normaliser, optimizer, ema).items():
+            p = next(iter(parts.values()))
+            for part in stored[name]:
+                value = saved.get_tensor(f"{part}:{name}")
+                if part in parts:
+                    assign(parts[part], value)
+                else:                                      # the optimiser's, which has none before its first step
+                    optimizer.state[p][part] = value if value.ndim == 0 else torch.zeros_like(p)
+                    if value.ndim:
+                        assign(optimizer.state[p][part], value)
 
 
 @torch.no_grad()

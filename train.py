@@ -7,6 +7,7 @@ checkpoint, on the same number of processes or another.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import reflow
 import sampler
 import teacher
 from config import UserError
+from normaliser import Normaliser
 from pairs import PRECISIONS, SOURCES, Pairs, cache_folder, cache_windows, drop_text_encoders
 from student import Solver, assign, full, make_student, newest_checkpoint, restore, save_checkpoint, swap, trained
 
@@ -42,17 +44,25 @@ class Config:
     model: str = "tiny"              # teacher: a preset (tiny, sd15, sd21, sdxl), a diffusers folder, a hub id or a .safetensors file
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but quality, downloads nothing
-    recipe: str = "default"          # a row of reflow.RECIPES; the ten below override its columns
+    recipe: str = "default"          # a row of reflow.RECIPES; the options down to --dropout override its columns
     windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
     pairs: str | None = None         # trajectory, data, student or consistency
     path: str | None = None          # vp or linear
     space: str | None = None         # eps, u, velocity or end
     loss: str | None = None          # mse, pseudo-huber or high-pass
+    high_pass_weight: float | None = None  # lambda of the high-pass loss, above -1; 0 is mse
+    high_pass_radius: float | None = None  # where its high frequencies begin, as a share of the highest
+    normalisation: str | None = None  # of each sample's loss: none, learnt or per-sample
     time_law: str | None = None      # uniform, starts, exponential, cosh or log-normal
+    time_base: float | None = None   # of the exponential law; above 0 and not 1
+    time_inside: bool | None = None  # the law inside each window, all windows equally often, instead of on the whole axis
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
     direction_space: str | None = None  # of that cosine: eps, u, velocity or end
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
     reuse: int | None = None         # times t that each pair is asked at, in the same update
+    forward_rate: float | None = None  # rho: share of trajectories that run from real images to noise
+    projection: float | None = None  # entropy of the optimal transport that brings pairs back on their marginals; 0 = none
+    dropout: float | None = None     # of the student while it trains
     name: str = ""                   # what tables call this method; default: the recipe's name
     data: str = ""                   # images with captions: a folder, tar shards, a datasets name; 'sprites' (default for tiny)
     image_column: str = ""           # of a datasets source; default: its first column of images
@@ -86,7 +96,7 @@ class Config:
     device: str = ""                 # cpu or cuda; default: cuda if there is one
 
 
-RECIPE_COLUMNS = ("pairs", "path", "space", "loss", "time_law", "direction_weight", "direction_space", "solver_steps", "reuse")
+RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe) if field.name not in ("stages", "shares"))
 # what may differ between two starts of one run
 FREE = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
 NULL_TEXTS = ("auto", "empty", "zeros")
@@ -100,7 +110,8 @@ def resolve_recipe(c):
                                      len(c.windows) <= len(recipe.shares) else (1,) * len(c.windows))
     overrides = {name: getattr(c, name) for name in RECIPE_COLUMNS}
     recipe = dataclasses.replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
-    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "direction_space": reflow.SPACES, "loss": losses.LOSSES, "time_law": reflow.TIME_LAWS}
+    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "direction_space": reflow.SPACES, "loss": losses.LOSSES,
+              "time_law": reflow.TIME_LAWS, "normalisation": losses.NORMALISATIONS}
     for name, table in tables.items():
         config.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
     config.choose("--precision", c.precision, PRECISIONS)
@@ -118,9 +129,27 @@ def resolve_recipe(c):
     for name, least in ranges.items():
         if getattr(c, name) is not None and getattr(c, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least {least}")
-    if c.lr <= 0 or not 0 <= c.ema < 1 or c.text_dropout > 1 or recipe.direction_weight < 0 or recipe.reuse < 1:
-        raise UserError(f"out of range: lr {c.lr} (> 0), ema {c.ema} (in [0, 1)), text-dropout {c.text_dropout} (in [0, 1]), "
-                        f"direction-weight {recipe.direction_weight} (>= 0), reuse {recipe.reuse} (>= 1)")
+    for name, value, good, range_ in (
+            ("lr", c.lr, c.lr > 0, "above 0"), ("ema", c.ema, 0 <= c.ema < 1, "in [0, 1)"),
+            ("text_dropout", c.text_dropout, c.text_dropout <= 1, "in [0, 1]"),
+            ("direction_weight", recipe.direction_weight, recipe.direction_weight >= 0, "at least 0"),
+            ("reuse", recipe.reuse, recipe.reuse >= 1, "at least 1"),
+            ("high_pass_weight", recipe.high_pass_weight, recipe.high_pass_weight > -1, "above -1, or the loss is blind to some frequencies"),
+            ("high_pass_radius", recipe.high_pass_radius, 0 <= recipe.high_pass_radius <= 1, "in [0, 1]"),
+            ("time_base", recipe.time_base, 0 < recipe.time_base != 1, "above 0 and not 1; --time-law uniform is what it tends to at 1"),
+            ("forward_rate", recipe.forward_rate, 0 <= recipe.forward_rate <= 1, "in [0, 1]"),
+            ("projection", recipe.projection, recipe.projection >= 0, "at least 0"),
+            ("dropout", recipe.dropout, 0 <= recipe.dropout < 1, "in [0, 1)")):
+        if not good:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
+    for name, value in (("forward_rate", recipe.forward_rate), ("projection", recipe.projection)):
+        option = f"--{name.replace('_', '-')} {value}"
+        if value and recipe.pairs != "trajectory":
+            raise UserError(f"{option}: changes whole trajectories; use --pairs trajectory, or set it to 0 with --pairs {recipe.pairs}")
+        if value and c.prompts:
+            raise UserError(f"{option}: needs images, and --prompts {c.prompts} holds none; give --data, or set it to 0")
+    if recipe.projection and recipe.stages != (1,):
+        raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use --windows 1, or set it to 0")
     return recipe
 
 
@@ -263,10 +292,13 @@ def main(c):
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     unet = pipeline.unet
     solver = Solver(c, unet, device) if recipe.pairs != "trajectory" else None
-    student = make_student(c, unet, device)
+    student = make_student(c, unet, device, recipe.dropout)
     network = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving = teacher.as_model(pipeline, solver)
     solver_windows, path = recipe.solver_steps, reflow.PATHS[recipe.path]
+    distance = losses.LOSSES[recipe.loss]
+    if recipe.loss == "high-pass":
+        distance = functools.partial(distance, weight=recipe.high_pass_weight, radius=recipe.high_pass_radius)
 
     # the newest checkpoint says where to go on; the log forgets what came after it
     checkpoint, saved = newest_checkpoint(out, rank)
@@ -299,11 +331,17 @@ def main(c):
         # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before a group norm):
         # with 1e-8 one process and two drift apart six times as fast
         optimizer = torch.optim.AdamW(trained(student).values(), lr=c.lr, weight_decay=0.0, eps=1e-7, fused=True)
+        normaliser = usual = torch.nn.Identity()
+        if recipe.normalisation == "learnt":               # begins anew, as the losses do; at a rate of its own, which stays
+            torch.manual_seed(c.seed)
+            normaliser = usual = Normaliser(pairs.shape[0]).to(device)
+            optimizer.add_param_group(dict(params=list(normaliser.parameters()), lr=1e-3))
+            usual = DistributedDataParallel(normaliser) if world > 1 else normaliser
         ema = EMAModel(trained(student).values(), decay=c.ema, foreach=True)
         done = 0
         if first < resumed <= first + updates:
             done = int(saved["done"])
-            restore(checkpoint, done, student, optimizer, ema)
+            restore(checkpoint, done, student, normaliser, optimizer, ema)
             bar.update(done)
         model = teacher.as_model(pipeline, network, path, windows)
         plain = teacher.as_model(pipeline, student, path, windows)
@@ -322,9 +360,8 @@ def main(c):
             # learning rate: warm-up, then cosine to a tenth, within the stage
             progress = (step - first) / updates
             warm_up = min(1.0, (step - first + 1) / max(1, min(50, updates // 10)))
-            for group in optimizer.param_groups:
-                group["lr"] = c.lr * warm_up * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
-            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout, where a network has it: also a function of the step
+            optimizer.param_groups[0]["lr"] = c.lr * warm_up * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout: also a function of the step
 
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window
@@ -334,8 +371,9 @@ def main(c):
                 ends = [[v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)]
                 x, eps = reflow.chord(z_start, z_end, *ends)                   # (B, C, h, w) each
                 a, b = (v.float() for v in model.coefficients(t, 4))
+                z = a * x + b * eps
                 with pairs.autocast():
-                    x_hat, eps_hat = model(a * x + b * eps, t, cond)
+                    x_hat, eps_hat = model(z, t, cond)
 
                 # loss, in the recipe's space
                 def compared(space):
@@ -343,14 +381,15 @@ def main(c):
                             for v in reflow.SPACES[space](model.schedule, t_start, t_end))
                     return p * x_hat + q * eps_hat, p * x + q * eps
                 answer, target = compared(recipe.space)
-                per_sample = losses.aligned(losses.LOSSES[recipe.loss](answer, target), *compared(recipe.direction_space), recipe.direction_weight)
+                per_sample = losses.aligned(distance(answer, target), *compared(recipe.direction_space), recipe.direction_weight)
+                weighted = losses.NORMALISATIONS[recipe.normalisation](per_sample, lambda: usual(z, t))
 
                 # gradients: processes share theirs once, at the last micro-batch
                 final = i + micro == share
                 if c.shard:
                     student.set_requires_gradient_sync(final)
                 with network.no_sync() if network is not student and not final else contextlib.nullcontext():
-                    (per_sample.sum() / share).backward()
+                    (weighted.sum() / share).backward()
                 magnitude, direction = losses.decompose(answer.detach(), target)
                 seen.append(torch.stack([per_sample.detach().double(), magnitude.double(), direction.double(), t_start, t], 1))
 
@@ -384,7 +423,7 @@ def main(c):
 
             # checkpoint, regularly and when told to stop
             if saves or stopped:
-                save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, optimizer, ema, c.keep)
+                save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, normaliser, optimizer, ema, c.keep)
             if stopped:
                 bar.close()
                 print(f"\nstopped at step {step + 1}; the same command goes on from there", file=sys.stderr) if rank == 0 else None
@@ -456,7 +495,9 @@ def bad_sample(rows, step, share, world, windows):
 def draw_grid(pipeline, model, prompts, cond, shape, windows, file):
     """A picture per prompt, one step per window, always from the same noise. file: None on all processes but the first."""
     z = sampler.noise(range(len(prompts)), shape).to(pipeline.unet.device)
+    pipeline.unet.eval()                                   # the student: no dropout
     images = teacher.decode(pipeline, sampler.ddim(model, z, sampler.time_grid(windows), cond))
+    pipeline.unet.train()
     if file:
         file.parent.mkdir(exist_ok=True)
         pictures = sampler.to_pil(images, max(1, 128 // images.shape[-1]))

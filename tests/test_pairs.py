@@ -1,6 +1,7 @@
 """Where pairs come from: against the teacher run by hand, whatever the batching, the cache or the reuse."""
 import numpy as np
 import pytest
+import scipy
 import torch
 from PIL import Image
 
@@ -10,6 +11,7 @@ import reflow
 import sampler
 import teacher
 import train
+from pairs import couple
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,80 @@ def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
     # the chord of these two ends is the student's belief itself
     x, _ = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
     assert torch.allclose(x, z_end, atol=1e-5)
+
+
+# ---- forward and projected pairs -----------------------------------------------------------------------------------
+
+
+def test_forward_trajectories_end_at_real_latents_and_are_inverted_by_the_teacher(make):
+    pairs, _, pipeline = make(forward_rate=0.5, text_dropout=0.5)
+    assert [len(rows) for rows in pairs.rows.parts] == [3, 3] and len(pairs.rows) == 6
+    rows, backward = pairs.rows[range(3, 6)], pairs.rows[range(3)]
+    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), pairs.pixels))
+    assert torch.allclose(rows["z"][:, -1], latents, atol=1e-5)
+    text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])
+    assert torch.allclose(rows["encoder_hidden_states"], text["encoder_hidden_states"], atol=1e-5)
+    with torch.no_grad():
+        noise = sampler.invert(teacher.as_model(pipeline), latents, sampler.time_grid(8), text)
+    assert torch.allclose(rows["z"][:, 0], noise, atol=1e-4)
+    assert torch.equal(backward["z"][:, 0], pairs.noises(range(3)))                       # and the others are still the teacher's own
+    # all nine boundaries lie in order: the way from one to the next is a step of the inversion
+    times = torch.tensor([0.5, 0.375], dtype=torch.float64)
+    with torch.no_grad():
+        back = sampler.invert(teacher.as_model(pipeline), rows["z"][:, 5], times, text)
+    assert torch.allclose(rows["z"][:, 4], back, atol=1e-4)
+
+
+def test_forward_pairs_are_drawn_at_the_rate_rho(make):
+    pairs, *_ = make(forward_rate=1 / 3, trajectories=6)
+    assert [len(rows) for rows in pairs.rows.parts] == [4, 2]
+    ends = pairs.rows[range(4, 6)]["z"][:, -1]
+    drawn = pairs.fetch(range(600), 1)["z_end"]
+    forward = torch.tensor([any(torch.equal(z, end) for end in ends) for z in drawn])
+    assert 0.27 < forward.double().mean() < 0.4
+    assert [len(rows) for rows in make(forward_rate=1.0)[0].rows.parts] == [6]
+
+
+def test_joined_rows_are_read_across_their_parts(make):
+    rows = make(forward_rate=0.5)[0].rows
+    for i, (part, index) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
+        assert torch.equal(rows[[i]]["z"], rows.parts[part][[index]]["z"])
+    with pytest.raises(IndexError):
+        rows[[6]]
+
+
+def test_couplings_have_both_marginals_and_tend_to_the_best_assignment():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 3, generator=generator).double(), torch.randn(64, 3, generator=generator).double()
+    cost = torch.cdist(a, b).square()
+    best = torch.as_tensor(scipy.optimize.linear_sum_assignment(cost.numpy())[1])
+    assert (couple(cost, 0.002, generator) == best).double().mean() > 0.9
+    assert torch.equal(couple(1 - torch.eye(64).double(), 0.001, generator), torch.arange(64))
+    def mean_cost(entropy):
+        return torch.stack([cost[torch.arange(64), couple(cost, entropy, generator)].mean() for _ in range(20)]).mean()
+    assert mean_cost(0.01) < mean_cost(0.3) < mean_cost(100.0) == pytest.approx(cost.mean().item(), rel=0.05)
+    often = torch.stack([couple(cost, 0.2, generator) for _ in range(400)]).flatten().bincount(minlength=64)
+    assert often.double().std() < 30 and (often / 400 - 1).abs().max() < 0.25              # each partner once, on average
+
+
+def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_the_other(make):
+    plain, *_ = make(forward_rate=0.5, windows=[1], text_dropout=0.0)
+    pairs, _, pipeline = make(forward_rate=0.5, windows=[1], projection=0.02, text_dropout=0.0)
+    before, after = plain.rows[range(6)], pairs.rows[range(6)]
+    assert after["z"].shape[1] == 2
+    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), pairs.pixels))
+    text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])["encoder_hidden_states"]
+    assert torch.equal(after["z"][:3, 0], before["z"][:3, 0])                             # backward: the noise stays
+    for i in range(3):                                                                    # the data is real, and brings its caption
+        partner = (latents - after["z"][i, 1]).flatten(1).norm(dim=1).argmin()
+        assert torch.allclose(after["z"][i, 1], latents[partner], atol=1e-5)
+        assert torch.allclose(after["encoder_hidden_states"][i], text[partner], atol=1e-5)
+    assert torch.equal(after["z"][3:, 1], before["z"][3:, -1])                            # forward: the data stays
+    noises = pairs.noises(range(3))
+    for i in range(3, 6):
+        assert min((noise - after["z"][i, 0]).abs().max() for noise in noises) == 0
+        assert torch.equal(after["encoder_hidden_states"][i], before["encoder_hidden_states"][i])
+    # one window's ends are the two of them
+    batch = pairs.fetch(range(20), 1)
+    assert all(any(torch.equal(z, end) for end in after["z"][:, 1]) for z in batch["z_end"])
+    assert all(any(torch.equal(z, end) for end in after["z"][:, 0]) for z in batch["z_start"])

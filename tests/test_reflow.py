@@ -184,3 +184,23 @@ def test_bases_without_an_exponential_law_are_refused():
             reflow.exponential_density(DRAWS[:2], base)
     near = reflow.exponential(DRAWS, 1, 1 + 1e-9)                                     # and the limit is the uniform law
     assert torch.allclose(near, reflow.uniform(DRAWS, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 8])
+def test_a_law_inside_windows_asks_all_equally_often_and_follows_its_density_in_each(windows):
+    recipe = reflow.Recipe(time_law="exponential", time_base=4.0, time_inside=True)
+    t = reflow.draw_times(recipe, DRAWS, windows)
+    t_start, t_end = reflow.window_of(t, windows)
+    for start in reflow.boundaries(windows)[:-1]:
+        assert (t_start == start).double().mean().item() == pytest.approx(1 / windows, abs=0.005)
+    place = (t - t_end) / (t_start - t_end)
+    assert kolmogorov_smirnov(place, lambda t: reflow.exponential_density(t, 4.0)) < 1.95
+    on_starts = reflow.draw_times(reflow.Recipe(time_law="starts", time_inside=True), DRAWS, windows)
+    assert (on_starts == reflow.window_of(on_starts, windows)[0]).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_recipe_draws_on_the_whole_axis_unless_told_and_its_base_is_read():
+    for name, law in reflow.TIME_LAWS.items():
+        assert torch.equal(reflow.draw_times(reflow.Recipe(time_law=name), DRAWS, 4), law(DRAWS, 4))
+    t = reflow.draw_times(reflow.Recipe(time_law="exponential", time_base=0.5), DRAWS, 4)
+    assert torch.equal(t, reflow.exponential(DRAWS, 4, 0.5))

@@ -86,11 +86,68 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
 @pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(path="linear", space="velocity"),
                                      dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
                                      dict(guidance_teacher=3.0), dict(windows=[4, 1]), dict(time_law='uniform'), dict(solver_steps=16),
+                                     dict(loss="high-pass"), dict(normalisation="learnt"), dict(normalisation="per-sample"),
+                                     dict(time_law="exponential"), dict(time_inside=True), dict(forward_rate=0.5), dict(dropout=0.2),
                                      dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(text_dropout=1.0), dict(ema=0.0), dict(lr=1e-4)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_every_column_of_a_recipe_changes_the_student(random_sd, trained, tmp_path, changes):
     last = train.main(small(random_sd, tmp_path, **changes))
     assert not same_bits(weights(last), weights(trained / "student-1"))
+
+
+@pytest.mark.parametrize("base, changes", [(dict(loss="high-pass"), dict(high_pass_weight=5.0)), (dict(loss="high-pass"), dict(high_pass_radius=0.6)),
+                                           (dict(time_law="exponential"), dict(time_base=2.0)), (dict(windows=[1]), dict(projection=0.05)),
+                                           (dict(windows=[1], projection=0.05), dict(projection=5.0))],
+                         ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
+def test_every_number_of_a_column_changes_the_student(random_sd, tmp_path, base, changes):
+    one, other = (train.main(small(random_sd, tmp_path / name, **options)) for name, options in (("one", base), ("other", {**base, **changes})))
+    assert not same_bits(weights(one), weights(other))
+
+
+def test_dropout_reaches_every_dropout_of_the_student_and_no_picture(random_sd, tmp_path, monkeypatch):
+    real, seen, drawn = train.make_student, [], []
+    monkeypatch.setattr(train, "make_student", lambda *args: seen.append(real(*args)) or seen[-1])
+    draw = train.draw_grid
+
+    def draw_grid(pipeline, model, *rest):
+        plain = model.network
+        model.network = lambda *args, **kwargs: drawn.append(seen[0].training) or plain(*args, **kwargs)
+        draw(pipeline, model, *rest)
+        model.network = plain
+    monkeypatch.setattr(train, "draw_grid", draw_grid)
+    last = train.main(small(random_sd, tmp_path, dropout=0.3, grid_steps=6))
+    rates = [module.p for module in seen[0].modules() if isinstance(module, torch.nn.Dropout)]
+    assert len(rates) > 10 and set(rates) == {0.3} and seen[0].training and drawn and not any(drawn)
+    kept = teacher.load_pipeline(str(last)).unet                                  # the student itself has none
+    assert {module.p for module in kept.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+
+
+def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
+    unet = teacher.load_pipeline(str(random_sd)).unet
+    inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
+    plain = unet(*inputs).sample.detach()
+    c = train.Config(lora=2)
+    solver = student.Solver(c, unet, torch.device("cpu"))
+    network = student.make_student(c, unet, torch.device("cpu"), 0.5)
+    assert torch.equal(solver(*inputs).sample, plain) and network.training
+    assert not torch.equal(network(*inputs).sample, plain)
+
+
+def test_the_learnt_normaliser_learns_and_levels_the_loss(tmp_path):
+    """Its own loss falls: it comes to predict what is usual, and every window then weighs about 1."""
+    import normaliser
+    made = []
+    real = normaliser.Normaliser.__init__
+
+    def init(self, *args):
+        real(self, *args)
+        made.append(self)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(normaliser.Normaliser, "__init__", init)
+        train.main(small("tiny", tmp_path, windows=[1], steps=40, batch=16, trajectories=32, normalisation="learnt"))
+    z, t = torch.randn(16, 8, 8, 8), torch.full((16,), 1.0)
+    predicted = made[0](z, t).mean().item()
+    assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(losses(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
 
 
 @pytest.mark.parametrize("changes", [dict(micro_batch=2), dict(micro_batch=4), dict(gradient_checkpointing=True), dict(shard=True),
@@ -124,7 +181,7 @@ def test_the_loss_falls(random_sd, tmp_path):
 # ---- stopped, killed, resumed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(pairs="student"), dict(lora=2, pairs="student")],
+@pytest.mark.parametrize("changes", [dict(), dict(pairs="student"), dict(lora=2, pairs="student"), dict(normalisation="learnt", dropout=0.1)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     """SIGKILL at an arbitrary moment, then the same command again until it finishes."""
@@ -199,7 +256,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(shard=True), dict(micro_batch=2, pairs="student")],
+@pytest.mark.parametrize("changes", [dict(), dict(shard=True), dict(micro_batch=2, pairs="student"), dict(micro_batch=2, normalisation="learnt")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, run_file, changes):
     done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2))
