@@ -375,7 +375,7 @@ class Evaluator:
             reference="fresh sprite images, all pairs, mix of caption levels" if sprite else f"images of the first {c.real} captions",
             size=f"{made} pixels as generated, {seen} as both networks see them",
             resize="none" if sprite else f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
-            crop="none" if sprite else "centre", distance="FID" if name.startswith("Inception 2015") else "FD",
+            crop="none" if sprite else "centre", distance="FID" if self.network is not self.clip and self.network.published else "FD",
             features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
             clip=self.clip.name, clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
             cmmd="on the same CLIP, sigma 10, x 1000",
@@ -413,7 +413,7 @@ def main(c):
     students = sorted(run.rglob("student-*/reflow.json"), key=lambda file: (len(file.parts), -int(file.parent.name.split("-")[1])))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
-    infos = [json.loads(file.read_text()) for file in students]
+    infos = [sampler.read_about(file.parent, "teacher", "method", "windows") for file in students]
     names = {info["teacher"] for info in infos}
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their runs one by one")

@@ -252,17 +252,26 @@ def steps_for(solver, nfe, windows=1):
 # ---- a model folder and its pictures -------------------------------------------------------------------------------
 
 
+def read_about(folder, *needed):
+    """The reflow.json of a student's folder, {} where there is none: a teacher's.  Raises UserError if it is broken or lacks one of the
+    needed keys."""
+    file = Path(folder) / "reflow.json"
+    if not file.is_file():
+        return {}
+    try:
+        info = json.loads(file.read_text())
+        _ = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1)), [info[key] for key in needed]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:      # AttributeError: a list, not an object
+        raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or restore the file") from error
+    return info
+
+
 def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config=""):
     """A teacher or a student. name and the rest: as for teacher.load_pipeline.  Returns: (pipeline, model, info); info is the folder's
     reflow.json, {} for a teacher: windows and path say how the model is to be sampled."""
     pipeline = teacher.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
-    file = Path(teacher.PRESETS.get(name, (name, ""))[0]) / "reflow.json"
-    try:
-        info = json.loads(file.read_text()) if file.is_file() else {}
-        path, windows = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or restore the file") from error
-    return pipeline, teacher.as_model(pipeline, path=path, windows=windows), info
+    info = read_about(teacher.PRESETS.get(name, (name, ""))[0])
+    return pipeline, teacher.as_model(pipeline, path=reflow.PATHS[info.get("path", "vp")], windows=int(info.get("windows", 1))), info
 
 
 def default_model(runs=Path("runs")):

@@ -485,6 +485,10 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
         (tmp_path / name / "student-2" / "reflow.json").write_text(json.dumps(dict(teacher=name, windows=2, method="reflow")))
     with pytest.raises(UserError, match=r"students of several teachers \(a, b\); evaluate their runs one by one"):
         evaluation.main(dataclasses.replace(c, run=str(tmp_path)))
+    for broken, reason in (("{", "JSONDecodeError"), ("[]", "AttributeError"), ("{}", "KeyError: 'teacher'")):
+        (tmp_path / "a" / "student-2" / "reflow.json").write_text(broken)
+        with pytest.raises(UserError, match=rf"student-2/reflow.json: broken \({reason}.*\); train the student again or restore the file"):
+            evaluation.main(dataclasses.replace(c, run=str(tmp_path / "a")))
 
 
 def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):
