@@ -8,7 +8,9 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
+import time
 import types
 import typing
 
@@ -67,9 +69,15 @@ def run(main, config_class, description, argv=None):
 
 
 def fail(message):
-    """Print one line to stderr, once for all processes.  Returns: the exit status, 2."""
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)      # keeps clear of a progress bar
+    """Print one line to stderr, once for all processes that torchrun started: it ends the others as soon as one has ended, so each
+    waits as many seconds as its rank, and speaks if it is still there: nobody before it had anything to say.
+    Returns: the exit status, 2."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)        # torchrun's; a handler of training's would let the wait go on
+        time.sleep(min(rank, 10))
+    said_by = f" (process {rank})" if rank else ""
+    tqdm.write(f"error{said_by}: {' '.join(str(message).split())}", file=sys.stderr)     # keeps clear of a progress bar
     return 2
 
 

@@ -99,6 +99,7 @@ class Config:
     teacher_steps: int = 32     # of the teacher
     teacher: str = ""           # folder, hub id or preset; default: what the students name
     guidance: float | None = None  # of teacher and students alike; 1 = none
+    guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads all away from it, not from no text (autoguidance)
     size: int | None = None     # pixels of a generated image, square
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     seed: int = 1_000_000       # of the first image
@@ -121,6 +122,7 @@ def resolve(c):
                                  ("--teacher-steps", c.teacher_steps, 1)):
         if value < least:
             raise UserError(f"{option} {value}: must be at least {least}")
+    sampler.check_guide(c.guide, c.guidance)
     config.choose("--dtype", c.dtype, teacher.DTYPES)
     for solver in c.solvers:
         config.choose("--solvers", solver, sampler.SOLVERS)
@@ -237,7 +239,8 @@ class Evaluator:
         key = folder, file_age(folder)
         if self.opened[0] != key:
             self.opened = None, None
-            self.opened = key, sampler.open_model(folder, self.device, teacher.DTYPES[self.c.dtype])
+            c = self.c
+            self.opened = key, sampler.open_model(folder, self.device, teacher.DTYPES[c.dtype], guide=c.guide, size=c.size)
         return self.opened[1]
 
     def about(self, folder):
@@ -254,8 +257,9 @@ class Evaluator:
 
     def settings(self, folder, steps, solver, guidance, edit, count):
         """What decides the first `count` images, and how they came about."""
-        return dict(**self.about(folder)[1], dtype=self.c.dtype, steps=steps, solver=solver, guidance=guidance, edit=edit and edit[0],
-                    seed=self.c.seed, prompts=data.digest(*self.prompts[:count]))
+        c = self.c
+        return dict(**self.about(folder)[1], dtype=c.dtype, steps=steps, solver=solver, guidance=guidance, edit=edit and edit[0],
+                    seed=c.seed, prompts=data.digest(*self.prompts[:count]), **({"guide": self.about(c.guide)[1]} if c.guide else {}))
 
     def generate(self, folder, part, steps, solver, guidance, edit, callback=None):
         """Images by number.  Returns: (latents (N, C, h, w), the model as Asked)."""
@@ -375,12 +379,13 @@ class Evaluator:
             reference="fresh sprite images, all pairs, mix of caption levels" if sprite else f"images of the first {c.real} captions",
             size=f"{made} pixels as generated, {seen} as both networks see them",
             resize="none" if sprite else f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
-            crop="none" if sprite else "centre", distance="FID" if name.startswith("Inception 2015") else "FD",
+            crop="none" if sprite else "centre", distance="FID" if self.network is not self.clip and self.network.published else "FD",
             features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
             clip=self.clip.name, clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
             cmmd="on the same CLIP, sigma 10, x 1000",
             steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students {' '.join(map(str, c.steps))}",
             nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1", guidance=c.guidance,
+            **({"guide": f"{c.guide} instead of no text"} if c.guide else {}),
             scheduler="the model's own schedule, steps uniform in t within each window (trailing)", solver="DDIM",
             solvers=f"{', '.join(c.solvers)} for the plain teacher", teacher=c.teacher, seeds=[c.seed, c.seed + c.n - 1], dtype=c.dtype,
             weights=", ".join({"0": "raw", "0.0": "raw", "unknown": "unknown"}.get(ema, f"running average (EMA {ema})") for ema in decays),
@@ -413,7 +418,7 @@ def main(c):
     students = sorted(run.rglob("student-*/reflow.json"), key=lambda file: (len(file.parts), -int(file.parent.name.split("-")[1])))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
-    infos = [json.loads(file.read_text()) for file in students]
+    infos = [sampler.read_about(file.parent, "teacher", "method", "windows") for file in students]
     names = {info["teacher"] for info in infos}
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their runs one by one")
@@ -470,7 +475,8 @@ def table(result):
         lines.append(f"| {' | '.join(cells.values())} |")
     halves, fds = (number(2)(protocol.get(key)) for key in ("noise_fd_two_teacher_halves", "noise_fds_of_two_teacher_halves"))
     lines += ["", f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}; N = {protocol['n']} against "
-              f"{protocol['real']} real images; seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}; guidance {protocol['guidance']:g}; "
+              f"{protocol['real']} real images; seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}; guidance {protocol['guidance']:g}"
+              + (f" by {protocol['guide']}" if "guide" in protocol else "") + "; "
               f"{protocol['solver']}; two halves of the teacher's samples differ by {halves}"
               + f" ({fd} between them), their {fd}s to the real images by {fds}" * ("text" in protocol) + f". Commit {protocol['commit']}."]
     lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol else []

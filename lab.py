@@ -1,5 +1,4 @@
 """Runs trained and rows measured, each once, several at a time; and what a few seeds allow to be said about them."""
-import hashlib
 import json
 import math
 import multiprocessing
@@ -19,7 +18,6 @@ from tqdm import tqdm
 import config
 import data
 import eval as evaluation
-import reflow
 import teacher
 import train
 from config import UserError
@@ -74,7 +72,7 @@ class Lab:
 
     def train(self, runs):
         """runs: name -> options of train.py. Those not finished are trained.  Returns: name -> folder of the run."""
-        folders, jobs, caches = {}, [], {}
+        folders, jobs, caches = {}, {}, {}
         for name, options in runs.items():
             folders[name] = folder = self.out / name
             c = self.parse(f"{options} --out {folder}")
@@ -82,13 +80,13 @@ class Lab:
             command = train.command(c)
             self.commands.append(command)
             if not (folder / f"student-{recipe.stages[-1]}" / "reflow.json").is_file():
-                jobs.append((name, command))
+                jobs[name] = command
                 if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
                     caches[c.cache or str(folder)] = command.replace("train.py", "data.py cache", 1)
         for i, command in enumerate(caches.values()):
             self.run(command, f"cache {i + 1} of {len(caches)}", threads=os.cpu_count())
         with ThreadPoolExecutor(self.workers) as pool, tqdm(total=len(jobs), desc="runs", disable=not jobs) as bar:
-            for name, _ in pool.map(lambda job: (job[0], self.run(job[1], job[0])), jobs):
+            for name, _ in zip(jobs, pool.map(self.run, jobs.values(), jobs)):
                 bar.set_postfix_str(name)
                 bar.update()
         return folders
@@ -98,13 +96,16 @@ class Lab:
         words = shlex.split(command)
         words[:2] = [sys.executable, str(Path(__file__).parent / words[1])]
         worker = self.free.get()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} | ({"CUDA_VISIBLE_DEVICES": str(worker)} if self.device == "cuda" else {})
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if self.device == "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = str(worker)
         try:
             done = subprocess.run(words, env=environment, capture_output=True, text=True)
         finally:
             self.free.put(worker)
         if done.returncode:
-            raise UserError(f"{name}: {command} ended with status {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+            raise UserError(f"{name}: {command} ended with status {done.returncode}: {reason}")
 
     def measure(self, requests):
         """requests: dicts of Evaluator.row's arguments, `folder` and `steps` at least.  Returns: their rows, in order."""
@@ -113,7 +114,8 @@ class Lab:
         if missing:
             evaluator(self.c)                               # what all rows share is made before the workers ask for it
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.workers, context, start_worker, (self.c,)) as pool, tqdm(total=len(missing), desc="rows") as bar:
+            pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.c,))
+            with pool, tqdm(total=len(missing), desc="rows") as bar:
                 for file, row in zip(missing, pool.map(measure_row, missing.values())):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     data.write_atomically(file, lambda part: part.write_text(json.dumps(row, indent=1)))
@@ -125,26 +127,28 @@ class Lab:
         edit = request.get("edit")
         key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]), "age": evaluation.file_age(str(request["folder"])),
                "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model]}
-        return self.out / "rows" / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20] + ".json")
+        return self.out / "rows" / f"{data.digest(json.dumps(key, sort_keys=True))}.json"
 
-    def evaluations(self, options):
-        """What a run costs: forward passes of a network over all its samples, a backward counted as two, trajectories included."""
+    def costs(self, options):
+        """Forward passes of a network over all samples, a backward counted as two.  Returns: (of a run's trajectories, of an update)."""
         c = self.parse(options)
         recipe = train.resolve_recipe(c)
-        total = c.trajectories * recipe.solver_steps * (recipe.pairs == "trajectory")
-        solved = recipe.solver_steps                        # steps from noise to data of what solves this stage's windows
-        for windows, updates in zip(recipe.stages, reflow.stage_steps(recipe, c.steps)):
+        total, solved = 0, recipe.solver_steps              # steps from noise to data of what solves this stage's windows
+        for windows, share in zip(recipe.stages, recipe.shares):
             pair = {"trajectory": 0, "consistency": 2}.get(recipe.pairs, solved // windows)
-            total += updates * c.batch * (3 + pair / recipe.reuse)
+            total += share * c.batch * (3 + pair / recipe.reuse)
             solved = windows if recipe.pairs == "student" else solved
-        return total
+        return c.trajectories * recipe.solver_steps * (recipe.pairs == "trajectory"), total / sum(recipe.shares)
+
+    def evaluations(self, options):
+        """What a run costs, trajectories included."""
+        trajectories, update = self.costs(options)
+        return trajectories + self.parse(options).steps * update
 
     def within(self, budget, options):
         """The options with as many updates as the budget of evaluations allows."""
-        most = (1, 1000)
-        fixed, more = (self.evaluations(f"{options} --steps {steps * 8}") for steps in most)
-        per_step = (more - fixed) / (8 * (most[1] - most[0]))
-        return f"{options} --steps {max(8, round((budget * self.c.scale - fixed) / per_step) + 8)}"
+        trajectories, update = self.costs(options)
+        return f"{options} --steps {max(8, round((budget * self.c.scale - trajectories) / update))}"
 
 
 EVALUATOR = []                # of this process, once it has one
@@ -206,4 +210,5 @@ def told(what, a, b, unit="FD"):
     mean, half, p = paired(a, b)
     if not math.isfinite(half):
         return f"{what}: {mean:+.3f} {unit} (one seed)."
-    return f"{what}: {outcome(a, b)} ({mean:+.3f} {unit}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}, p = {p:.2g}, {len(a)} seeds)."
+    return (f"{what}: {outcome(a, b)} ({mean:+.3f} {unit}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}, p = {p:.2g}, "
+            f"{len(a)} seeds).")

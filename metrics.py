@@ -115,8 +115,8 @@ class Inception:
             raise UserError(f"--inception {file}: cannot be read ({error.strerror}); give the file of {INCEPTION}") from error
         if not path and digest != INCEPTION_SHA256:
             raise UserError(f"{file}: not the file of {INCEPTION} (SHA-256 {digest}); delete it and run the same command again")
-        published = digest == INCEPTION_SHA256
-        self.name = "Inception 2015-12-05" if published else f"{file.stem}, not the published Inception (SHA-256 {digest[:16]})"
+        self.published = digest == INCEPTION_SHA256
+        self.name = "Inception 2015-12-05" if self.published else f"{file.stem}, not the published Inception (SHA-256 {digest[:16]})"
         try:
             self.network = torch.jit.load(file, map_location=device).eval()     # deprecated, and the only form in which it is published
             self.dim = self.images(torch.zeros(1, 3, 64, 64)).shape[1]
@@ -145,13 +145,18 @@ def moments(features):
     return features.double().mean(0), torch.cov(features.double().T)
 
 
-def frechet_distance(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two pairs (mean, covariance), as moments gives them.
-    0 for equal Gaussians. The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2)."""
+def covariance_root(covariance):
+    """The symmetric root R of a covariance, R R = covariance. Both (D, D), float64."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+def frechet_distance(a, b, root=None):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two pairs (mean, covariance), as moments gives them. root: covariance_root(C_b),
+    for who has it. 0 for equal Gaussians. The trace of the root is the sum of the roots of the eigenvalues of C_b^(1/2) C_a C_b^(1/2)."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    root = covariance_root(cov_b) if root is None else root
+    cross = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp_min(0).item()                     # rounding can leave -1e-12
 
@@ -160,8 +165,9 @@ def frechet_interval(features, reference, resamples=100):
     """95% interval of the distance of features (N, D) to the moments `reference`, by basic bootstrap over the N images
     (which also corrects the estimator's own upward bias to first order: where N is a few times D, all of it lies below the estimate).
     Returns: (low, high)."""
-    value, n = frechet_distance(moments(features), reference), len(features)
-    draws = [frechet_distance(moments(features[torch.randint(n, (n,), generator=data.generator(0, "bootstrap", i))]), reference)
+    n, root = len(features), covariance_root(reference[1])  # one root for all: taking it is most of a distance
+    value = frechet_distance(moments(features), reference, root)
+    draws = [frechet_distance(moments(features[torch.randint(n, (n,), generator=data.generator(0, "bootstrap", i))]), reference, root)
              for i in range(resamples)]
     low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return 2 * value - high, 2 * value - low
@@ -248,14 +254,6 @@ def chord_error(model, path, cond, windows, guidance=1.0, uncond=None):
         x_hat, eps_hat = model(z_start, torch.full((len(path),), edges[k], dtype=torch.float64, device=path.device), cond, guidance, uncond)
         values.append((eps_hat - x_hat - chord_velocity(model, z_start, z_end, edges[k], edges[k + 1])).square().mean().sqrt().item())
     return values
-
-
-def endpoint_error(z, reference):
-    """Root mean square difference between two sets of final latents from the same noise, both (B, ...). Raises ValueError if their shapes
-    differ."""
-    if z.shape != reference.shape:
-        raise ValueError(f"shapes {tuple(z.shape)} and {tuple(reference.shape)} differ")
-    return (z.double() - reference.double()).square().mean().sqrt().item()
 
 
 # ---- python metrics.py -----------------------------------------------------------------------------------------------------

@@ -249,20 +249,89 @@ def steps_for(solver, nfe, windows=1):
     return steps
 
 
+# ---- guidance by a weaker model ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Guided(teacher.Model):
+    """A model that --guidance leads away from a weaker one instead of from its own answer without text: autoguidance, Karras et al.
+    2024, "Guiding a Diffusion Model with a Bad Version of Itself". Made by guided(), which checks that the two go together."""
+    guide: teacher.Model = None
+
+    def __call__(self, z, t, cond, guidance=1.0, uncond=None):
+        """guidance: w in guide + w (model - guide), of the pair (x_hat, eps_hat), so that z stays a x_hat + b eps_hat; 1 asks only the
+        model, 0 only the guide. Both are asked with cond, nobody with uncond. The rest: as for teacher.Model."""
+        if guidance == 1:
+            return super().__call__(z, t, cond)
+        weak = self.guide(z, t, cond)
+        if guidance == 0:
+            return weak
+        return tuple(w + guidance * (s - w) for w, s in zip(weak, super().__call__(z, t, cond)))
+
+
+def guided(model, guide):
+    """The model with its guide: its schedule, path and windows are the model's. Both: teacher.Model.  Returns: Guided.  Raises UserError
+    unless z is the same mixture of x and eps to both at every timestep; windows alone may differ, on the schedule's own curve."""
+    t = torch.arange(1, model.schedule.timesteps + 1, dtype=torch.float64) / model.schedule.timesteps
+    if not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.coefficients(t), guide.coefficients(t))):
+        raise UserError("its noise schedule or path is not the model's, and both are asked about the same z; give an earlier student of "
+                        "the same path and windows, or on path vp the teacher or any of its students")
+    return Guided(**vars(model), guide=guide)
+
+
+def check_guide(guide, guidance):
+    """Raises UserError if a guide is named, but never asked at this guidance."""
+    if guide and guidance == 1:
+        raise UserError(f"--guide {guide}: never asked at --guidance 1; give another --guidance, for instance 2")
+
+
+def check_inputs(pipeline, other, size):
+    """Raises UserError unless both UNets can be asked about the same latents with the same text. size: as for latent_shape."""
+    shape, expected = latent_shape(other, size), latent_shape(pipeline, size)
+    if shape != expected:
+        raise UserError(f"its latents are {shape}, the model's {expected}; give a model of the same family")
+    for part in ("text_encoder", "text_encoder_2"):
+        a, b = (getattr(each, part, None) for each in (pipeline, other))
+        a, b = (dict(each.named_parameters()) if each is not None else {} for each in (a, b))
+        # up to the rounding of a folder stored in half precision
+        if a.keys() != b.keys() or not all(a[key].shape == b[key].shape and torch.allclose(a[key].float(), b[key].float(), 1e-2, 1e-6)
+                                           for key in a):
+            raise UserError(f"its {part} is not the model's, and both are asked with the same encoding of the prompts; give a model of "
+                            "the same family")
+
+
 # ---- a model folder and its pictures -------------------------------------------------------------------------------
 
 
-def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config=""):
-    """A teacher or a student. name and the rest: as for teacher.load_pipeline.  Returns: (pipeline, model, info); info is the folder's
-    reflow.json, {} for a teacher: windows and path say how the model is to be sampled."""
-    pipeline = teacher.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
-    file = Path(teacher.PRESETS.get(name, (name, ""))[0]) / "reflow.json"
+def read_about(folder, *needed):
+    """The reflow.json of a student's folder, {} where there is none: a teacher's.  Raises UserError if it is broken or lacks one of the
+    needed keys."""
+    file = Path(folder) / "reflow.json"
+    if not file.is_file():
+        return {}
     try:
-        info = json.loads(file.read_text()) if file.is_file() else {}
-        path, windows = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1))
-    except (ValueError, KeyError, TypeError) as error:
+        info = json.loads(file.read_text())
+        _ = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1)), [info[key] for key in needed]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:      # AttributeError: a list, not an object
         raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or restore the file") from error
-    return pipeline, teacher.as_model(pipeline, path=path, windows=windows), info
+    return info
+
+
+def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config="", guide="", size=None):
+    """A teacher or a student. name and the rest: as for teacher.load_pipeline; guide: name of a weaker model, which makes the model one of
+    Guided; size: as for latent_shape, for the guide's sake.  Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a
+    teacher: windows and path say how the model is to be sampled."""
+    pipeline = teacher.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
+    info = read_about(teacher.PRESETS.get(name, (name, ""))[0])
+    model = teacher.as_model(pipeline, path=reflow.PATHS[info.get("path", "vp")], windows=int(info.get("windows", 1)))
+    if guide:
+        try:
+            other, weaker, _ = open_model(guide, device, dtype, random_init)
+            check_inputs(pipeline, other, size)
+            model = guided(model, weaker)
+        except UserError as error:
+            raise UserError(f"--guide {guide}: {str(error).removeprefix(f'--model {guide}: ')}") from error
+    return pipeline, model, info
 
 
 def default_model(runs=Path("runs")):
@@ -365,6 +434,7 @@ class Config:
     time_grid: str = "uniform"  # where the steps lie inside each window: uniform, sigmoid or edm
     kappa: float | None = None  # the sigmoid grid's steepness, above 0; default: 10
     guidance: float = 1.0       # 1 = none; otherwise each evaluation costs two
+    guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads away from it, not from no text (autoguidance)
     seed: int = 0               # of the first image; image i has seed + i
     n: int = 1                  # images per prompt
     out: str = "sample.png"     # PNG; several images are numbered unless --grid
@@ -393,6 +463,7 @@ def main(c):
         solver = functools.partial(dpm2, r=c.r)
     if c.kappa is not None:
         spacing = functools.partial(sigmoid_grid, kappa=c.kappa)
+    check_guide(c.guide, c.guidance)
     if c.steps is not None and c.nfe is not None:
         raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
     out = Path(c.out)
@@ -400,7 +471,7 @@ def main(c):
     dtype = config.choose("--dtype", c.dtype, teacher.DTYPES)
     device = teacher.pick_device(c.device)
     name = c.model or default_model()
-    pipeline, model, info = open_model(name, device, dtype, c.random_init, c.model_config)
+    pipeline, model, info = open_model(name, device, dtype, c.random_init, c.model_config, c.guide, c.size)
     latent_shape(pipeline, c.size)                         # refused here, before the bar
     windows = info.get("windows", 1)
     try:
@@ -431,7 +502,8 @@ def main(c):
     sets, columns = [pictures], [f"{steps} steps"]
     if c.compare:
         teacher_name = info.get("teacher") or name
-        other, other_model, _ = open_model(teacher_name, device, dtype, c.random_init, c.model_config * (teacher_name == name))
+        other, other_model, _ = open_model(teacher_name, device, dtype, c.random_init, c.model_config * (teacher_name == name), c.guide,
+                                           c.size)
         z = generate(other, other_model, prompts, seeds, time_grid(32), c.guidance, size=c.size)
         sets, columns = [to_pil(teacher.decode(other, z), scale), pictures], ["teacher, 32 steps", f"{steps} steps"]
     if c.compare:
@@ -452,8 +524,8 @@ def main(c):
         picture.save(file)
     shown = ", ".join(str(file) for file in list(files)[:4]) + (", ..." if len(files) > 4 else "")
     count = evaluations(c.solver, steps, windows) * (1 if c.guidance in (0, 1) else 2)
-    print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}, {steps} steps = {count} network evaluations "
-          f"each, {seconds / len(prompts):.3f} s per image")
+    print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}{f' guided by {c.guide}' * bool(c.guide)}, {steps} steps = "
+          f"{count} network evaluations each, {seconds / len(prompts):.3f} s per image")
 
 
 def check_writable(file):

@@ -78,7 +78,8 @@ def ablation(lab):
                     cost.setdefault((method, arm, alpha), []).append(name)
     folders = lab.train(runs)
     rows = dict(zip(runs, lab.measure([dict(folder=folders[name] / "student-4", steps=4) for name in runs])))
-    found = {key: {column: [rows[name][column] for name in names] for column in ("fd", "endpoint_error", "clip")} for key, names in cost.items()}
+    found = {key: {column: [rows[name][column] for name in names] for column in ("fd", "endpoint_error", "clip")}
+             for key, names in cost.items()}
     tables, summary, verdict = [], [], []
     for method in source:
         lines = []
@@ -113,7 +114,8 @@ def ablation(lab):
             colour = ORANGE if key[2] else BLUE
             axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.4, markersize=4)
             axis.errorbar(mean, i, xerr=half if math.isfinite(half) else None, fmt="D", color=colour, capsize=4)
-        axis.set(yticks=range(len(keys)), yticklabels=[f"{arm}\nalpha {alpha:g}" for _, arm, alpha in keys], xlabel="FD at 4 steps", title=method)
+        axis.set(yticks=range(len(keys)), yticklabels=[f"{arm}\nalpha {alpha:g}" for _, arm, alpha in keys], xlabel="FD at 4 steps",
+                 title=method)
         axis.invert_yaxis()
     return dict(verdict=[*summary, *verdict], tables=tables, figure=figure)
 
@@ -140,7 +142,8 @@ def crossing(lab):
                 runs[points[source, name, budget]] = f"{columns} --windows {windows} --steps {updates} {pool}"
     folders = lab.train(runs)
     last = {"direct-1": 1, "direct-2": 2, "progressive": 2}
-    rows = dict(zip(points, lab.measure([dict(folder=folders[run] / f"student-{last[name]}", steps=2) for (_, name, _), run in points.items()])))
+    rows = dict(zip(points, lab.measure([dict(folder=folders[run] / f"student-{last[name]}", steps=2)
+                                         for (_, name, _), run in points.items()])))
     lines, verdict = [], []
     for (source, name, budget), row in rows.items():
         lines.append([source, LINES[name][1], budget, f"{lab.evaluations(runs[points[source, name, budget]]) / 1000:.0f}",
@@ -152,8 +155,8 @@ def crossing(lab):
                       and rows[source, "progressive", budget]["fd"] < rows[beaten_by, other, budget]["fd"]]
             compared = [budget for budget in budgets if (beaten_by, other, budget) in rows]
             if compared:
-                verdict.append(f"Pairs from {source}: 8→4→2 has the lower FD than {LINES[other][1]} at {', '.join(map(str, better)) or 'none'} of "
-                               f"{', '.join(map(str, compared))} updates.")
+                verdict.append(f"Pairs from {source}: 8→4→2 has the lower FD than {LINES[other][1]} at "
+                               f"{', '.join(map(str, better)) or 'none'} of {', '.join(map(str, compared))} updates.")
     figure, panels = axes(len(plan), width=10, sharey=True)
     for axis, source in zip(panels, plan):
         for name, (_, label, colour, marker) in LINES.items():
@@ -166,7 +169,8 @@ def crossing(lab):
     panels[0].set_ylabel("FD at 2 steps")
     panels[0].legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
-        ("FD and endpoint error at 2 steps, one seed", ["pairs", "curriculum", "updates", "evaluations (1000)", "FD", "endpoint error"], lines)])
+        ("FD and endpoint error at 2 steps, one seed",
+         ["pairs", "curriculum", "updates", "evaluations (1000)", "FD", "endpoint error"], lines)])
 
 
 # ---- 2. direction weight ---------------------------------------------------------------------------------------------
@@ -175,26 +179,32 @@ def crossing(lab):
 def direction_weight(lab):
     """How much weight should the direction have, and in which space is its cosine best taken?"""
     alphas, seeds = {"u": (0, 0.1, 0.3, 1, 3, 10), "eps": (0, 0.3, 3)}, range(min(3, lab.c.seeds))
-    names = {(space, alpha, s): f"direction-weight/{space if alpha else 'u'}-{alpha:g}-s{s}" for space in alphas for alpha in alphas[space] for s in seeds}
+    names = {(space, alpha, s): f"direction-weight/{space if alpha else 'u'}-{alpha:g}-s{s}"
+             for space in alphas for alpha in alphas[space] for s in seeds}
     runs = {name: f"--windows 4 --steps {lab.updates(400)} --direction-weight {alpha:g} "
-                  f"{'--direction-space eps ' if space == 'eps' and alpha else ''}{lab.cached(s)}" for (space, alpha, s), name in names.items()}
+                  f"{'--direction-space eps ' if space == 'eps' and alpha else ''}{lab.cached(s)}"
+            for (space, alpha, s), name in names.items()}
     folders = lab.train(runs)
     rows = dict(zip(runs, lab.measure([dict(folder=folders[name] / "student-4", steps=4) for name in runs])))
     values = {(space, alpha): {column: [rows[names[space, alpha, s]][column] for s in seeds] for column in ("fd", "endpoint_error", "clip")}
               for space in alphas for alpha in alphas[space]}
-    lines = [[space, f"{alpha:g}", shown(v["fd"]), shown(v["endpoint_error"], 4), shown(v["clip"], 1)] for (space, alpha), v in values.items()]
+    lines = [[space, f"{alpha:g}", shown(v["fd"]), shown(v["endpoint_error"], 4), shown(v["clip"], 1)]
+             for (space, alpha), v in values.items()]
     verdict = []
     for space in alphas:
         for column, unit in (("fd", "FD"), ("endpoint_error", "endpoint error")):
             best = min(alphas[space][1:], key=lambda alpha: mean_interval(values[space, alpha][column])[0])
-            verdict.append(told(f"Cosine on {space}, best alpha {best:g} against 0", values[space, best][column], values[space, 0][column], unit))
+            compared = values[space, best][column], values[space, 0][column]
+            verdict.append(told(f"Cosine on {space}, best alpha {best:g} against 0", *compared, unit))
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd", "endpoint_error"), ("FD at 4 steps", "endpoint error at 4 steps")):
         for space, colour, marker in (("u", BLUE, "o"), ("eps", ORANGE, "s")):
             summary = [mean_interval(values[space, alpha][column]) for alpha in alphas[space]]
-            axis.errorbar([alphas["u"].index(alpha) for alpha in alphas[space]], [mean for mean, _ in summary], yerr=[half if math.isfinite(half) else 0 for _, half in summary],
+            axis.errorbar([alphas["u"].index(alpha) for alpha in alphas[space]], [mean for mean, _ in summary],
+                          yerr=[half if math.isfinite(half) else 0 for _, half in summary],
                           color=colour, marker=marker, capsize=3, label=f"cosine on {space}")
-        axis.set(xticks=range(len(alphas["u"])), xticklabels=[f"{alpha:g}" for alpha in alphas["u"]], xlabel="direction weight alpha", ylabel=label)
+        axis.set(xticks=range(len(alphas["u"])), xticklabels=[f"{alpha:g}" for alpha in alphas["u"]], xlabel="direction weight alpha",
+                 ylabel=label)
     panels[0].legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
         (f"4 windows, 4 steps, {lab.updates(400)} updates, {len(seeds)} seeds (mean ± 95%); the squared error is on u throughout",
@@ -224,7 +234,8 @@ def baseline_runs(lab):
     for name, (options, *_) in METHODS.items():
         recipe = train.resolve_recipe(lab.parse(options))
         pool = lab.cached(0, 512) if recipe.pairs == "trajectory" else "--seed 0"
-        found[name] = ("baselines/" + name.split(" (")[0].lower().replace(",", "").replace(" ", "-"), lab.within(BUDGET, f"{options} {pool}"))
+        run = "baselines/" + name.split(" (")[0].lower().replace(",", "").replace(" ", "-")
+        found[name] = run, lab.within(BUDGET, f"{options} {pool}")
     return found
 
 
@@ -257,7 +268,8 @@ def baselines(lab):
     verdict = []
     for steps in counts:
         order = sorted((rows[name, steps]["fd"], name) for name in methods if (name, steps) in rows)
-        verdict.append(f"At {steps} step{'s' * (steps > 1)}: best {order[0][1]} ({order[0][0]:.2f}), then {order[1][1]} ({order[1][0]:.2f}).")
+        (fd, name), (next_fd, next_name) = order[:2]
+        verdict.append(f"At {steps} step{'s' * (steps > 1)}: best {name} ({fd:.2f}), then {next_name} ({next_fd:.2f}).")
     verdict.append(f"The teacher at 32 steps of DDIM has {top['fd']:.2f} ({top['fd_interval'][0]:.2f} to {top['fd_interval'][1]:.2f}).")
     figure, (axis,) = axes(height=4.4)
     styles = [(colour, marker) for marker in "os^" for colour in (BLUE, VERMILION, GREEN, PINK)]
@@ -277,7 +289,8 @@ def samples(lab):
     """What do the same seeds look like?"""
     named = baseline_runs(lab)
     folders = lab.train(dict(named.values()))
-    chosen = (("PeRFlow", "PeRFlow, ddim_eps", 4), ("ProReflow-I", "ProReflow-I (8→4)", 4), ("ProReflow-II", "ProReflow-II (8→4→2)", 2), ("ours", "ours (8→4→2→1)", 1))
+    chosen = (("PeRFlow", "PeRFlow, ddim_eps", 4), ("ProReflow-I", "ProReflow-I (8→4)", 4), ("ProReflow-II", "ProReflow-II (8→4→2)", 2),
+              ("ours", "ours (8→4→2→1)", 1))
     columns = [("teacher", lab.c.model, 32), ("plain DDIM", lab.c.model, 4)]
     columns += [(title, folders[named[name][0]] / f"student-{steps}", steps) for title, name, steps in chosen]
     prompts, pictures = list(evaluation.GRID_PROMPTS), []
@@ -289,7 +302,8 @@ def samples(lab):
     grid = sampler.grid(list(zip(*pictures)), titles, prompts)
     figure = plt.figure(figsize=(grid.width / DPI, grid.height / DPI), dpi=DPI)
     figure.figimage(np.asarray(grid))                       # pixel by pixel
-    return dict(verdict=[f"Seeds 0 to {len(prompts) - 1}, guidance 1; the students are those of the study baselines."], figure=figure, tables=[])
+    verdict = [f"Seeds 0 to {len(prompts) - 1}, guidance 1; the students are those of the study baselines."]
+    return dict(verdict=verdict, figure=figure, tables=[])
 
 
 # ---- 4. discrepancy --------------------------------------------------------------------------------------------------
@@ -324,32 +338,28 @@ def discrepancy(lab):
         unit = u / u.norm(dim=2, keepdim=True)
         cosine = torch.einsum("tnd,snd->tsn", unit, unit).mean(2)
         distance = torch.cdist(u.transpose(0, 1), u.transpose(0, 1)).mean(0)
-        maps = ((distance, "L2 distance", "viridis", 0, None), (cosine, "cosine", "cividis", 0.5, 1.0))
-        for axis, (values, label, colours, low, high) in zip(panels[:, column], maps):
-            if high is None:
-                high = lines[0][-1] if lines else values.max().item()
-            image = axis.imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, extent=(1, 0, 0, 1), interpolation="nearest")
+        if title == "teacher":
+            farthest = distance.max().item()                # one scale of colours for all models
+        maps = ((distance, "L2 distance", "viridis", 0, farthest), (cosine, "cosine", "cividis", 0.5, 1))
+        for row, (values, label, colours, low, high) in enumerate(maps):
+            image = panels[row, column].imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, extent=(1, 0, 0, 1),
+                                               interpolation="nearest")
             if column == len(models) - 1:
-                figure.colorbar(image, ax=list(panels[0 if label[0] == "L" else 1]), label=label, shrink=0.9)
+                figure.colorbar(image, ax=list(panels[row]), label=label, shrink=0.9)
         panels[0, column].set_title(title)
         panels[1, column].set_xlabel("t")
-        edge = 32 // 8
-        block = torch.arange(32) // edge
-        inside, across = (distance[mask].mean().item() for mask in (block[:, None] == block, block[:, None] != block))
-        by_windows = []
-        for k in (8, 4, 2):
-            block = torch.arange(32) // (32 // k)
-            by_windows.append(f"{distance[block[:, None] == block].mean().item():.2f}")
-        lines.append([title, *by_windows, f"{across:.2f}", f"{cosine[0, -1].item():.3f}", distance.max().item()])
-    for row in panels[:, 0]:
-        row.set_ylabel("t")
-    for line in lines:
-        line[-1] = f"{line[-1]:.2f}"
-    verdict = [f"Inside one of 2 windows the mean distance between two velocities falls from {lines[0][3]} (teacher) to {lines[-1][3]} (2 windows); "
-               f"between the first and the last time the cosine is {lines[0][5]} before and {lines[-1][5]} after."]
+        window = {k: torch.arange(32) * k // 32 for k in (8, 4, 2)}            # of k, that each of the 32 times is in
+        same = [window[k][:, None] == window[k] for k in window]
+        means = [distance[mask].mean().item() for mask in (*same, ~same[0])]
+        lines.append([title, *(f"{mean:.2f}" for mean in means), f"{cosine[0, -1].item():.3f}", f"{distance.max().item():.2f}"])
+    for axis in panels[:, 0]:
+        axis.set_ylabel("t")
+    verdict = [f"Inside one of 2 windows the mean distance between two velocities falls from {lines[0][3]} (teacher) to {lines[-1][3]} "
+               f"(2 windows); between the first and the last time the cosine is {lines[0][5]} before and {lines[-1][5]} after."]
     return dict(verdict=verdict, figure=figure, tables=[
         ("Mean L2 distance between the velocities of one trajectory at two of 32 times; 64 trajectories",
-         ["model", "inside 1 of 8 windows", "inside 1 of 4", "inside 1 of 2", "across 8 windows", "cosine, first to last", "largest"], lines)])
+         ["model", "inside 1 of 8 windows", "inside 1 of 4", "inside 1 of 2", "across 8 windows", "cosine, first to last", "largest"],
+         lines)])
 
 
 # ---- 5. noise --------------------------------------------------------------------------------------------------------
@@ -387,22 +397,23 @@ def noise(lab):
     lines = [["none", "0", f"{clean['fd']:.2f}", f"{clean['clip']:.1f}"]]
     lines += [[kind, f"{size:g}", f"{row['fd']:.2f}", f"{row['clip']:.1f}"] for (kind, size), row in rows.items()]
     worse = {size: rows["direction", size]["fd"] - rows["magnitude", size]["fd"] for size in sizes}
-    verdict = [f"An error of {size:g} |u| at every step raises FD by {rows['direction', size]['fd'] - clean['fd']:.2f} if it turns the velocity and by "
-               f"{rows['magnitude', size]['fd'] - clean['fd']:.2f} if it stretches it." for size in sizes]
+    verdict = [f"An error of {size:g} |u| at every step raises FD by {rows['direction', size]['fd'] - clean['fd']:.2f} if it turns the "
+               f"velocity and by {rows['magnitude', size]['fd'] - clean['fd']:.2f} if it stretches it." for size in sizes]
     verdict.insert(0, f"Direction costs more at {sum(difference > 0 for difference in worse.values())} of {len(sizes)} sizes, most at "
                       f"{max(worse, key=worse.get):g} |u|, by {max(worse.values()):.2f} FD.")
     figure, (axis,) = axes(width=6)
     for kind, colour, marker in (("direction", BLUE, "o"), ("magnitude", ORANGE, "s")):
-        axis.plot([0, *sizes], [clean["fd"], *(rows[kind, size]["fd"] for size in sizes)], color=colour, marker=marker, label=f"{kind} only")
+        fds = [clean["fd"], *(rows[kind, size]["fd"] for size in sizes)]
+        axis.plot([0, *sizes], fds, color=colour, marker=marker, label=f"{kind} only")
     axis.set(xlabel="size of the error, |u' - u| / |u|, at every step", ylabel=f"FD at {steps} steps", yscale="log")
     plain_numbers(axis)
     axis.legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"The teacher by DDIM in {steps} steps, its velocity u = eps - x in error at every one", ["error in", "size", "FD", "CLIP score"], lines)])
+        (f"The teacher by DDIM in {steps} steps, its velocity u = eps - x in error at every one",
+         ["error in", "size", "FD", "CLIP score"], lines)])
 
 
 # ---- 6. guidance -----------------------------------------------------------------------------------------------------
-
 
 SCALES = (1, 2, 3, 4, 5, 6, 7)
 
@@ -411,14 +422,16 @@ def guidance(lab):
     """What does guidance do to a student that was trained without (ProReflow's Fig. 3)?"""
     run, scales, counts = progressive_run(lab), SCALES, (4, 2)
     keys = [(steps, scale) for steps in counts for scale in scales]
-    rows = dict(zip(keys, lab.measure([dict(folder=run / f"student-{steps}", steps=steps, guidance=float(scale)) for steps, scale in keys])))
-    lines = [[f"{scale:g}", *(f"{rows[steps, scale][column]:.{digits}f}" for steps in counts for column, digits in (("fd", 2), ("clip", 1)))]
+    requests = [dict(folder=run / f"student-{steps}", steps=steps, guidance=float(scale)) for steps, scale in keys]
+    rows = dict(zip(keys, lab.measure(requests)))
+    shapes = (("fd", 2), ("clip", 1))                       # column, digits
+    lines = [[f"{scale:g}", *(f"{rows[steps, scale][column]:.{digits}f}" for steps in counts for column, digits in shapes)]
              for scale in scales]
     verdict = []
     for steps in counts:
         best = {column: pick(scales, key=lambda scale: rows[steps, scale][column]) for column, pick in (("fd", min), ("clip", max))}
-        verdict.append(f"At {steps} steps FD is lowest at guidance {best['fd']:g} ({rows[steps, best['fd']]['fd']:.2f}), CLIP score highest at "
-                       f"{best['clip']:g} ({rows[steps, best['clip']]['clip']:.1f}).")
+        verdict.append(f"At {steps} steps FD is lowest at guidance {best['fd']:g} ({rows[steps, best['fd']]['fd']:.2f}), CLIP score "
+                       f"highest at {best['clip']:g} ({rows[steps, best['clip']]['clip']:.1f}).")
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd", "clip"), ("FD", "CLIP score")):
         for steps, colour, marker in ((4, BLUE, "o"), (2, ORANGE, "s")):
@@ -444,7 +457,8 @@ def pairs(lab):
     values = {(source, k): {column: [rows[source, k, s][column] for s in seeds] for column in ("fd", "endpoint_error")}
               for source in sources for k in stages}
     lines = [[source, lab.parse(runs[source, 0][1]).steps, f"{lab.evaluations(runs[source, 0][1]) / 1000:.0f}",
-              *(f"{shown(values[source, k]['fd'])}; {shown(values[source, k]['endpoint_error'], 4)}" for k in stages)] for source in sources]
+              *(f"{shown(values[source, k]['fd'])}; {shown(values[source, k]['endpoint_error'], 4)}" for k in stages)]
+             for source in sources]
     summary, verdict = [], []
     for other, name in (("data", "images and the teacher"), ("student", "images and the previous student")):
         outcomes = []
@@ -456,10 +470,10 @@ def pairs(lab):
         summary.append(f"The teacher's own trajectories against {name}: {counted(outcomes)}.")
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd", "endpoint_error"), ("FD", "endpoint error")):
-        for (source, colour, marker), shift in zip((("trajectory", BLUE, "o"), ("data", ORANGE, "s"), ("student", GREEN, "^")), (-0.1, 0, 0.1)):
+        for source, colour, marker, shift in (("trajectory", BLUE, "o", -0.1), ("data", ORANGE, "s", 0), ("student", GREEN, "^", 0.1)):
             for s in seeds:
-                axis.plot([i + shift for i in range(len(stages))], [values[source, k][column][s] for k in stages], color=colour, marker=marker,
-                          label=source if s == 0 else None, linewidth=1)
+                axis.plot([i + shift for i in range(len(stages))], [values[source, k][column][s] for k in stages], color=colour,
+                          marker=marker, label=source if s == 0 else None, linewidth=1)
         axis.set(xticks=range(len(stages)), xticklabels=[f"{k} windows,\n{k} steps" for k in stages], ylabel=label)
     panels[0].legend(frameon=False)
     return dict(verdict=[*summary, *verdict], figure=figure, tables=[
@@ -481,7 +495,8 @@ def one_step(lab):
         "straight to 1 window": f"--windows 1 --steps {updates} {pool}",
         "8→4→2, two windows kept": f"--windows 8 4 2 --steps {updates} {pool}",
     }
-    names = dict(zip(ideas, ("crossing/trajectory-progressive-1-3000", "crossing/trajectory-direct-1-3000", "crossing/trajectory-progressive-3000")))
+    names = dict(zip(ideas, ("crossing/trajectory-progressive-1-3000", "crossing/trajectory-direct-1-3000",
+                             "crossing/trajectory-progressive-3000")))
     folders = lab.train({names[idea]: options for idea, options in ideas.items()})
     students = {idea: folders[name] / f"student-{2 if 'kept' in idea else 1}" for idea, name in names.items()}
     students |= {f"8→4→2→1, after {k} windows": folders[names["8→4→2→1"]] / f"student-{k}" for k in (4, 2)}
@@ -507,13 +522,14 @@ def one_step(lab):
     axis.minorticks_off()
     axis.legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD (multiple of the teacher's {top['fd']:.2f} at 32 steps); CLIP score (the teacher's: {top['clip']:.1f}); {updates} updates, one seed", ["student", "1 step", "2 steps", "4 steps"], lines)])
+        (f"FD (multiple of the teacher's {top['fd']:.2f} at 32 steps); CLIP score (the teacher's: {top['clip']:.1f}); {updates} updates, "
+         "one seed", ["student", "1 step", "2 steps", "4 steps"], lines)])
 
 
 # ---- what a study leaves ---------------------------------------------------------------------------------------------
 
-STUDIES = {"ablation": ablation, "crossing": crossing, "direction-weight": direction_weight, "baselines": baselines, "samples": samples, "discrepancy": discrepancy,
-           "noise": noise, "guidance": guidance, "pairs": pairs, "one-step": one_step}
+STUDIES = {"ablation": ablation, "crossing": crossing, "direction-weight": direction_weight, "baselines": baselines, "samples": samples,
+           "discrepancy": discrepancy, "noise": noise, "guidance": guidance, "pairs": pairs, "one-step": one_step}
 
 
 def tables(result):
@@ -560,8 +576,8 @@ def main(c):
         plt.close(figure)
         shared = evaluator(c)
         result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python eval.py --study {name}", **found,
-                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features; the FDs of two halves of the "
-                               f"teacher's samples differ by {shared.noise['between_fds']:.2f}. Commit {export.versions()['commit']}.",
+                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features; the FDs of two halves of "
+                               f"the teacher's samples differ by {shared.noise['between_fds']:.2f}. Commit {export.versions()['commit']}.",
                       runs=lab.commands, seconds=time.time() - start, **export.versions())
         data.write_atomically(results / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         data.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT, torchrun
 from PIL import Image
 
 import bench
@@ -310,3 +311,13 @@ def test_help_lists_every_option_with_its_comment(cli):
         status, out, _ = cli(f"{name} --help")
         assert status == 0 and all(field.replace("_", "-") in out or field in out for field in module.Config.__dataclass_fields__)
         assert "peak, per stage" in out or name != "train.py"
+
+
+@pytest.mark.parametrize("ranks, said", [((0, 1), "error: bad"), ((1,), "error (process 1): bad")], ids=["all", "the second"])
+def test_a_mistake_is_said_once_whichever_process_meets_it(tmp_path, run_file, ranks, said):
+    script = tmp_path / "meets.py"
+    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport config\n"
+                      f"sys.exit(config.fail('bad')) if int(os.environ['RANK']) in {ranks} else time.sleep(60)\n")
+    done = run_file(script, launcher=torchrun(2))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode != 0 and lines == [said]

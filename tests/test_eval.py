@@ -413,6 +413,36 @@ def test_saved_images_are_those_that_were_measured(judge, parts, students, tmp_p
     assert torch.equal(rows["inception"], judge.features(students["sd15"] / "student-2", 2)[range(16)]["inception"])
 
 
+def test_a_guide_stands_in_for_no_text_in_every_row_and_is_part_of_its_name(judge, small_models, tmp_path):
+    def like_the_teacher(name, seed):
+        folder = shutil.copytree(small_models["sd15"], tmp_path / name)
+        architectures.build("sd15", seed=seed, **SMALL["sd15"]).unet.save_pretrained(folder / "unet")
+        return folder
+    weak, weaker, folder = like_the_teacher("weak", 3), like_the_teacher("weaker", 4), like_the_teacher("student-2", 5)
+    (folder / "reflow.json").write_text(json.dumps(dict(method="reflow", windows=2, teacher=judge.c.teacher)))
+    led = evaluation.Evaluator(dataclasses.replace(judge.c, guide=str(weak), guidance=2.0))
+    row = led.row(folder, 4)
+    assert (row["nfe"], row["nfe_pairs_as_one"], row["guidance"]) == (8, 4, 2.0)
+
+    def sample(name, times):
+        (pipeline, model, _), (_, guide, _) = map(sampler.open_model, map(str, (name, weak)))
+        both, seeds = sampler.guided(model, guide), range(1_000_000, 1_000_016)
+        return pipeline, sampler.generate(pipeline, both, led.prompts, seeds, times, 2.0, batch=8)
+    (pipeline, z), (_, ends) = sample(folder, sampler.time_grid(4, 2)), sample(judge.c.teacher, sampler.time_grid(4))
+    features = led.features(folder, 4)[range(16)]["inception"]
+    assert torch.allclose(features, led.network.images(teacher.decode(pipeline, z)), atol=2e-3)
+    assert row["endpoint_error"] == pytest.approx((z[:5] - ends[:5]).square().mean().sqrt().item(), rel=1e-4)
+
+    given = dict(steps=2, solver="ddim", guidance=2.0, edit=None, count=16)
+    other = copy.copy(led)
+    other.c = dataclasses.replace(led.c, guide=str(weaker))
+    names = [json.dumps(each.settings(str(folder), **given)) for each in (judge, led, other)]
+    assert len(set(names)) == 3 and "guide\":" not in names[0] and str(weak) not in names[1]      # weights decide, not where they lie
+    text = evaluation.table(dict(protocol=led.describe([]), rows=[row]))
+    assert f"guidance 2 by {weak} instead of no text; DDIM" in text and f"guidance: 2; guide: {weak} instead of no text; scheduler" in text
+    assert "guide:" not in evaluation.table(dict(protocol=judge.describe([]), rows=[row]))
+
+
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +492,8 @@ def test_a_table_says_what_noise_is_and_leaves_open_what_is_not_known(judge, stu
     (dict(steps=[0]), r"--steps 0: must be at least 1"),
     (dict(ddim_steps=[1, 0]), r"--ddim-steps 0: must be at least 1"), (dict(teacher_steps=0), r"--teacher-steps 0: must be at least 1"),
     (dict(size=30), r"--size 30: must be a multiple of 8"), (dict(teacher="nowhere"), r"--model nowhere: no diffusers pipeline there"),
+    (dict(guide="nowhere"), r"--guide nowhere: no diffusers pipeline there"),
+    (dict(guide="nowhere", guidance=1.0), r"--guide nowhere: never asked at --guidance 1; give another --guidance"),
     (dict(clip="nowhere"), r"--clip nowhere: no CLIPModel folder there"),
     (dict(inception="nowhere"), r"--inception nowhere: cannot be read"),
     (dict(device="tpu"), r"--device tpu: not one of cpu, cuda")], ids=str)
@@ -485,6 +517,10 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
         (tmp_path / name / "student-2" / "reflow.json").write_text(json.dumps(dict(teacher=name, windows=2, method="reflow")))
     with pytest.raises(UserError, match=r"students of several teachers \(a, b\); evaluate their runs one by one"):
         evaluation.main(dataclasses.replace(c, run=str(tmp_path)))
+    for broken, reason in (("{", "JSONDecodeError"), ("[]", "AttributeError"), ("{}", "KeyError: 'teacher'")):
+        (tmp_path / "a" / "student-2" / "reflow.json").write_text(broken)
+        with pytest.raises(UserError, match=rf"student-2/reflow.json: broken \({reason}.*\); train the student again or restore the file"):
+            evaluation.main(dataclasses.replace(c, run=str(tmp_path / "a")))
 
 
 def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):

@@ -1,15 +1,20 @@
 """Identities of sampler.py's grids and solvers: closed forms, convergence orders, diffusers' own pipelines."""
 import functools
 import inspect
+import json
+import shutil
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config
 import reflow
 import sampler
 import teacher
+import tiny
 
 ORDERS = {"ddim": 1, "heun": 2, "dpm2": 2, **{f"dpm2, r = {r}": 2 for r in (0.2, 0.7)}}
 OURS = {name: functools.partial(sampler.dpm2, r=float(name.split()[-1])) if "=" in name else sampler.SOLVERS[name] for name in ORDERS}
@@ -173,12 +178,13 @@ def test_evaluations_that_no_number_of_steps_costs_are_refused():
             sampler.steps_for(*arguments)
 
 
-@pytest.mark.parametrize("solver", ["heun", "dpm2"])
-def test_one_step_per_window_is_ddim_and_more_stay_exact_once_the_chord_is_known(gaussian, solver):
-    """At a boundary the network speaks for the next window: a solver that asked it there to finish this one would miss."""
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpm2"])
+def test_any_number_of_steps_per_window_is_exact_once_the_chord_is_known(gaussian, solver):
+    """A student that answers with the chords of the exact flow lands on its boundaries: this is what 'straight over the window' means.
+    At a boundary the network speaks for the next window: a solver that asked it there to finish this one would miss."""
     network, model = gaussian
-    for path in (None, *reflow.PATHS.values()) if solver == "heun" else (None, reflow.vp_path):
-        for windows in (1, 2, 4):
+    for path in (None, reflow.vp_path) if solver == "dpm2" else (None, *reflow.PATHS.values()):
+        for windows in (1, 2, 4, 8):
             z = normal(3, 2, seed=windows)
             exact = [network.flow(z, 1.0, t) for t in reflow.boundaries(windows)]
             known = teacher.Model(None, model.schedule, path=path, windows=windows)
@@ -250,6 +256,123 @@ def test_what_a_solver_cannot_do_is_refused(schedule):
         sampler.SOLVERS[name](off, z, sampler.time_grid(2, 2), {})                     # at boundaries every path is on the schedule
         with pytest.raises(config.UserError, match="leaves the noise schedule"):
             sampler.SOLVERS[name](off, z, sampler.time_grid(4, 2), {})
+
+
+# ---- guidance by a weaker model ------------------------------------------------------------------------------------
+
+
+def linear_model(schedule, factor, prediction="epsilon", asked=None, **path):
+    """A network that answers c z, c of its conditioning and its own factor; notes in asked that it was."""
+    return teacher.Model(lambda z, timestep, c: (asked.append(factor) if asked is not None else 0) or factor * c * z, schedule, prediction, **path)
+
+
+@pytest.mark.parametrize("prediction", list(teacher.PREDICTIONS))
+@pytest.mark.parametrize("path", [None, reflow.linear_path])
+def test_a_guided_pair_is_the_line_through_the_two_answers_and_still_makes_z(schedule, prediction, path):
+    """The guide predicts something else, and without text there is no answer. Batch equal to width, which would hide a broadcast."""
+    model, guide = linear_model(schedule, 0.3, prediction, path=path, windows=2), linear_model(schedule, 0.1, "v_prediction", path=path, windows=2)
+    both, z, t = sampler.guided(model, guide), normal(3, 3), torch.tensor([1, 0.7, 0.2], dtype=torch.float64)
+    cond, uncond = {"c": torch.full((3, 1), 1.0).double()}, {"c": torch.full((3, 1), float("nan")).double()}
+    strong, weak = model(z, t, cond), guide(z, t, cond)
+    a, b = both.coefficients(t, 2)
+    for w in (0, 0.5, 1, 2, 7.5):
+        found = both(z, t, cond, w, uncond)
+        for one, s, k in zip(found, strong, weak):
+            assert torch.allclose(one, (1 - w) * k + w * s, atol=1e-11)
+        assert torch.allclose(a * found[0] + b * found[1], z, atol=1e-9)
+    for w, alone in ((1, strong), (0, weak)):
+        assert all(torch.equal(one, other) for one, other in zip(both(z, t, cond, w), alone))
+    for w in (0, 1, 3.0):
+        itself = sampler.guided(model, model)(z, t, cond, w)
+        assert all(torch.allclose(one, s, atol=1e-11) for one, s in zip(itself, strong))
+
+
+@pytest.mark.parametrize("solver", sampler.SOLVERS)
+def test_models_linear_in_their_weights_are_guided_as_one_with_the_weights_on_their_line(schedule, solver):
+    asked, cond = [], {"c": torch.full((2, 1), 1.0).double()}
+    both = sampler.guided(linear_model(schedule, 0.3, asked=asked, windows=2), linear_model(schedule, 0.1, asked=asked, windows=4))
+    assert both.windows == 2 and isinstance(both, teacher.Model)
+
+    def solve(model, w):
+        return sampler.SOLVERS[solver](model, normal(2, 3), sampler.time_grid(4), cond, w, None, generators=sampler.generators(range(2)))
+    guided = solve(both, 2.0)
+    counts = [asked.count(factor) for factor in (0.3, 0.1)]
+    assert counts == [sampler.evaluations(solver, 4, 2)] * 2                          # two networks per evaluation
+    one = solve(linear_model(schedule, 0.5, windows=2), 1.0)                          # 0.1 + 2 (0.3 - 0.1)
+    assert torch.allclose(guided, one, atol=1e-5)
+    asked.clear()
+    for w, factor in ((1, 0.3), (0, 0.1)):
+        solve(both, w)
+        assert set(asked) == {factor}
+        asked.clear()
+
+
+def test_a_guide_that_is_asked_about_another_z_is_refused(schedule):
+    def plain(schedule=schedule, **path):
+        return linear_model(schedule, 0.1, "v_prediction", **path)
+    other = teacher.Schedule(diffusers.DDIMScheduler().alphas_cumprod)
+    for model, guide in ((plain(), plain(zero_terminal_snr())), (plain(), plain(other)), (plain(), plain(path=reflow.linear_path)),
+                         (plain(path=reflow.linear_path, windows=2), plain(windows=2)),
+                         (plain(path=reflow.linear_path, windows=2), plain(path=reflow.linear_path, windows=4))):
+        with pytest.raises(config.UserError, match="its noise schedule or path is not the model's"):
+            sampler.guided(model, guide)
+    for model, guide in ((plain(windows=2), plain(path=reflow.vp_path, windows=8)),
+                         (plain(path=reflow.linear_path, windows=2), plain(path=reflow.linear_path, windows=2))):
+        assert sampler.guided(model, guide).guide is guide
+
+
+@pytest.fixture(scope="module")
+def weaker(random_sd, tmp_path_factory):
+    """A folder like random_sd, its UNet other random weights, and a reflow.json of 4 windows."""
+    folder = shutil.copytree(random_sd, tmp_path_factory.mktemp("weaker") / "student-4")
+    torch.manual_seed(1)
+    tiny.make_unet().save_pretrained(folder / "unet")
+    (folder / "reflow.json").write_text(json.dumps(dict(windows=4, path="vp")))
+    return folder
+
+
+def test_the_command_line_guides_by_a_folder(random_sd, weaker, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = dict(model=str(random_sd), prompt=["fox"], out="a.png", scale=1, steps=2, guidance=1.5)
+    sampler.main(sampler.Config(**options, guide=str(weaker)))
+    assert f"by {random_sd} guided by {weaker}, 2 steps = 4 network evaluations" in capsys.readouterr().out
+    (pipeline, model, _), (_, guide, _) = map(sampler.open_model, map(str, (random_sd, weaker)))
+    z, cond = sampler.noise([0], sampler.latent_shape(pipeline)), teacher.encode_text(pipeline, ["fox"])
+    for t, t_next in ((1.0, 0.5), (0.5, 0.0)):
+        (x, eps), (x_weak, eps_weak) = (each(z, torch.tensor([t], dtype=torch.float64), cond) for each in (model, guide))
+        a, b = (v.float() for v in model.schedule(torch.tensor(t_next, dtype=torch.float64)))
+        z = a * (1.5 * x - 0.5 * x_weak) + b * (1.5 * eps - 0.5 * eps_weak)
+    found, expected = np.asarray(Image.open("a.png")), np.asarray(sampler.to_pil(teacher.decode(pipeline, z))[0])
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    sampler.main(sampler.Config(**options, guide=str(weaker), compare=True))
+    sampler.main(sampler.Config(**options | dict(guidance=0.0, out="b.png"), guide=str(weaker)))
+    sampler.main(sampler.Config(**options | dict(guidance=1.0, model=str(weaker), out="c.png", steps=4)))
+    assert "2 steps = 2 network" in capsys.readouterr().out
+
+
+def test_a_guide_that_does_not_go_with_the_model_is_one_line(random_sd, weaker, small_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    half = teacher.load_pipeline(str(weaker), torch.float16)                          # stored with fewer digits: still the same encoder
+    half.save_pretrained(tmp_path / "half")
+    linear = shutil.copytree(weaker, tmp_path / "linear")
+    (linear / "reflow.json").write_text(json.dumps(dict(windows=4, path="linear")))
+    broken = shutil.copytree(weaker, tmp_path / "broken")
+    (broken / "reflow.json").write_text("{")
+    foreign = teacher.load_pipeline(str(weaker))
+    next(foreign.text_encoder.parameters()).data[0, 0] += 1
+    foreign.save_pretrained(tmp_path / "foreign")
+    options = dict(model=str(random_sd), prompt=["fox"], out="a.png", scale=1, steps=1, guidance=2.0)
+    for given, message in ((dict(guide="nowhere"), "--guide nowhere: no diffusers pipeline there"),
+                           (dict(guide=str(weaker), guidance=1.0), "--guide .*student-4: never asked at --guidance 1; give another"),
+                           (dict(guide="broken"), "--guide broken: broken/reflow.json: broken"),
+                           (dict(guide="linear"), "--guide linear: its noise schedule or path is not the model's"),
+                           (dict(guide="foreign"), "--guide foreign: its text_encoder is not the model's"),
+                           (dict(guide=str(small_models["sd15"])), r"--guide .*sd15: its latents are \(4, 8, 8\), the model's \(")):
+        with pytest.raises(config.UserError, match=message):
+            sampler.main(sampler.Config(**options | given))
+    assert not (tmp_path / "a.png").exists()
+    sampler.main(sampler.Config(**options, guide="half"))
+    assert (tmp_path / "a.png").exists()
 
 
 # ---- inversion -----------------------------------------------------------------------------------------------------

@@ -103,29 +103,6 @@ def test_inversion_runs_the_same_solver_backwards(gaussian):
     assert (network.flow(end, 0.1, 0.999) - z).abs().max() < 0.02
 
 
-def test_one_step_per_window_is_exact_once_the_chord_is_known(gaussian):
-    """A student that answers with the chords of the exact flow lands on its boundaries, with 1, 2 or 5 steps per window,
-    on both paths: this is what 'straight over the window' means."""
-    network, model = gaussian
-    for path in reflow.PATHS.values():
-        for windows in (1, 2, 4, 8):
-            z = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-            edges = reflow.boundaries(windows)
-            exact = [network.flow(z, 1.0, t) for t in edges]
-
-            class Chord:
-                coefficients = teacher.Model(None, model.schedule, path=path, windows=windows).coefficients
-
-                def __call__(self, z, t, cond, guidance, uncond):
-                    t_start, t_end = reflow.window_of(t, windows)
-                    i = round((1 - t_start[0].item()) * windows)
-                    ends = [[v[:, None] for v in model.schedule(time)] for time in (t_start, t_end)]
-                    return reflow.chord(exact[i], exact[i + 1], *ends)
-            for per_window in (1, 2, 5):
-                end = sampler.ddim(Chord(), z, sampler.time_grid(windows * per_window, windows), {})
-                assert torch.allclose(end, exact[-1], atol=1e-9)
-
-
 @pytest.mark.parametrize("windows", [8, 4, 2, 1])
 def test_the_untrained_student_is_ddim_with_as_many_steps_as_windows(random_sd, windows):
     pipeline = teacher.load_pipeline(str(random_sd))
