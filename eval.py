@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -95,7 +96,8 @@ class Config:
     real: int | None = None     # real images of the reference
     steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # of the students; fewer than its windows are left out
     ddim_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # of the untrained student
-    solvers: list[str] = field(default_factory=lambda: ["ddim"])  # of the untrained student: rows of sampler.SOLVERS
+    solver: str = "ddim"        # of the students: SOLVER[:r][/GRID[:kappa]] of sampler.py's, e.g. dpm2:0.4/sigmoid:20
+    solvers: list[str] = field(default_factory=lambda: ["ddim"])  # of the untrained student, one or more of these
     teacher_steps: int = 32     # of the teacher
     teacher: str = ""           # folder, hub id or preset; default: what the students name
     guidance: float | None = None  # of teacher and students alike; 1 = none
@@ -124,8 +126,8 @@ def resolve(c):
             raise UserError(f"{option} {value}: must be at least {least}")
     sampler.check_guide(c.guide, c.guidance)
     config.choose("--dtype", c.dtype, teacher.DTYPES)
-    for solver in c.solvers:
-        config.choose("--solvers", solver, sampler.SOLVERS)
+    for solver in (c.solver, *c.solvers):
+        sampler.parse_solver(solver)
     if protocol.split == "sprites" and c.data:
         raise UserError(f"--data {c.data}: --protocol {c.protocol} has its own images; leave it out, or give another --protocol")
     if protocol.split != "sprites" and not c.data:
@@ -213,7 +215,7 @@ class Evaluator:
         """`count` rows, made `batch` at a time by solve(range of row numbers, name of the set) -> dict of tensors, where they are missing.
         Other settings are another set.  Returns: data.Rows."""
         folder = Path(self.c.save_images, "rows") if self.c.save_images else Path(self.c.cache)
-        name = f"{label}-{data.digest(settings)}"
+        name = f"{re.sub('[/:]', '-', label)}-{data.digest(settings)}"
 
         @torch.no_grad()
         def shard(numbers):
@@ -264,9 +266,10 @@ class Evaluator:
     def generate(self, folder, part, steps, solver, guidance, edit, callback=None):
         """Images by number.  Returns: (latents (N, C, h, w), the model as Asked)."""
         pipeline, model, info = self.open(folder)
-        asked, times = Asked(model, edit), sampler.time_grid(steps, info.get("windows", 1))
+        solve, spacing = sampler.parse_solver(solver)
+        asked, times = Asked(model, edit), sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
         prompts, seeds = self.prompts[part.start:part.stop], range(self.c.seed + part.start, self.c.seed + part.stop)
-        z = sampler.generate(pipeline, asked, prompts, seeds, times, guidance, len(part), callback, size=self.c.size, solver=solver)
+        z = sampler.generate(pipeline, asked, prompts, seeds, times, guidance, len(part), callback, size=self.c.size, solver=solve)
         return z, asked
 
     def path(self):
@@ -386,7 +389,8 @@ class Evaluator:
             steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students {' '.join(map(str, c.steps))}",
             nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1", guidance=c.guidance,
             **({"guide": f"{c.guide} instead of no text"} if c.guide else {}),
-            scheduler="the model's own schedule, steps uniform in t within each window (trailing)", solver="DDIM",
+            scheduler="the model's own schedule; within each window the solver's grid, uniform in t (trailing) where it names none",
+            solver="DDIM" if c.solver == "ddim" else f"{c.solver} for the students, DDIM for the teacher",
             solvers=f"{', '.join(c.solvers)} for the plain teacher", teacher=c.teacher, seeds=[c.seed, c.seed + c.n - 1], dtype=c.dtype,
             weights=", ".join({"0": "raw", "0.0": "raw", "unknown": "unknown"}.get(ema, f"running average (EMA {ema})") for ema in decays),
             trajectories=f"first {min(c.paths, c.n)} seeds", endpoint_error=f"root mean square distance to the teacher's {c.teacher_steps} "
@@ -429,7 +433,7 @@ def main(c):
     # rows: (method, windows, steps, folder, solver)
     plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim")]
     plan += [(solver, None, steps, c.teacher, solver) for solver in c.solvers for steps in c.ddim_steps]
-    found = [(info["method"], info["windows"], steps, str(file.parent), "ddim") for file, info in zip(students, infos)
+    found = [(info["method"], info["windows"], steps, str(file.parent), c.solver) for file, info in zip(students, infos)
              for steps in c.steps if steps >= info["windows"]]
     plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))        # one step per window first; stable otherwise
     for _, _, steps, folder, solver in plan:

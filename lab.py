@@ -60,9 +60,8 @@ class Lab:
         return max(stages, round(count * self.c.scale))
 
     def cached(self, seed=0, trajectories=2048):
-        """Options that name a cache of trajectories, one per seed."""
-        count = max(16, round(trajectories * self.c.scale))
-        return f"--seed {seed} --cache {self.out}/cache/{count}-{seed} --trajectories {count}"
+        """Options that name the first so many of a cache of trajectories, one per seed."""
+        return f"--seed {seed} --cache {self.out}/cache/{seed} --trajectories {max(16, round(trajectories * self.c.scale))}"
 
     def parse(self, options):
         """train.Config of a run's options."""
@@ -82,7 +81,7 @@ class Lab:
             if not (folder / f"student-{recipe.stages[-1]}" / "reflow.json").is_file():
                 jobs[name] = command
                 if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
-                    caches[c.cache or str(folder)] = command.replace("train.py", "data.py cache", 1)
+                    caches[c.cache or str(folder), c.trajectories, recipe.forward_rate, recipe.projection] = command.replace("train.py", "data.py cache", 1)
         for i, command in enumerate(caches.values()):
             self.run(command, f"cache {i + 1} of {len(caches)}", threads=os.cpu_count())
         with ThreadPoolExecutor(self.workers) as pool, tqdm(total=len(jobs), desc="runs", disable=not jobs) as bar:

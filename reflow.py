@@ -207,6 +207,7 @@ class Recipe:
 
 RECIPES = {
     "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
+    "progressive": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
                         direction_weight=0.1, direction_space="velocity", time_law="uniform"),
@@ -216,8 +217,8 @@ RECIPES = {
     "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity", time_law="uniform"),
     "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber", time_law="uniform",
                   solver_steps=50),                                                  # the peer: latent consistency
-    "simple-reflow": Recipe(stages=(1,), shares=(1,), space="end", loss="high-pass", normalisation="learnt", time_law="exponential",
-                            forward_rate=0.5, projection=0.05),                      # its space at one window: the denoiser's
+    "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalisation="learnt", time_law="exponential",
+                            forward_rate=0.5, projection=0.05),
 }
 
 

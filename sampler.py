@@ -231,6 +231,37 @@ SOLVERS = {
     "unipc": stock("unipc", UniPCMultistepScheduler, timestep_spacing="trailing"),
     "lcm": stock("lcm", LCMScheduler, draws=True),          # its own spacing: S of the 50 timesteps 19, 39, ..., 999
 }
+def parse_solver(spec):
+    """SOLVER[:r][/GRID[:kappa]], e.g. ddim, or dpm2:0.4/sigmoid:20.  Returns: (a row of SOLVERS, a row of GRIDS), with these numbers.
+    Raises UserError."""
+    named, _, grid = spec.partition("/")
+    (name, _, r), (grid, _, kappa) = named.partition(":"), (grid or "uniform").partition(":")
+    try:
+        r, kappa = (float(value) if value else None for value in (r, kappa))
+    except ValueError as error:
+        raise UserError(f"solver {spec}: {error}; write it as dpm2:0.4/sigmoid:20") from error
+    return configure(name, r, grid, kappa)
+
+
+def configure(solver, r, grid, kappa):
+    """A row of SOLVERS with its r and a row of GRIDS with its kappa; None leaves the default.  Returns: both functions.
+    Raises UserError on a number out of range, or that goes with another row."""
+    solve, spacing = config.choose("--solver", solver, SOLVERS), config.choose("--time-grid", grid, GRIDS)
+    for option, value, owner, chosen in (("--r", r, "--solver dpm2", solver == "dpm2"),
+                                         ("--kappa", kappa, "--time-grid sigmoid", grid == "sigmoid")):
+        if value is not None and not chosen:
+            raise UserError(f"{option} {value:g}: only goes with {owner}")
+    if r is not None:
+        if not 0 < r <= 1:
+            raise UserError(f"--r {r:g}: must be above 0 and at most 1")
+        solve = functools.partial(dpm2, r=r)
+    if kappa is not None:
+        if not kappa > 0:
+            raise UserError(f"--kappa {kappa:g}: must be above 0")
+        spacing = functools.partial(sigmoid_grid, kappa=kappa)
+    return solve, spacing
+
+
 TWO_EVALUATIONS = ("heun", "dpm2")
 
 
@@ -452,18 +483,7 @@ def main(c):
                                  ("--scale", c.scale, 1), ("--guidance", c.guidance, 0)):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: must be at least {least}")
-    solver, spacing = config.choose("--solver", c.solver, SOLVERS), config.choose("--time-grid", c.time_grid, GRIDS)
-    for option, value, owner, chosen in (("--r", c.r, "--solver dpm2", c.solver == "dpm2"),
-                                         ("--kappa", c.kappa, "--time-grid sigmoid", c.time_grid == "sigmoid")):
-        if value is not None and not chosen:
-            raise UserError(f"{option} {value:g}: only goes with {owner}")
-    if c.r is not None:
-        if not 0 < c.r <= 1:
-            raise UserError(f"--r {c.r:g}: must be above 0 and at most 1")
-        solver = functools.partial(dpm2, r=c.r)
-    if c.kappa is not None:
-        spacing = functools.partial(sigmoid_grid, kappa=c.kappa)
-    check_guide(c.guide, c.guidance)
+    solver, spacing = configure(c.solver, c.r, c.time_grid, c.kappa)
     if c.steps is not None and c.nfe is not None:
         raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
     out = Path(c.out)

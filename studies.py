@@ -12,7 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -20,37 +20,13 @@ import config
 import data
 import eval as evaluation
 import export
+import improvements
 import sampler
 import teacher
 import train
 from config import UserError
+from figures import BLACK, BLUE, DPI, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
 from lab import Lab, counted, evaluator, mean_interval, outcome, shown, told
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-# Okabe and Ito's colours: told apart by colour-blind readers, and in gray by their order of lightness
-BLUE, ORANGE, GREEN, PINK, VERMILION, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"
-DPI = 130
-
-
-def axes(count=1, width=8.0, height=3.6, **options):
-    figure, panels = plt.subplots(1, count, figsize=(width, height), squeeze=False, layout="constrained", **options)
-    for axis in panels[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, panels[0]
-
-
-def plain_numbers(axis, x=()):
-    """Instead of powers of ten, on a logarithmic y axis and, if its ticks are given, x axis."""
-    low, high = axis.get_ylim()
-    y = [value for value in (0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50) if low <= value <= high]
-    axis.set_yticks(y, [f"{value:g}" for value in y])
-    if x:
-        axis.set_xticks(x, [f"{value:g}" for value in x])
-    axis.minorticks_off()
-
 
 # ---- 1. ablation ----------------------------------------------------------------------------------------------------
 
@@ -529,7 +505,8 @@ def one_step(lab):
 # ---- what a study leaves ---------------------------------------------------------------------------------------------
 
 STUDIES = {"ablation": ablation, "crossing": crossing, "direction-weight": direction_weight, "baselines": baselines, "samples": samples,
-           "discrepancy": discrepancy, "noise": noise, "guidance": guidance, "pairs": pairs, "one-step": one_step}
+           "discrepancy": discrepancy, "noise": noise, "guidance": guidance, "pairs": pairs, "one-step": one_step,
+           "simple-reflow": improvements.simple_reflow, "best-of-both": improvements.best_of_both}
 
 
 def tables(result):

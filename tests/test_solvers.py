@@ -2,6 +2,7 @@
 import functools
 import inspect
 import json
+import re
 import shutil
 
 import diffusers
@@ -471,7 +472,7 @@ def test_unknown_solvers_and_options_are_one_line(random_sd, tmp_path, monkeypat
                            (dict(solver="dpm2", r=1.1), "--r 1.1: must be above 0"),
                            (dict(solver="heun", r=0.5), "--r 0.5: only goes with --solver dpm2"),
                            (dict(kappa=3.0), "--kappa 3: only goes with --time-grid sigmoid"),
-                           (dict(time_grid="sigmoid", kappa=0.0), "--time-grid sigmoid: kappa = 0: must be above 0"),
+                           (dict(time_grid="sigmoid", kappa=0.0), "--kappa 0: must be above 0"),
                            (dict(time_grid="edm", solver="unipc", steps=3), "solver unipc: has its own times"),
                            (dict(solver="lcm", steps=60), "solver lcm: cannot make 60 steps")):
         with pytest.raises(config.UserError, match=message):
@@ -488,3 +489,14 @@ def test_the_command_line_counts_evaluations(random_sd, tmp_path, monkeypatch, c
                            (dict(time_grid="edm", solver="heun", steps=3, save_steps=True), "3 steps = 5 network")):
         sampler.main(sampler.Config(**options, **given))
         assert message in capsys.readouterr().out
+
+
+def test_a_solver_in_one_word_is_the_solver_with_its_options(schedule):
+    assert sampler.parse_solver("ddim") == (sampler.ddim, sampler.uniform_grid)
+    solve, spacing = sampler.parse_solver("dpm2:0.4/sigmoid:20")
+    assert (solve.func, solve.keywords) == (sampler.dpm2, dict(r=0.4)) and (spacing.func, spacing.keywords) == (sampler.sigmoid_grid, dict(kappa=20.0))
+    assert sampler.parse_solver("heun/edm") == (sampler.SOLVERS["heun"], sampler.edm_grid)
+    for spec, message in (("dmp2", "did you mean dpm2"), ("ddim:0.4", "--r 0.4: only goes with --solver dpm2"), ("dpm2:x", "dpm2:0.4/sigmoid:20"),
+                          ("dpm2/edm:3", "--kappa 3: only goes with"), ("ddim/sigmoid:0", "--kappa 0: must be above 0"), ("dpm2:2", "--r 2: must be")):
+        with pytest.raises(config.UserError, match=re.escape(message)):
+            sampler.parse_solver(spec)

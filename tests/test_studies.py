@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPModel
 
 import bench
+import improvements
 import lab as laboratory
 import studies
 import tiny
@@ -97,17 +98,19 @@ def test_arms_of_the_ablation_cost_the_same(lab):
 def made_up(request):
     """A row that depends on what is asked: more steps are better, runs of 8 windows first are worse."""
     name = str(request["folder"])
-    fd = 2.0 + 1 / request["steps"] + 0.5 * ("8-4" in name or "progressive" in name) + zlib.crc32(name.encode()) % 1000 * 1e-5
+    fd = 2.0 + 1 / request["steps"] + 0.5 * ("8-4" in name or "progressive" in name) + zlib.crc32(f"{name} {request.get('solver')}".encode()) % 1000 * 1e-5
     fd += {"d": 0.3, "m": 0.1}.get((request.get("edit") or "x")[0][0], 0) + 0.1 * (request.get("guidance") or 1)
     return dict(fd=fd, fd_interval=[fd - 0.1, fd + 0.1], endpoint_error=fd / 10, clip=60.0, chord_error=[0.1], straightness=[0.1])
 
 
 @pytest.fixture
-def pretend(lab, random_sd):
+def pretend(lab, random_sd, monkeypatch):
     """A Lab whose runs are all the random model and whose rows are made up."""
     lab.train = lambda runs: {name: lab.out / name for name in runs}
     lab.measure = lambda requests: [made_up(request) for request in requests]
     lab.c.model = str(random_sd)
+    bins = [(0.1 * i, 0.1, 1.0, 10.0) for i in range(10)]
+    monkeypatch.setattr(improvements, "loss_spread", lambda *_: {"raw": bins, "normalised": [(t, 0.5, 1.0, 2.0) for t, *_ in bins]})
     return lab
 
 
