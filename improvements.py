@@ -5,7 +5,9 @@
 
 Solver and grid cost no training, so that all of them can be asked of one student.
 """
+import itertools
 import math
+import re
 
 import torch
 
@@ -13,7 +15,7 @@ import losses
 import reflow
 import teacher
 import train
-from figures import BLACK, BLUE, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
+from figures import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
 from lab import mean_interval, outcome, paired, shown, told
 from normaliser import Normaliser
 
@@ -34,115 +36,144 @@ RATIOS, GRIDS = (0.3, 0.4, 0.5, 0.7, 1), ("uniform", "edm", "sigmoid:5", "sigmoi
 
 
 def options(used):
-    """train.py's options for the items in `used`, in order; all others without."""
+    """train.py's options for the items in `used`; all others without."""
     return "--recipe simple-reflow " + " ".join(item[name in used] for name, item in ITEMS.items())
+
+
+def points(values):
+    """(means, half widths) of several lists of values per seed, to draw; 0 where there is one seed."""
+    summary = [mean_interval(list_) for list_ in values]
+    return [mean for mean, _ in summary], [half if math.isfinite(half) else 0 for _, half in summary]
+
+
+def change(values, before):
+    """A paired difference as a table has it."""
+    mean, half, _ = paired(values, before)
+    return f"{mean:+.3f}" + f" ± {half:.3f}" * math.isfinite(half)
 
 
 def simple_reflow(lab):
     """Which of Simple ReFlow's seven improvements help at nine evaluations?"""
-    names, seeds, updates = list(ITEMS), range(min(3, lab.c.seeds)), lab.updates(300)
-    added = [names[:i] for i in range(len(names) + 1)]
-    removed = [[name for name in names if name != left] for left in names]
+    items, seeds, updates = tuple(ITEMS), range(min(3, lab.c.seeds)), lab.updates(300)
+    added = [items[:i] for i in range(len(items) + 1)]
+    removed = [tuple(name for name in items if name != left) for left in items]
     runs = {}
 
-    def run(used, s, extra=""):
-        name = "simple-reflow/" + ("-".join(str(i) for i, item in enumerate(names) if item in used) or "none") + extra.replace(" ", "") + f"-s{s}"
-        runs[name] = f"{options(used)} {extra} --steps {updates} {lab.cached(s)}"
-        return name
-    arms = {tuple(used): [run(used, s) for s in seeds] for used in (*added, *removed)}
-    heights = {weight: [run(names, s, f"--high-pass-weight {weight}") if weight != 1 else arms[tuple(names)][s] for s in seeds] for weight in LAMBDAS}
+    def arm(used, extra=""):
+        """Its runs, one per seed."""
+        label = "-".join(str(i) for i, item in enumerate(items) if item in used) or "none"
+        names = [f"simple-reflow/{label}{extra.replace(' ', '')}-s{s}" for s in seeds]
+        runs.update({name: f"{options(used)} {extra} --steps {updates} {lab.cached(s)}" for name, s in zip(names, seeds)})
+        return names
+    arms = {used: arm(used) for used in (*added, *removed)}
+    heights = {weight: arms[items] if weight == 1 else arm(items, f"--high-pass-weight {weight}") for weight in LAMBDAS}
     folders = lab.train(runs)
 
-    def measured(runs, solver, steps=NINE):
-        return [dict(folder=folders[name] / "student-1", steps=steps, solver=solver) for name in runs]
-    full, solvers = arms[tuple(names)], [*(f"dpm2:{r:g}/sigmoid:10" for r in RATIOS), *(f"dpm2:0.5/{grid}" for grid in GRIDS)]
-    asked = {("teacher", solver, None): [dict(folder=lab.c.model, steps=NINE, solver=solver)] for solver in (PLAIN, BETTER)}
-    asked |= {(used, PLAIN, NINE): measured(arms[used], PLAIN) for used in map(tuple, added)}
-    asked |= {(used, BETTER, NINE): measured(arms[used], BETTER) for used in map(tuple, [*removed, names])}
-    asked |= {(used, "ddim", 1): measured(arms[used], "ddim", 1) for used in arms}
-    asked |= {(f"lambda {weight}", BETTER, NINE): measured(heights[weight], BETTER) for weight in LAMBDAS}
-    asked |= {("full", solver, NINE): measured(full, solver) for solver in solvers}
-    flat = iter(lab.measure([request for requests in asked.values() for request in requests]))
-    rows = {key: [next(flat) for _ in requests] for key, requests in asked.items()}
+    # what is asked: (label, runs, solver, steps) -> a row per seed
+    asked = {}
+
+    def ask(key, names, solver, steps=NINE):
+        asked[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps, solver=solver) for name in names]
+    for used in arms:
+        ask((used, 1), arms[used], "ddim", 1)
+        ask((used, PLAIN), arms[used], PLAIN)
+        ask((used, BETTER), arms[used], BETTER)
+    solvers = list(dict.fromkeys([*(f"dpm2:{r:g}/sigmoid:10" for r in RATIOS), *(f"dpm2:0.5/{grid}" for grid in GRIDS)]))
+    for solver in solvers:
+        ask((items, solver), arms[items], solver)
+    for weight in LAMBDAS:
+        ask((weight, BETTER), heights[weight], BETTER)
+    for solver in (PLAIN, BETTER):
+        ask(("teacher", solver), [lab.c.model], solver)
+    measured = iter(lab.measure([request for requests in asked.values() for request in requests]))
+    rows = {key: [next(measured) for _ in requests] for key, requests in asked.items()}
     fd = {key: [row["fd"] for row in found] for key, found in rows.items()}
 
-    # the paper's order: added in turn, the sampler last; then each left out of all seven
-    steps_added = [(f"+ {used[-1]}" if used else "baseline", (tuple(used), PLAIN, NINE)) for used in added] + [("+ sampling", (tuple(names), BETTER, NINE))]
-    everything = fd[tuple(names), BETTER, NINE]
-    left_out = [(f"all but {name}", (tuple(used), BETTER, NINE)) for name, used in zip(names, removed)] + [("all but sampling", (tuple(names), PLAIN, NINE))]
+    # in the paper's order, the sampler last; then each left out of all seven
+    everything, baseline = (items, BETTER), ((), PLAIN)
+    chain = {"baseline": baseline, **{f"+ {used[-1]}": (used, PLAIN) for used in added[1:]}, "+ sampling": everything}
+    without = {"all seven": everything, **{f"all but {name}": (used, BETTER) for name, used in zip(items, removed)},
+               "all but sampling": (items, PLAIN)}
 
     def line(label, key, against):
-        mean, half, _ = paired(fd[key], against)
-        return [label, shown(fd[key]), f"{mean:+.3f}" + f" ± {half:.3f}" * math.isfinite(half), shown([row["endpoint_error"] for row in rows[key]], 4),
-                shown(fd[key[0], "ddim", 1])]
-    lines = [line(label, key, fd[steps_added[max(0, i - 1)][1]]) for i, (label, key) in enumerate(steps_added)]
-    lines_out = [line(label, key, everything) for label, key in [("all seven", (tuple(names), BETTER, NINE)), *left_out]]
-    baseline = fd[(), PLAIN, NINE]
-    gains = {label[len("all but "):]: outcome(fd[key], everything) for label, key in left_out}
-    helped = [name for name, said in gains.items() if said == "worse"]
-    harmed = [name for name, said in gains.items() if said == "better"]
-    verdict = [f"All seven against none: {told('', everything, baseline).removeprefix(': ')} Leaving one out makes it worse for "
-               f"{', '.join(helped) or 'none'}, better for {', '.join(harmed) or 'none'}; for the others no difference is shown."]
-    verdict += [told(f"{label[2:].capitalize()}, added in turn", fd[key], fd[before]) for (_, before), (label, key) in zip(steps_added, steps_added[1:])]
-    verdict += [told(f"Everything against {label}", everything, fd[key]) for label, key in left_out]
-    best = min(solvers, key=lambda solver: mean_interval(fd["full", solver, NINE])[0])
-    verdict.append(f"Of r and the grids the best is {best} ({shown(fd['full', best, NINE])}); {BETTER} gives {shown(everything)}.")
-    spread = loss_spread(lab, folders[arms[tuple(added[0])][0]] / "student-1")
-    before, after = (max(math.log10(high / low) for _, low, _, high in bins) for bins in spread.values())
-    verdict.append(f"Between its smallest and largest at one time the loss differs by up to {before:.1f} decades, normalised by {after:.1f}; the means at "
-                   f"different times by {decades(spread['raw']):.2f} and {decades(spread['normalised']):.2f} decades.")
+        error = [row["endpoint_error"] for row in rows[key]]
+        return [label, shown(fd[key]), change(fd[key], fd[against]), shown(error, 4), shown(fd[key[0], 1])]
+    keys = list(chain.values())
+    lines = [line(label, key, before) for (label, key), before in zip(chain.items(), [baseline, *keys])]
+    outcomes = {label.removeprefix("all but "): outcome(fd[key], fd[everything]) for label, key in list(without.items())[1:]}
+    spread = loss_spread(lab, folders[arms[()][0]] / "student-1")
+    best = min(solvers, key=lambda solver: mean_interval(fd[items, solver])[0])
+    verdict = [
+        told("All seven against none", fd[everything], fd[baseline])[:-1]
+        + "; left out, {} makes it worse and {} better.".format(
+            *(", ".join(name for name, found in outcomes.items() if found == said) or "none" for said in ("worse", "better"))),
+        *(told(f"{label[2:].capitalize()}, added in turn", fd[key], fd[before])
+          for (label, key), before in zip(list(chain.items())[1:], keys)),
+        *(told(f"All seven against {label}", fd[everything], fd[key]) for label, key in list(without.items())[1:]),
+        f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has {shown(fd[everything])}.",
+        "The largest loss at one time is up to {:.0f} times the smallest there, normalised {:.0f} times; the means of different times differ by up to "
+        "a factor of {:.1f}, normalised {:.1f}.".format(*(value for kind in (within, between) for value in map(kind, spread.values()))),
+    ]
+    heads = ["", "FD at 9 evaluations", "against the line before", "endpoint error", "FD at 1"]
+    others = [[f"all seven, {solver}", shown(fd[items, solver])] for solver in solvers]
+    others += [[f"all seven, lambda {weight:g}, {BETTER}", shown(fd[weight, BETTER])] for weight in LAMBDAS]
+    others += [[f"the teacher, {solver}", f"{fd['teacher', solver][0]:.2f}"] for solver in (PLAIN, BETTER)]
+    cost = f"{updates} updates and {lab.evaluations(next(iter(runs.values()))) / 1000:.0f} thousand evaluations each"
+    return dict(verdict=verdict, figure=draw_simple_reflow(fd, chain, without, spread), tables=[
+        (f"Added in turn; {len(seeds)} seeds of training (mean ± 95%), {cost}; by {PLAIN} but for the last line", heads, lines),
+        (f"Left out of all seven; by {BETTER} but for the last line", [*heads[:2], "against all seven", *heads[3:]],
+         [line(label, key, everything) for label, key in without.items()]),
+        ("Other samplers and other weights of the high-pass loss", ["", "FD at 9 evaluations"], others)])
 
+
+def draw_simple_reflow(fd, chain, without, spread):
     figure, panels = axes(3, width=11, height=7.2, rows=2)
-    for axis, title, chain in zip(panels, ("added in turn", "left out of all seven"), (steps_added, [("all seven", (tuple(names), BETTER, NINE)), *left_out])):
-        for i, (_, key) in enumerate(chain):
-            mean, half = mean_interval(fd[key])
+    for axis, title, arms in zip(panels, ("added in turn", "left out of all seven"), (chain, without)):
+        means, halves = points(fd[key] for key in arms.values())
+        axis.errorbar(means, range(len(arms)), xerr=halves, fmt="D", color=BLUE, capsize=4)
+        for i, key in enumerate(arms.values()):
             axis.plot(fd[key], [i] * len(fd[key]), "o", color=BLUE, alpha=0.4, markersize=4)
-            axis.errorbar(mean, i, xerr=half if math.isfinite(half) else None, fmt="D", color=BLUE, capsize=4)
-        axis.set(yticks=range(len(chain)), yticklabels=[label for label, _ in chain], xlabel="FD at 9 evaluations", title=title)
+        axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="FD at 9 evaluations", title=title)
         axis.invert_yaxis()
-    for solver_names, colour, marker, at, label in ((solvers[:len(RATIOS)], BLUE, "o", RATIOS, "r of dpm2, sigmoid grid"),):
-        panels[2].errorbar(at, [mean_interval(fd["full", solver, NINE])[0] for solver in solver_names], color=colour, marker=marker, label=label)
-    for grid, marker, colour in zip(GRIDS, "s^vDP", (ORANGE, GREEN, PINK, VERMILION, BLACK)):
-        panels[2].plot(0.5, mean_interval(fd["full", f"dpm2:0.5/{grid}", NINE])[0], marker, color=colour, linestyle="", label=f"r 0.5, {grid}")
-    panels[2].set(xlabel="r", ylabel="FD at 9 evaluations", title="sampling all seven")
+    items = tuple(ITEMS)
+    panels[2].plot(RATIOS, points(fd[items, f"dpm2:{r:g}/sigmoid:10"] for r in RATIOS)[0], color=BLUE, marker="o", label="sigmoid:10")
+    for grid, marker, colour in zip(GRIDS, "s^v.P", (ORANGE, GREEN, PINK, BLUE, BLACK)):
+        if grid != "sigmoid:10":
+            panels[2].plot(0.5, points([fd[items, f"dpm2:0.5/{grid}"]])[0], marker, color=colour, label=grid)
+    panels[2].set(xlabel="r of dpm2", ylabel="FD at 9 evaluations", title="sampling, all seven")
     panels[2].legend(frameon=False, fontsize=8)
     for (name, bins), colour in zip(spread.items(), (ORANGE, BLUE)):
         t, low, mean, high = zip(*bins)
         panels[3].fill_between(t, low, high, color=colour, alpha=0.25)
         panels[3].plot(t, mean, color=colour, marker="o", markersize=3, label=f"{name}: least, mean, most")
-    panels[3].set(yscale="log", xlabel="t", ylabel="loss / its mean", title="loss at each time")
+    panels[3].set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="loss / its mean", title="loss at each time")
     panels[3].legend(frameon=False, fontsize=8)
     t = torch.linspace(0, 1, 201, dtype=torch.float64)
     for (name, density), colour in zip(reflow.DENSITIES.items(), (BLACK, BLUE, GREEN, ORANGE)):
         panels[4].plot(t, density(t), color=colour, label=name)
     panels[4].set(xlabel="t (0 data, 1 noise)", ylabel="density", title="time laws", ylim=(0, 4.5))
     panels[4].legend(frameon=False, fontsize=8)
-    means = [mean_interval(fd[f"lambda {weight}", BETTER, NINE]) for weight in LAMBDAS]
-    panels[5].errorbar(range(len(LAMBDAS)), [mean for mean, _ in means], yerr=[half if math.isfinite(half) else 0 for _, half in means], color=BLUE,
-                       marker="o", capsize=4)
-    panels[5].set(xticks=range(len(LAMBDAS)), xticklabels=[f"{weight:g}" for weight in LAMBDAS], xlabel="lambda of the high-pass loss",
-                  ylabel="FD at 9 evaluations", title="high-pass loss")
-    columns = ["", "FD at 9 evaluations", "against the line before", "endpoint error", "FD at 1"]
-    sweep = [[solver, shown(fd["full", solver, NINE])] for solver in dict.fromkeys(solvers)]
-    sweep += [[f"high-pass lambda {weight:g}, {BETTER}", shown(fd[f"lambda {weight}", BETTER, NINE])] for weight in LAMBDAS]
-    sweep += [[f"the teacher, {solver}", f"{fd['teacher', solver, None][0]:.2f}"] for solver in (PLAIN, BETTER)]
-    return dict(verdict=verdict, figure=figure, tables=[
-        (f"Added in turn; {len(seeds)} seeds of training (mean ± 95%), {updates} updates and {lab.evaluations(next(iter(runs.values()))) / 1000:.0f} thousand "
-         f"evaluations each; sampled by {PLAIN}, the last line by {BETTER}", columns, lines),
-        (f"Left out of all seven; sampled by {BETTER}, the last line by {PLAIN}", [*columns[:2], "against all seven", *columns[3:]], lines_out),
-        ("All seven, other samplers and other weights of the high-pass loss; the teacher", ["sampled by", "FD at 9 evaluations"], sweep)])
+    means, halves = points(fd[weight, BETTER] for weight in LAMBDAS)
+    panels[5].errorbar(range(len(LAMBDAS)), means, yerr=halves, color=BLUE, marker="o", capsize=4)
+    panels[5].set(xticks=range(len(LAMBDAS)), xticklabels=LAMBDAS, xlabel="lambda", ylabel="FD at 9 evaluations", title="high-pass loss")
+    return figure
 
 
-def decades(bins):
-    """How far apart the means of the times are."""
+def within(bins):
+    """How many times the least loss the most is, at the time where this is worst."""
+    return max(most / least for _, least, _, most in bins)
+
+
+def between(bins):
+    """How many times the least mean the largest is."""
     means = [mean for _, _, mean, _ in bins]
-    return math.log10(max(means) / min(means))
+    return max(means) / min(means)
 
 
 @torch.no_grad()
 def loss_spread(lab, folder, count=2048, bins=10):
-    """What a student's loss is at each time, raw and divided by what a normaliser, fitted to the other half of these losses, says is usual
-    (Simple ReFlow's Fig. 1).  Returns: {"raw", "normalised"} -> list of (t, least, mean, most), in units of the overall mean."""
+    """A student's losses at each time, raw and divided by what a normaliser, fitted to the other half of them, says is usual (Simple
+    ReFlow's Fig. 1).  Returns: {"raw", "normalised"} -> list of (t, least, mean, most), in units of the overall mean."""
     c = lab.parse(f"--recipe simple-reflow --projection 0 --forward-rate 0 --time-law uniform --out {folder.parent} {lab.cached(0)}")
     recipe, device = train.resolve_recipe(c), torch.device(lab.device)
     c, _, pipeline, pairs = train.open_pairs(c, recipe, device, (0, 1, lambda: None))
@@ -190,60 +221,54 @@ CURRICULUM = "--recipe progressive --windows 8 4 2 1"
 
 def best_of_both(lab):
     """ProReflow's curriculum with which of Simple ReFlow's improvements is best at 1, 2, 4 and 9 evaluations?"""
-    seeds = range(min(3, lab.c.seeds))
-    budget = lab.evaluations(f"{CURRICULUM} --steps {lab.updates(400, 4)} {lab.cached(0, 1024)}")
+    seeds, budget = range(min(3, lab.c.seeds)), lab.evaluations(f"{CURRICULUM} --steps {lab.updates(400, 4)} {lab.cached(0, 1024)}")
     runs, found = {}, {}
 
     def ask(arms):
-        """Train and measure these arms (name -> options); fd[arm][evaluations] are their FDs, a value per seed."""
-        for arm, chosen in arms.items():
-            for s in seeds:
-                pool = lab.cached(s, 1024) if "proreflow" not in chosen else f"--seed {s}"
-                runs[arm, s] = "best-of-both/" + arm.replace(" ", "-").replace("^", "").replace(",", "") + f"-s{s}", lab.within(budget / lab.c.scale, f"{chosen} {pool}")
+        """Train and measure arms, name -> options: found[arm][evaluations] is their FD, a value per seed."""
+        for (arm, chosen), s in itertools.product(arms.items(), seeds):
+            pool = f"--seed {s}" if "proreflow" in chosen else lab.cached(s, 1024)
+            name = re.sub(r"[^a-z0-9]+", "-", arm)
+            runs[arm, s] = f"best-of-both/{name}-s{s}", lab.within(budget / lab.c.scale, f"{chosen} {pool}")
         folders = lab.train(dict(runs[arm, s] for arm in arms for s in seeds))
-        keys = [(arm, count, s) for arm in arms for count in COUNTS for s in seeds]
-        requests = []
-        for arm, count, s in keys:
-            steps, solver = ({**COUNTS, **CURVED} if "proreflow" in arms[arm] else COUNTS)[count]
-            requests.append(dict(folder=folders[runs[arm, s][0]] / "student-1", steps=steps, solver=solver))
-        for (arm, count, _), row in zip(keys, lab.measure(requests)):
+        keys = list(itertools.product(arms, COUNTS, seeds))
+        chosen = [(COUNTS | CURVED if "proreflow" in arms[arm] else COUNTS)[count] for arm, count, _ in keys]
+        rows = lab.measure([dict(folder=folders[runs[arm, s][0]] / "student-1", steps=steps, solver=solver)
+                            for (arm, _, s), (steps, solver) in zip(keys, chosen)])
+        for (arm, count, _), row in zip(keys, rows):
             found.setdefault(arm, {}).setdefault(count, []).append(row["fd"])
 
     def score(arm):
-        """The mean FD over all evaluation counts, a value per seed."""
+        """The mean FD over the evaluation counts, a value per seed."""
         return [sum(values) / len(COUNTS) for values in zip(*found[arm].values())]
-
-    def gain(arm, before):
-        return mean_interval(score(before))[0] - mean_interval(score(arm))[0]
     ask({"curriculum": CURRICULUM, "proreflow": "--recipe proreflow", "simple-reflow": "--recipe simple-reflow"})
-    best, chosen, left, verdict, rounds = "curriculum", CURRICULUM, dict(CANDIDATES), [], []
+    best, chosen, left, rounds = "curriculum", CURRICULUM, dict(CANDIDATES), []
     while left:
-        arms = {f"{best}, {name}": f"{chosen} {extra}" for name, extra in left.items()}
-        ask(arms)
-        order = sorted(arms, key=lambda arm: gain(arm, best), reverse=True)
-        for arm in order:
-            mean, half, p = paired(score(arm), score(best))
-            rounds.append([len(CANDIDATES) - len(left) + 1, arm.split(", ")[-1], shown(score(arm)), f"{mean:+.3f}" + f" ± {half:.3f}" * math.isfinite(half)])
-        if gain(order[0], best) <= 0:
+        arms = {name: (f"{best}, {name}", f"{chosen} {extra}") for name, extra in left.items()}
+        ask(dict(arms.values()))
+        order = sorted(arms, key=lambda name: mean_interval(score(arms[name][0]))[0])
+        for name in order:
+            rounds.append([len(CANDIDATES) - len(left) + 1, name, shown(score(arms[name][0])), change(score(arms[name][0]), score(best))])
+        if mean_interval(score(arms[order[0]][0]))[0] >= mean_interval(score(best))[0]:
             break
-        best, chosen = order[0], arms[order[0]]
-        left.pop(best.split(", ")[-1])
-    verdict.append(f"The winner is {best}; mean FD over {', '.join(map(str, COUNTS))} evaluations {shown(score(best))}, proreflow {shown(score('proreflow'))}, "
-                   f"simple-reflow {shown(score('simple-reflow'))}.")
-    for other in ("proreflow", "simple-reflow", *(["curriculum"] if best != "curriculum" else [])):
-        verdict += [told(f"{best} against {other} at {count} evaluation{'s' * (count > 1)}", found[best][count], found[other][count]) for count in COUNTS]
-    final = dict.fromkeys(["proreflow", "simple-reflow", "curriculum", best])
-    lines = [[arm, lab.parse(runs[arm, 0][1]).steps, f"{lab.evaluations(runs[arm, 0][1]) / 1000:.0f}", *(shown(found[arm][count]) for count in COUNTS), shown(score(arm))]
-             for arm in final]
+        best, chosen = arms[order[0]]
+        left.pop(order[0])
+    arms = list(dict.fromkeys(["proreflow", "simple-reflow", "curriculum", best]))
+    verdict = [f"The winner is {best}: mean FD over {', '.join(map(str, COUNTS))} evaluations {shown(score(best))}, of proreflow "
+               f"{shown(score('proreflow'))}, of simple-reflow {shown(score('simple-reflow'))}."]
+    verdict += [told(f"{best} against {other} at {count}", found[best][count], found[other][count])
+                for other in arms if other != best for count in COUNTS]
+    costs = {arm: [lab.parse(runs[arm, 0][1]).steps, f"{lab.evaluations(runs[arm, 0][1]) / 1000:.0f}"] for arm in arms}
+    lines = [[arm, *costs[arm], *map(shown, found[arm].values()), shown(score(arm))] for arm in arms]
     figure, (axis,) = axes(width=7.5)
-    for arm, colour, marker in zip(final, (ORANGE, PINK, GREEN, BLUE), "os^D"):
-        summary = [mean_interval(found[arm][count]) for count in COUNTS]
-        axis.errorbar(list(COUNTS), [mean for mean, _ in summary], yerr=[half if math.isfinite(half) else 0 for _, half in summary], color=colour, marker=marker,
-                      capsize=4, label=arm)
+    for arm, colour, marker in zip(arms, (ORANGE, PINK, GREEN, BLUE), "os^D"):
+        means, halves = points(found[arm].values())
+        axis.errorbar(list(COUNTS), means, yerr=halves, color=colour, marker=marker, capsize=4, label=arm)
     axis.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="FD")
     plain_numbers(axis, list(COUNTS))
     axis.legend(frameon=False, fontsize=8)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD, {len(seeds)} seeds of training (mean ± 95%), the student of one window", ["method", "updates", "evaluations (1000)", *(f"{count} evaluation{'s' * (count > 1)}" for count in COUNTS), "mean"], lines),
-        ("Added greedily to the curriculum by the mean FD over these counts; the first of each round is kept if it gains",
+        (f"FD at 1, 2, 4 and 9 evaluations of the student of one window; {len(seeds)} seeds of training (mean ± 95%)",
+         ["method", "updates", "evaluations (1000)", *(f"FD at {count}" for count in COUNTS), "mean"], lines),
+        ("Added greedily to the curriculum by the mean FD over these counts; the first of a round is kept if it gains",
          ["round", "added", "mean FD", "against the round before"], rounds)])
