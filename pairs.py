@@ -104,8 +104,9 @@ class Pairs:
             for first in range(0, len(numbers), c.micro_batch or c.batch):
                 part, visited = numbers[first:first + (c.micro_batch or c.batch)], []
                 cond = self.text([self.dataset.captions[i] for i in self.captions(part, "trajectory")], self.device)
+                z = begin(part)
                 with self.autocast():
-                    end = walk(model, begin(part), times, cond, c.guidance_teacher, self.null_like(cond),
+                    end = walk(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
                                lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
                 path = torch.stack([*visited, end], 1)
                 made.append({"z": path if walk is sampler.ddim else path.flip(1), **cond})

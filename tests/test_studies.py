@@ -5,6 +5,7 @@ import json
 import math
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPModel
@@ -168,6 +169,18 @@ def test_perturbed_velocities_are_equally_wrong_in_one_way_only(schedule):
 def test_velocities_are_those_the_sampler_meets(random_sd):
     u = studies.velocities(random_sd, "cpu", ["fox", "food"], steps=4)
     assert u.shape[:2] == (4, 2) and u.isfinite().all() and not torch.allclose(u[0], u[3])
+
+
+def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd):
+    lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "sprites", 0.01
+    spread = improvements.loss_spread(lab, random_sd, count=256, bins=4)
+    for bins in spread.values():
+        assert len(bins) == 4 and all(0 < least < mean < most for _, least, mean, most in bins)
+        assert [t for t, *_ in bins] == [0.125, 0.375, 0.625, 0.875]
+        assert np.mean([mean for _, _, mean, _ in bins]) == pytest.approx(1, abs=0.4)       # about as many samples in each
+    # a random network's losses depend on the time above all: what the normaliser has learnt takes most of that away
+    assert improvements.between(spread["normalised"]) < 0.7 * improvements.between(spread["raw"])
+    assert improvements.within([(0, 1, 2, 4), (1, 1, 3, 9)]) == 9 and improvements.between([(0, 1, 2, 4), (1, 1, 3, 9)]) == 1.5
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
