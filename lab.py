@@ -81,21 +81,26 @@ class Lab:
             if not (folder / f"student-{recipe.stages[-1]}" / "reflow.json").is_file():
                 jobs[name] = command
                 if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
-                    caches[c.cache or str(folder), c.trajectories, recipe.forward_rate, recipe.projection] = command.replace("train.py", "data.py cache", 1)
-        for i, command in enumerate(caches.values()):
-            self.run(command, f"cache {i + 1} of {len(caches)}", threads=os.cpu_count())
-        with ThreadPoolExecutor(self.workers) as pool, tqdm(total=len(jobs), desc="runs", disable=not jobs) as bar:
-            for name, _ in zip(jobs, pool.map(self.run, jobs.values(), jobs)):
-                bar.set_postfix_str(name)
-                bar.update()
+                    needed = caches.setdefault(c.cache or str(folder), {})
+                    needed[c.trajectories, recipe.forward_rate, recipe.projection] = command.replace("train.py", "data.py cache", 1)
+
+        def fill(cache):
+            for command in caches[cache].values():          # they share its folder: one after the other
+                self.run(command, cache)
+        with ThreadPoolExecutor(self.workers) as pool:
+            for desc, names, work in (("caches", caches, fill), ("runs", jobs, lambda name: self.run(jobs[name], name))):
+                with tqdm(total=len(names), desc=desc, disable=not names) as bar:
+                    for name, _ in zip(names, pool.map(work, names)):
+                        bar.set_postfix_str(name)
+                        bar.update()
         return folders
 
-    def run(self, command, name, threads=1):
-        """Run a command of this project to its end, quietly.  Raises UserError with its last line if it fails."""
+    def run(self, command, name):
+        """Run a command of this project to its end, quietly, on one thread.  Raises UserError with its last line if it fails."""
         words = shlex.split(command)
         words[:2] = [sys.executable, str(Path(__file__).parent / words[1])]
         worker = self.free.get()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if self.device == "cuda":
             environment["CUDA_VISIBLE_DEVICES"] = str(worker)
         try:
