@@ -101,7 +101,7 @@ class Config:
     teacher_steps: int = 32     # of the teacher
     teacher: str = ""           # folder, hub id or preset; default: what the students name
     guidance: float | None = None  # of teacher and students alike; 1 = none
-    guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads all away from it, not from no text (autoguidance)
+    guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads away from it, not from no text (autoguidance)
     size: int | None = None     # pixels of a generated image, square
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     seed: int = 1_000_000       # of the first image

@@ -264,14 +264,18 @@ def test_what_a_solver_cannot_do_is_refused(schedule):
 
 def linear_model(schedule, factor, prediction="epsilon", asked=None, **path):
     """A network that answers c z, c of its conditioning and its own factor; notes in asked that it was."""
-    return teacher.Model(lambda z, timestep, c: (asked.append(factor) if asked is not None else 0) or factor * c * z, schedule, prediction, **path)
+    def network(z, timestep, c):
+        if asked is not None:
+            asked.append(factor)
+        return factor * c * z
+    return teacher.Model(network, schedule, prediction, **path)
 
 
 @pytest.mark.parametrize("prediction", list(teacher.PREDICTIONS))
 @pytest.mark.parametrize("path", [None, reflow.linear_path])
 def test_a_guided_pair_is_the_line_through_the_two_answers_and_still_makes_z(schedule, prediction, path):
     """The guide predicts something else, and without text there is no answer. Batch equal to width, which would hide a broadcast."""
-    model, guide = linear_model(schedule, 0.3, prediction, path=path, windows=2), linear_model(schedule, 0.1, "v_prediction", path=path, windows=2)
+    model, guide = (linear_model(schedule, *about, path=path, windows=2) for about in ((0.3, prediction), (0.1, "v_prediction")))
     both, z, t = sampler.guided(model, guide), normal(3, 3), torch.tensor([1, 0.7, 0.2], dtype=torch.float64)
     cond, uncond = {"c": torch.full((3, 1), 1.0).double()}, {"c": torch.full((3, 1), float("nan")).double()}
     strong, weak = model(z, t, cond), guide(z, t, cond)
