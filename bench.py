@@ -20,7 +20,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,6 +90,7 @@ def measured_training(options, queue):
         real_init(self, *args, **kwargs)
     torch.optim.AdamW.__init__ = init
     timed(UNet2DConditionModel, "forward", "forward", count=True)
+    timed(UNet2DModel, "forward", "forward", count=True)
     timed(torch.Tensor, "backward", "backward")
     timed(torch.optim.AdamW, "step", "optimiser")
     timed(EMAModel, "step", "optimiser")

@@ -33,15 +33,20 @@ def fingerprint(*modules):
     return format(sum(p.double().abs().sum().item() for module in modules for p in module.parameters()), ".10g")
 
 
+def encoders(pipeline, names=teacher.NETWORKS[1:]):
+    """The frozen networks beside the UNet that the pipeline has: autoencoder, then text encoders. A pixel model has none."""
+    return [part for part in (getattr(pipeline, name, None) for name in names) if part is not None]
+
+
 def text_encoders(pipeline):
-    return [part for part in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if part is not None]
+    return encoders(pipeline, teacher.NETWORKS[2:])
 
 
 def drop_text_encoders(pipeline):
     """They leave memory once everything they will be asked is cached."""
-    pipeline.text_encoder = None
-    if hasattr(pipeline, "text_encoder_2"):
-        pipeline.text_encoder_2 = None
+    for name in teacher.NETWORKS[2:]:
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, None)
 
 
 class Pairs:
@@ -54,7 +59,8 @@ class Pairs:
         self.shape = sampler.latent_shape(pipeline, c.size)
         self.pixels = self.shape[-1] * pipeline.vae_scale_factor
         self.schedule = teacher.as_model(pipeline).schedule
-        self.null, self.null_there = self.text([""]), self.text([""], self.device)
+        teacher.check_null(pipeline, c.guidance_teacher, c.text_dropout)
+        self.null, self.null_there = ((self.text([""]), self.text([""], self.device)) if teacher.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
             raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
                             "instead, or --pairs trajectory")
@@ -110,14 +116,13 @@ class Pairs:
         def solve(rows):
             latents = teacher.encode(self.pipeline, dataset.decode(rows, self.pixels).to(self.device))
             return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
-        settings = dict(encoders=fingerprint(self.pipeline.vae, *text_encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
+        settings = dict(encoders=fingerprint(*encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
                         data=c.data, images=dataset.key)
         return data.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
 
     def null_like(self, cond):
-        """The null embedding, as often as cond has rows."""
-        rows = len(next(iter(cond.values())))
-        return {key: value.expand(rows, *[-1] * (value.ndim - 1)) for key, value in self.null_there.items()}
+        """The null embedding, as often as cond has rows; {} where the model has none, or takes no condition."""
+        return {key: value.expand(len(cond[key]), *[-1] * (value.ndim - 1)) for key, value in self.null_there.items()}
 
     # ---- one micro-batch: first on the host, then on the device ----
 
