@@ -10,8 +10,8 @@ in 8, 4, 2, 1 steps), and every student found under the run. --protocol says wit
 
 Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated is kept under --cache.
 
-FID is the Frechet distance on features of Inception. The protocol tiny has the features of the repository's own small CLIP,
-and real images nobody trained on: that is called FD here, and compares with no published number.
+FID is the Frechet distance on features of Inception. The protocols tiny and pixel have the features of the repository's own small
+CLIP, and real images nobody trained on: that is called FD here, and compares with no published number.
 """
 import dataclasses
 import functools
