@@ -460,10 +460,12 @@ def class_number(pipeline, prompt):
 
 @torch.no_grad()
 def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu"):
-    """What the UNet is conditioned on; of a pixel model {"class_labels": (N,) int64}, or {} if it is unconditional. prompts: list of N strings, or None for the null embedding, what an unconditional call
+    """What the UNet is conditioned on. prompts: list of N strings, or None for the null embedding, what an unconditional call
     sees. null: "empty" encodes "", "zeros" gives zeros, "auto" does what the model was made for (zeros for SDXL).
     size: (H, W) in pixels for SDXL's micro-conditioning; default: the model's own. Warns of text beyond the encoder's length.
-    Returns: dict of float32 tensors on device, {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}."""
+    Returns: dict of float32 tensors on device, {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}.
+    A pixel model: {"class_labels": (N,) int64}, a prompt being the name of a class; {} if it is unconditional.
+    Raises UserError on a name it does not know, and on the null class where it has none."""
     if null == "auto":
         null = "zeros" if pipeline.config.get("force_zeros_for_empty_prompt") else "empty"
     if null not in ("empty", "zeros"):
