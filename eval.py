@@ -91,7 +91,7 @@ STRAIGHTNESS_STEPS = 8           # DDIM steps in each window
 @dataclass
 class Config:
     run: str = field(default="", metadata=dict(positional=True))  # folder with student-* folders, at any depth
-    protocol: str = "tiny"      # tiny, pixel, coco2014-30k, coco2017-5k or sdxl-coco2017-5k; its row of PROTOCOLS fills in what is not given
+    protocol: str = "tiny"      # tiny, pixel, coco2014-30k, coco2017-5k or sdxl-coco2017-5k; its row of PROTOCOLS fills in the rest
     data: str = ""              # folder of COCO as it is distributed: annotations/captions_val2017.json, val2017/*.jpg, or 2014
     n: int | None = None        # images per row; torchrun takes --n for its own, unless there is a -- before eval.py
     real: int | None = None     # real images of the reference
@@ -382,7 +382,8 @@ class Evaluator:
             captions=f"mix of {levels}, held-out pairs included" if sprite else coco.RULES[protocol.rule],
             reference=f"fresh sprite images, all pairs, mix of {levels}" if sprite else f"images of the first {c.real} captions",
             size=f"{made} pixels as generated, {seen} as both networks see them",
-            resize="none" if sprite and made == seen else f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
+            resize="none" if sprite and made == seen else
+            f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
             crop="none" if sprite else "centre", distance="FID" if name.startswith("Inception 2015") else "FD",
             features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
             clip=self.clip.name, clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,

@@ -71,8 +71,8 @@ SAMPLED = {
     "unconditional": "`DiffusionPipeline.from_pretrained(folder)(num_inference_steps={windows})`",
     "classes": "`python sampler.py --model FOLDER --prompt CLASS --steps {windows}` (no pipeline of diffusers hands on a class; its DDIM\n"
                "scheduler, around the UNet with class_labels, gives the same pictures)",
-    "edm": "`python sampler.py --model FOLDER --steps {windows}`: the network is in EDM's form, to which diffusers' DDIM does not apply, and\n"
-           "the windows are even in sigma^(1/7), from the scheduler's sigma_max down to 0",
+    "edm": "`python sampler.py --model FOLDER --steps {windows}`: the network is in EDM's form, to which diffusers' DDIM does not apply,\n"
+           "and the windows are even in sigma^(1/7), from the scheduler's sigma_max down to 0",
 }
 
 
@@ -85,7 +85,8 @@ def sampled(pipeline, windows):
 
 def export(folder, weights, unet_config, info):
     """Write a complete diffusers pipeline with a stock DDIM scheduler (a network in EDM's form keeps its own), reflow.json beside
-    it, and a LoRA file if the weights have adapters. weights: name -> whole CPU tensor; info: the contents of reflow.json (train.describe)."""
+    it, and a LoRA file if the weights have adapters. weights: name -> whole CPU tensor; info: the contents of reflow.json
+    (train.describe)."""
     plain, layers = split_lora(weights)
     merge_lora(plain, layers)
     with torch.device("meta"):

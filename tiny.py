@@ -405,7 +405,8 @@ def measure_pixel(n=2048):
     parameters = sum(p.numel() for p in evaluator.open("pixel")[0].unet.parameters()) / 1e6
     (ASSETS / "tiny-pixel" / "README.md").write_text(PIXEL_CARD.format(
         size=PIXEL_SIZE, parameters=parameters, labels=", ".join(LABELS), attribution=sprites.ATTRIBUTION, n=n,
-        half=evaluator.noise["between_halves"], real_clip=metrics.clip_score(features[named], evaluator.texts[named]), clip=rows[32]["clip"],
+        half=evaluator.noise["between_halves"], clip=rows[32]["clip"],
+        real_clip=metrics.clip_score(features[named], evaluator.texts[named]),
         rows="\n".join(f"| {steps} | {row['fd']:.2f} | {row['fd'] / rows[32]['fd']:.2f} |" for steps, row in rows.items())))
     print((ASSETS / "tiny-pixel" / "README.md").read_text())
 

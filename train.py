@@ -39,7 +39,7 @@ from student import Solver, assign, full, make_student, newest_checkpoint, resto
 
 @dataclass
 class Config:
-    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl), a diffusers folder, a hub id or a .safetensors file
+    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but quality, downloads nothing
     recipe: str = "default"          # a row of reflow.RECIPES; the ten below override its columns
@@ -54,7 +54,7 @@ class Config:
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
     reuse: int | None = None         # times t that each pair is asked at, in the same update
     name: str = ""                   # what tables call this method; default: the recipe's name
-    data: str = ""                   # images with captions: a folder, tar shards, a datasets name; sprites (default for tiny), sprites-by-group (for pixel)
+    data: str = ""                   # images with captions: a folder, tar shards, a datasets name; sprites (tiny's) or sprites-by-group (pixel's)
     image_column: str = ""           # of a datasets source; default: its first column of images
     caption_column: str = ""         # of a datasets source or metadata file; default: text, caption, captions, prompt or txt
     skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of refusing the data

@@ -1,4 +1,4 @@
-"""EDM teachers under the variance-preserving contract: against diffusers' own EDM schedulers, a Gaussian's closed form, and on to a student."""
+"""EDM teachers under the variance-preserving contract: diffusers' own EDM schedulers, a Gaussian's closed form, and on to a student."""
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""Models of pixels, unconditional or with classes, under the contract of the latent ones: against diffusers, then from training to tables."""
+"""Models of pixels, unconditional or with classes, under the latent ones' contract: against diffusers, then from training to tables."""
 import json
 import shutil
 
@@ -168,8 +168,8 @@ def test_a_unet_that_is_asked_otherwise_is_refused(tmp_path, changes, reason):
 
 
 def test_a_latent_model_without_text_is_still_refused(tmp_path):
-    pipeline = diffusers.LDMPipeline(diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4), UNet2DModel(**UNET), tiny.make_scheduler())
-    pipeline.save_pretrained(tmp_path / "ldm")
+    autoencoder = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4)
+    diffusers.LDMPipeline(autoencoder, UNet2DModel(**UNET), tiny.make_scheduler()).save_pretrained(tmp_path / "ldm")
     with pytest.raises(UserError, match=r"LDMPipeline is not a text-to-image pipeline .*\(no vae, text_encoder\)"):
         teacher.load_pipeline(str(tmp_path / "ldm"))
 
@@ -177,8 +177,8 @@ def test_a_latent_model_without_text_is_still_refused(tmp_path):
 # ---- from training to tables ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(pairs="trajectory"), dict(pairs="student"), dict(pairs="data", reuse=2), dict(pairs="consistency", windows=[1])],
-                         ids=lambda changes: changes["pairs"])
+@pytest.mark.parametrize("changes", [dict(pairs="trajectory"), dict(pairs="student"), dict(pairs="data", reuse=2),
+                                     dict(pairs="consistency", windows=[1])], ids=lambda changes: changes["pairs"])
 @pytest.mark.parametrize("kind", ["unconditional", "classes"])
 def test_the_same_loop_trains_pixels_from_every_kind_of_pairs(models, tmp_path, kind, changes):
     last = train.main(options(models[kind], tmp_path, grid_steps=4, **changes))
@@ -255,10 +255,11 @@ def test_sampler_needs_a_prompt_only_where_there_is_a_class(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["classes", "unconditional"])
 def test_protocol_pixel_measures_students_against_their_teacher(students, tmp_path, kind):
-    result = evaluation.main(evaluation.Config(run=str(students(kind)), protocol="pixel", n=640, real=640, steps=[1], ddim_steps=[1], teacher_steps=4,
-                                               paths=4, cache=str(tmp_path), device="cpu"))
+    result = evaluation.main(evaluation.Config(run=str(students(kind)), protocol="pixel", n=640, real=640, steps=[1], ddim_steps=[1],
+                                               teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu"))
     found = result["protocol"]
-    assert found["size"] == "16 pixels as generated, 32 as both networks see them" and found["resize"].endswith("of real and generated images")
+    assert found["size"] == "16 pixels as generated, 32 as both networks see them"
+    assert found["resize"].endswith("of real and generated images")
     assert "classes" in found["captions"] and [row["steps"] for row in result["rows"]] == [4, 1, 1]
     assert all(row["fd"] > 0 and len(row["straightness"]) == (row["windows"] or row["steps"]) for row in result["rows"])
     assert (students(kind) / "grid.png").exists()
