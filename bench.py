@@ -150,8 +150,8 @@ def run_training(**options):
 def training(c, device):
     """One update of every stage, or more, from cached trajectories: memory by part, and where the time goes."""
     found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size, batch=c.batch, steps=c.updates,
-                         trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora, precision=c.precision,
-                         compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
+                         trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora,
+                         precision=c.precision, compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
     gib, weights = 2 ** 30, found["weights"]
     parts = {"student (before it is trained, the teacher)": weights["network"], "gradients": weights["trained"],
              "Adam's two moments": 2 * weights["trained"], "running average": weights["trained"], "a second network for the teacher": 0,
