@@ -54,7 +54,7 @@ class Config:
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
     reuse: int | None = None         # times t that each pair is asked at, in the same update
     name: str = ""                   # what tables call this method; default: the recipe's name
-    data: str = ""                   # images with captions: folder, tar shards, datasets name, sprites (tiny's) or sprites-by-group (pixel's)
+    data: str = ""                   # images with captions: folder, shards, datasets name, sprites (tiny's) or sprites-by-group (pixel's)
     image_column: str = ""           # of a datasets source; default: its first column of images
     caption_column: str = ""         # of a datasets source or metadata file; default: text, caption, captions, prompt or txt
     skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of refusing the data
