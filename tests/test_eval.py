@@ -104,13 +104,14 @@ def without_time(row):
 
 def test_protocols_are_what_their_names_say():
     found = evaluation.PROTOCOLS
-    assert list(found) == ["tiny", "coco2017-5k", "sdxl-coco2017-5k", "coco2014-30k"]
+    assert list(found) == ["tiny", "pixel", "coco2017-5k", "sdxl-coco2017-5k", "coco2014-30k"]
     assert [(p.split, p.n, p.size, p.fid_size, p.rule) for p in found.values()] == [
-        ("sprites", 2048, None, None, ""), ("val2017", 5000, 512, None, "first"), ("val2017", 5000, 1024, None, "first"),
+        ("sprites", 2048, None, None, ""), ("sprites-by-group", 2048, 16, 32, ""), ("val2017", 5000, 512, None, "first"),
+        ("val2017", 5000, 1024, None, "first"),
         ("val2014", 30000, None, 256, "seeded")]
-    assert [p.network for p in found.values()] == ["clip", *["inception"] * 3]
-    assert all(p.clip == "laion/CLIP-ViT-g-14-laion2B-s12B-b42K" for name, p in found.items() if name != "tiny")
-    assert found["tiny"].guidance == 1 and found["sdxl-coco2017-5k"].teacher == "sdxl"
+    assert [p.network for p in found.values()] == ["clip", "clip", *["inception"] * 3]
+    assert all(p.clip == "laion/CLIP-ViT-g-14-laion2B-s12B-b42K" for p in found.values() if p.network == "inception")
+    assert found["tiny"].guidance == found["pixel"].guidance == 1 and found["sdxl-coco2017-5k"].teacher == "sdxl"
 
 
 @pytest.mark.parametrize("protocol, kind, size, items", [

@@ -72,8 +72,8 @@ def test_edm_grid_inside_a_window_is_even_in_the_seventh_root(schedule):
 
 def test_time_of_inverts_sigma_karras_also_between_timesteps(schedule):
     t = torch.linspace(0, 1, 3000, dtype=torch.float64).reshape(3, -1)
-    assert torch.allclose(sampler.time_of(schedule, sampler.sigma_karras(schedule, t)), t, atol=1e-10)
-    assert sampler.time_of(schedule, torch.tensor([1e9, torch.inf])).tolist() == [1, 1]
+    assert torch.allclose(schedule.time_of(sampler.sigma_karras(schedule, t)), t, atol=1e-10)
+    assert schedule.time_of(torch.tensor([1e9, torch.inf])).tolist() == [1, 1]
 
 
 def test_grids_that_cannot_be_are_refused(schedule):
@@ -146,7 +146,7 @@ def test_heun_is_the_trapezoid_in_sigma_karras_and_dpm2_its_published_formula(ga
     times = torch.tensor([t, t_next], dtype=torch.float64)
 
     def eps(x, s):
-        where = sampler.time_of(schedule, s).expand(5)
+        where = schedule.time_of(s).expand(5)
         return model(x / (1 + s * s).sqrt(), where, {})[1]
     first = eps(z / a, sigma)
     second = eps(z / a + (sigma_next - sigma) * first, sigma_next)
