@@ -72,8 +72,9 @@ def simple_reflow(lab):
     # what is asked: (label, runs, solver, steps) -> a row per seed
     asked = {}
 
-    def ask(key, names, solver, steps=NINE):
-        asked[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps, solver=solver) for name in names]
+    def ask(key, names, solver, steps=NINE, **more):
+        asked[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps, solver=solver, **more)
+                      for name in names]
     for used in arms:
         ask((used, 1), arms[used], "ddim", 1)
         ask((used, PLAIN), arms[used], PLAIN)
@@ -85,6 +86,7 @@ def simple_reflow(lab):
         ask((weight, BETTER), heights[weight], BETTER)
     for solver in (PLAIN, BETTER):
         ask(("teacher", solver), [lab.c.model], solver)
+    ask((items, "guided"), arms[items], BETTER, guidance=2.0)
     measured = iter(lab.measure([request for requests in asked.values() for request in requests]))
     rows = {key: [next(measured) for _ in requests] for key, requests in asked.items()}
     fd = {key: [row["fd"] for row in found] for key, found in rows.items()}
@@ -117,6 +119,7 @@ def simple_reflow(lab):
     heads = ["", "FD at 9 evaluations", "against the line before", "endpoint error", "FD at 1"]
     others = [[f"all seven, {solver}", shown(fd[items, solver])] for solver in solvers]
     others += [[f"all seven, lambda {weight:g}, {BETTER}", shown(fd[weight, BETTER])] for weight in LAMBDAS]
+    others.append([f"all seven, {BETTER}, guidance 2 (18 evaluations)", shown(fd[items, "guided"])])
     others += [[f"the teacher, {solver}", f"{fd['teacher', solver][0]:.2f}"] for solver in (PLAIN, BETTER)]
     cost = f"{updates} updates and {lab.evaluations(next(iter(runs.values()))) / 1000:.0f} thousand evaluations each"
     return dict(verdict=verdict, figure=draw_simple_reflow(fd, chain, without, spread), tables=[
@@ -181,7 +184,8 @@ def loss_spread(lab, folder, count=2048, bins=10):
     z, t, value = [], [], []
     for first in range(0, count, 64):
         times, t_start, t_end, z_start, z_end, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)
-        x, eps = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)))
+        ends = [[v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)]
+        x, eps = reflow.chord(z_start, z_end, *ends)
         a, b = (v.float() for v in model.coefficients(times, 4))
         x_hat, eps_hat = model(a * x + b * eps, times, cond)
         z.append(a * x + b * eps), t.append(times), value.append(losses.mse(eps_hat - x_hat, eps - x))
