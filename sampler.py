@@ -480,6 +480,7 @@ def main(c):
         if value is not None and value < least:
             raise UserError(f"{option} {value}: must be at least {least}")
     solver, spacing = configure(c.solver, c.r, c.time_grid, c.kappa)
+    check_guide(c.guide, c.guidance)
     if c.steps is not None and c.nfe is not None:
         raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
     out = Path(c.out)

@@ -78,7 +78,7 @@ def test_links_and_files_exist():
     assert files == {file.name for file in ROOT.glob("*.py")}
 
 
-@pytest.mark.parametrize("folder, limit", [("tiny-sd", 14), ("tiny-clip", 3), ("student-2", 13)])
+@pytest.mark.parametrize("folder, limit", [("tiny-sd", 14), ("tiny-clip", 3), ("student-2", 13), ("tiny-pixel", 5)])
 def test_assets_are_small_fp16_and_attributed(folder, limit):
     files = [file for file in (ROOT / "assets" / folder).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < limit * 2 ** 20
