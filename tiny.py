@@ -426,9 +426,9 @@ license: cc-by-sa-4.0
 
 A diffusers `DDIMPipeline` folder ({size} x {size} pixels, fp16 weights): UNet2DModel {parameters:.2f} M parameters, v_prediction on Stable
 Diffusion's scaled_linear schedule. No autoencoder, no text: its classes are the groups of the OpenMoji objects of `sprites.py`, named by
-labels.json in order ({labels}); the class after the last is the null class. It exists so that reflow in pixels can be run, read and
-tested on a laptop. Built by `python tiny.py --pixel` from `assets/sprites.png`. No pipeline of diffusers hands on a class:
-`python sampler.py --model pixel --prompt animal`.
+labels.json in order ({labels}); the class after the
+last is the null class. It exists so that reflow in pixels can be run, read and tested on a laptop. Built by `python tiny.py --pixel` from
+`assets/sprites.png`. No pipeline of diffusers hands on a class: `python sampler.py --model pixel --prompt animal`.
 
 ## Data and licence
 
