@@ -194,7 +194,8 @@ class Pairs:
         t_start, t_end = reflow.window_of(t, windows)
         if reuse > 1:                                    # each sample keeps its place in the window, the pair says which window
             place = (t - t_end) / (t_start - t_end)
-            t_start, t_end = (edge.repeat_interleave(reuse) for edge in reflow.window_of(self.times([p * reuse for p in pair], windows), windows))
+            own = reflow.window_of(self.times([p * reuse for p in pair], windows), windows)
+            t_start, t_end = (edge.repeat_interleave(reuse) for edge in own)
             t = torch.lerp(t_end, t_start, place)
         if self.recipe.pairs == "consistency":           # each t starts its own window, down to the data
             t_start, t_end = t, torch.zeros_like(t)
@@ -236,7 +237,8 @@ class Pairs:
             with self.autocast():
                 if self.recipe.pairs == "consistency":   # a window as long as one teacher step, then the student's jump to t = 0
                     nearer = (starts - 1 / steps).clamp_min(0)
-                    z_near = sampler.ddim(solver, z_start, torch.stack([starts, nearer]), cond, self.c.guidance_teacher, self.null_like(cond))
+                    step = torch.stack([starts, nearer])
+                    z_near = sampler.ddim(solver, z_start, step, cond, self.c.guidance_teacher, self.null_like(cond))
                     jump = sampler.ddim(student, z_near, torch.stack([nearer.clamp_min(1e-3), stops]), cond)
                     z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
                 else:
