@@ -486,7 +486,7 @@ def test_a_table_says_what_noise_is_and_leaves_open_what_is_not_known(judge, stu
     (dict(data=""), r"--protocol coco2017-5k: needs COCO; give --data FOLDER, with annotations/captions_val2017.json and val2017 in it"),
     (dict(protocol="tiny"), r"--data .*: --protocol tiny has its own images; leave it out"),
     (dict(data="nowhere"), r"--data nowhere: annotations/captions_val2017.json cannot be read"),
-    (dict(solvers=["ddmi"]), r"--solvers ddmi: not one of ddim, .*; did you mean ddim\?"),
+    (dict(solvers=["ddmi"]), r"--solver ddmi: not one of ddim, .*; did you mean ddim\?"),
     (dict(dtype="fp8"), r"--dtype fp8: not one of fp32, bf16, fp16"),
     (dict(seed=-1), r"--seed -1: must be at least 0"), (dict(guidance=-1.0), r"--guidance -1.0: must be at least 0"),
     (dict(batch=0), r"--batch 0: must be at least 1"), (dict(paths=0), r"--paths 0: must be at least 1"),
