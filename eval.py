@@ -496,23 +496,27 @@ def table(result):
     return "\n".join(lines) + "\n"
 
 
-def picture(evaluator, plan, file, scale=3):
-    """grid.png: the same seeds and prompts down the rows; teacher, plain DDIM and students across."""
+def picture(evaluator, plan, file, least=96):
+    """grid.png: the same seeds and prompts down the rows; teacher, plain solvers and students across, at least so many pixels each."""
     c = evaluator.c
     own = [prompt for prompt in dict.fromkeys(evaluator.prompts) if prompt][:len(GRID_PROMPTS)]
     prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else own
-    progressive = next((method for method, windows, *_ in plan if windows and windows > 1), "reflow")
+    trained = [(windows, method) for method, windows, *_ in plan if windows]
+    progressive = next((method for windows, method in trained if windows > 1), trained[0][1])
+    plain = [row for row in plan if row[0] in c.solvers]
+    students = [row for row in plan if row[0] == progressive and row[1] in (row[2], 1)]
     columns = [row for row in plan if row[0] == "teacher"]
-    columns += [row for steps in (4, 2, 1) for row in plan if row[0] == "ddim" and row[2] == steps]
-    columns += [row for steps in (4, 2, 1) for row in plan if row[0] == progressive and row[1] == steps == row[2]]
+    for rows in (plain, [row for row in students if row[1] == row[2]] or students):
+        columns += sorted([row for row in rows if row[2] in (4, 2, 1)] or rows, key=lambda row: -row[2])
     pictures = []
-    for _, _, steps, folder, _ in columns:
+    for _, _, steps, folder, solver in columns:
         pipeline, model, info = evaluator.open(folder)
-        times = sampler.time_grid(steps, info.get("windows", 1))
-        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch, size=c.size)
-        drawn = sampler.to_pil(teacher.decode(pipeline, z), scale)
+        solve, spacing = sampler.parse_solver(solver)
+        times = sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
+        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch, size=c.size, solver=solve)
+        drawn = sampler.to_pil(teacher.decode(pipeline, z), -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))
         pictures.append([image if image.width <= 256 else coco.square(image, 256) for image in drawn])
-    titles = [f"{method if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
+    titles = [f"{method.split('/')[0] if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
     labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]
     sampler.grid(list(zip(*pictures)), titles, labels).save(file)
 

@@ -20,7 +20,8 @@ SMALL = {"train.py": "--steps 8 --batch 8 --trajectories 8 --solver-steps 8 --lo
          "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2", "tiny.py": "--help",
          "eval.py --study": "--n 80 --real 80 --paths 2 --clip {parts}/tiny-clip",
          "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
-                               "--inception {parts}/inception.pt"}
+                               "--inception {parts}/inception.pt",
+         "eval.py --protocol pixel": "--n 640 --real 640 --teacher-steps 2 --ddim-steps 1"}
 # what this machine does not have, and the number that a short run ends with
 STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", "checkpoint-003000": "checkpoint-000008"}
 
