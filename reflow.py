@@ -218,7 +218,7 @@ RECIPES = {
     "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber", time_law="uniform",
                   solver_steps=50),                                                  # the peer: latent consistency
     "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalisation="learnt", time_law="exponential",
-                            forward_rate=0.5, projection=0.05),
+                            forward_rate=0.5),                                       # no projection: ours undoes the coupling (LOG.md)
 }
 
 
