@@ -77,7 +77,9 @@ def simple_reflow(lab):
                       for name in names]
     for used in arms:
         ask((used, 1), arms[used], "ddim", 1)
+    for used in added:
         ask((used, PLAIN), arms[used], PLAIN)
+    for used in (*removed, items):
         ask((used, BETTER), arms[used], BETTER)
     solvers = list(dict.fromkeys([*(f"dpm2:{r:g}/sigmoid:10" for r in RATIOS), *(f"dpm2:0.5/{grid}" for grid in GRIDS)]))
     for solver in solvers:

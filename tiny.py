@@ -2,7 +2,7 @@
 
     python tiny.py                                  # about three hours on two cores; resumable, run it again to go on
     torchrun --nproc_per_node=2 tiny.py             # the same in about half the time (one thread per process)
-    OMP_NUM_THREADS=1 python tiny.py --pixel        # the class-conditional model in pixels: an hour on one thread, resumable
+    OMP_NUM_THREADS=1 python tiny.py --pixel        # the class-conditional model in pixels: half an hour on one thread, resumable
 
 Order of work: draw the pictures (sprites.py), train a small CLIP on them (its text tower becomes the pipeline's text
 encoder, both towers serve the evaluation), train the autoencoder, cache latents and text embeddings, train the UNet.
