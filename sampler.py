@@ -225,6 +225,8 @@ SOLVERS = {
     "unipc": stock("unipc", UniPCMultistepScheduler, timestep_spacing="trailing"),
     "lcm": stock("lcm", LCMScheduler, draws=True),          # its own spacing: S of the 50 timesteps 19, 39, ..., 999
 }
+
+
 def parse_solver(spec):
     """SOLVER[:r][/GRID[:kappa]], e.g. ddim, or dpm2:0.4/sigmoid:20.  Returns: (a row of SOLVERS, a row of GRIDS), with these numbers.
     Raises UserError."""

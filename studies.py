@@ -104,7 +104,7 @@ LINES = {"direct-1": ("1", "straight to 1 window", BLUE, "o"), "direct-2": ("2",
 
 def crossing(lab):
     """From how many updates on does 8→4→2 beat straight to 2 windows, and straight to 1, at 2 steps?"""
-    plan = {"trajectory": (100, 300, 1000, 3000), "data": (100, 300), "student": (100, 300, 1000)}
+    plan = {"trajectory": (100, 300, 1000, 3000, 10000), "data": (100, 300, 1000), "student": (100, 300, 1000)}
     runs, points = {}, {}
     for source, budgets in plan.items():
         columns = "" if source == "trajectory" else f"--pairs {source}"
@@ -139,7 +139,7 @@ def crossing(lab):
             found = [(budget, row["fd"]) for (s, n, budget), row in rows.items() if (s, n) == (source, name)]
             if found:
                 axis.plot(*zip(*found), color=colour, marker=marker, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="updates", title=f"pairs from {source}", xlim=(80, 4000))
+        axis.set(xscale="log", yscale="log", xlabel="updates", title=f"pairs from {source}", xlim=(80, 13000))
     for axis in panels:
         plain_numbers(axis, plan["trajectory"])
     panels[0].set_ylabel("FD at 2 steps")

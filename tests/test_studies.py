@@ -141,6 +141,24 @@ def test_verdicts_are_those_of_the_rows(pretend):
     assert "target 1.5 x is met" in met[0] and "target 1.2 x is met" in met[1] and "target 1 x is missed by 0.10" in met[2]
 
 
+@pytest.mark.parametrize("gains, winner, rounds", [
+    ({"forward-pairs": 0.3, "loss-normalisation": 0.1}, "curriculum, forward pairs, loss normalisation", 4 + 3 + 2),
+    ({"forward-pairs": 0.01}, "curriculum", 4)])           # ahead by chance: not kept
+def test_what_is_shown_to_gain_is_added_to_the_curriculum(pretend, gains, winner, rounds):
+    """Seeds differ by 0.02 at random, so that a gain of 0.01 is lost in them."""
+    noise = iter(torch.randn(10_000, generator=torch.Generator().manual_seed(1)).tolist())
+    pretend.measure = lambda requests: [dict(fd=2 + 0.02 * next(noise) - sum(gain for name, gain in gains.items() if name in str(r["folder"])))
+                                        for r in requests]
+    trained = {}
+    pretend.train = lambda runs: trained.update(runs) or {name: pretend.out / name for name in runs}
+    found = improvements.best_of_both(pretend)
+    assert found["verdict"][0].startswith(f"The winner is {winner}: ") and len(found["tables"][1][2]) == rounds
+    kept = trained[f"best-of-both/{winner.replace(', ', '-').replace(' ', '-')}-s0"]
+    assert all((option in kept) == (name in winner) for name, option in improvements.CANDIDATES.items())
+    costs = {name: pretend.evaluations(options) for name, options in trained.items()}
+    assert max(costs.values()) < 1.02 * min(costs.values()), costs
+
+
 # ---- what is looked at directly --------------------------------------------------------------------------------------
 
 
