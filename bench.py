@@ -158,8 +158,8 @@ def training(c, device):
              f"text encoders (while caching {weights['text'] / gib:.2f})": 0, f"VAE (while caching {weights['vae'] / gib:.2f})": 0}
     parts["activations, libraries and the rest, at the peak"] = found["peak"] - sum(parts.values())
     windows = "8, 4, 2, 1" if c.updates >= 4 else "1"
-    print(f"\n## Training {c.model}, {'LoRA ' + str(c.lora) if c.lora else 'every weight'}, {c.precision}, {c.size or 'its own'} pixels, batch "
-          f"{c.batch}, {found['updates']} updates over windows {windows}\n\n| memory | GiB | share |\n|---|---|---|")
+    print(f"\n## Training {c.model}, {'LoRA ' + str(c.lora) if c.lora else 'every weight'}, {c.precision}, {c.size or 'its own'} pixels, "
+          f"batch {c.batch}, {found['updates']} updates over windows {windows}\n\n| memory | GiB | share |\n|---|---|---|")
     for name, size in parts.items():
         print(f"| {name} | {size / gib:.2f} | {size / found['peak']:.0%} |")
     print(f"| peak {'on the device' if device == 'cuda' else 'resident'} | {found['peak'] / gib:.2f} | |")
@@ -176,7 +176,8 @@ def training(c, device):
         rate = c.batch * found["updates"] / found["seconds"]
         flops = forward_flops(c) * forwards * rate
         found |= dict(images_per_second=rate, flops_per_second=flops, mfu=flops / peak if peak else None)
-        print(f"{rate:.2f} images/s, {flops / 1e12:.1f} TFLOP/s" + (f", MFU {flops / peak:.1%} of {name}" if peak else "; give --peak-tflops for MFU"))
+        print(f"{rate:.2f} images/s, {flops / 1e12:.1f} TFLOP/s"
+              + (f", MFU {flops / peak:.1%} of {name}" if peak else "; give --peak-tflops for MFU"))
     return found
 
 
@@ -204,8 +205,8 @@ def forward_flops(c):
 def evaluations(c, device):
     """Counted on the embedded model, in its own training loop: the count does not depend on the size. A unit is one forward
     of the UNet for one sample; a backward is two, the recomputation of checkpointing one."""
-    print("\n## Network evaluations per sample and update\n\n| recipe | windows | solver | student | with checkpointing | made once, for the cache |"
-          "\n|---|---|---|---|---|---|")
+    print("\n## Network evaluations per sample and update\n\n"
+          "| recipe | windows | solver | student | with checkpointing | made once, for the cache |\n|---|---|---|---|---|---|")
     rows = {}
     for name, recipe in reflow.RECIPES.items():
         stages, batch = len(recipe.stages), 12
@@ -216,7 +217,8 @@ def evaluations(c, device):
         defaults = train.Config()
         once = defaults.trajectories * recipe.solver_steps / (defaults.steps * defaults.batch) if cached else 0
         rows[name] = dict(solver=solver, student=3, checkpointing=1, once=once)
-        print(f"| {name} | {' '.join(map(str, recipe.stages))} | {solver:.2f} | 3 | {solver + 4:.2f} | {f'{once:.2f}' if cached else '-'} |")
+        made = f"{once:.2f}" if cached else "-"
+        print(f"| {name} | {' '.join(map(str, recipe.stages))} | {solver:.2f} | 3 | {solver + 4:.2f} | {made} |")
     print("\nStages get equal updates here. Pairs from images also encode each image once per pair (1.39 UNet forwards on SD 1.5) unless "
           "--cache-latents.")
     return rows
@@ -275,7 +277,8 @@ def sampling(c, device):
     for name, words in rows.items():
         if name not in middle:
             continue
-        print(f"| {words} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {middle[name] / middle['network']:.3f} |")
+        ratio = middle[name] / middle["network"]
+        print(f"| {words} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {ratio:.3f} |")
     return taken
 
 

@@ -516,7 +516,8 @@ def picture(evaluator, plan, file, least=96):
         z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch, size=c.size, solver=solve)
         drawn = sampler.to_pil(teacher.decode(pipeline, z), -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))
         pictures.append([image if image.width <= 256 else coco.square(image, 256) for image in drawn])
-    titles = [f"{method.split('/')[0] if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
+    titles = [f"{method.split('/')[0] if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}"
+              for method, _, steps, *_ in columns]
     labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]
     sampler.grid(list(zip(*pictures)), titles, labels).save(file)
 

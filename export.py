@@ -93,7 +93,8 @@ def export(folder, weights, unet_config, info):
         unet = teacher.unet_class(unet_config).from_config(unet_config)
     unet.load_state_dict(plain, assign=True)
     options = info["config"]
-    pipeline = teacher.load_pipeline(options["model"], unet.dtype, options["random_init"], options["seed"], options["model_config"], unet=unet)
+    pipeline = teacher.load_pipeline(options["model"], unet.dtype, options["random_init"], options["seed"], options["model_config"],
+                                     unet=unet)
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items() for side, value in zip("AB", pair)}
     write_pipeline(folder, pipeline, info, lora)
 

@@ -115,8 +115,9 @@ def simple_reflow(lab):
           for (label, key), before in zip(list(chain.items())[1:], keys)),
         *(told(f"All seven against {label}", fd[everything], fd[key]) for label, key in list(without.items())[1:]),
         f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has {shown(fd[everything])}.",
-        "The largest loss at one time is up to {:.0f} times the smallest there, normalised {:.0f} times; the means of different times differ "
-        "by up to a factor of {:.1f}, normalised {:.1f}.".format(*(value for kind in (within, between) for value in map(kind, spread.values()))),
+        "The largest loss at one time is up to {:.0f} times the smallest there, normalised {:.0f} times; the means of different times "
+        "differ by up to a factor of {:.1f}, normalised {:.1f}.".format(
+            *(kind(bins) for kind in (within, between) for bins in spread.values())),
     ]
     heads = ["", "FD at 9 evaluations", "against the line before", "endpoint error", "FD at 1"]
     others = [[f"all seven, {solver}", shown(fd[items, solver])] for solver in solvers]

@@ -185,7 +185,8 @@ class Pairs:
         """What the host knows of these samples: their times, and the cached rows or images their pairs start from. Runs
         in a thread, a micro-batch ahead.  Returns: dict of CPU tensors (len(numbers), ...), captions as a list."""
         pin = self.device.type == "cuda"                 # a copy to the device waits for it unless it comes from pinned memory
-        return {key: value.pin_memory() if pin and torch.is_tensor(value) else value for key, value in self._fetch(numbers, windows).items()}
+        return {key: value.pin_memory() if pin and torch.is_tensor(value) else value
+                for key, value in self._fetch(numbers, windows).items()}
 
     def _fetch(self, numbers, windows):
         reuse = self.recipe.reuse                        # samples 0..m-1 share pair 0, the next m pair 1, and so on

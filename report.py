@@ -121,7 +121,8 @@ p, ul, dl { margin: 0.75rem 0 }
 p, li, dd, h2, aside h3 { max-width: 68ch; overflow-wrap: break-word }
 a { color: var(--link); text-underline-offset: 0.15em }
 code { font: 0.85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace }
-pre { margin: 0.75rem 0; padding: 0.6rem 0.8rem; background: var(--tint); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere }
+pre { margin: 0.75rem 0; padding: 0.6rem 0.8rem; background: var(--tint); border-radius: 6px; white-space: pre-wrap;
+  overflow-wrap: anywhere }
 section, aside { margin-top: 3rem; padding-top: 1.5rem; border-top: 1px solid var(--line) }
 figure { margin: 1rem 0 }
 figcaption, .soft, .name { color: var(--soft); font-size: 0.875rem }
@@ -212,8 +213,8 @@ The last call took {{ duration(study.seconds) }}; what earlier calls had left wa
 <header>
 <div>
 <h1>A diffusion model in 1, 2 or 4 steps instead of 32</h1>
-<p class="lead">A diffusion model draws a picture by asking its network some 32 times, because the path from noise to picture is curved. Reflow
-trains the same network until that path is straight, window of time by window, so that four, two, or even one question is enough.</p>
+<p class="lead">A diffusion model draws a picture by asking its network some 32 times, because the path from noise to picture is curved.
+Reflow trains the same network until that path is straight, window of time by window, so that four, two, or even one question is enough.</p>
 </div>
 {% if samples %}
 <div id="{{ samples.name }}">
@@ -241,13 +242,13 @@ trains the same network until that path is straight, window of time by window, s
 
 <section>
 <h2>How to read the numbers</h2>
-<p>All of ours are measured on one Stable Diffusion small enough to train on two CPU cores, which draws emoji of 32 pixels. They rank methods
-on this model, and say nothing certain of large ones.</p>
+<p>All of ours are measured on one Stable Diffusion small enough to train on two CPU cores, which draws emoji of 32 pixels. They rank
+methods on this model, and say nothing certain of large ones.</p>
 <dl>
 <dt>teacher, student</dt><dd>The diffusion model as it was, and the copy that reflow trains.</dd>
 <dt>steps</dt><dd>How often the network is asked for a picture. The teacher's own paths are solved in 32.</dd>
-<dt>windows, 8→4→2</dt><dd>The stretches of time in which a student's path is straight, one step each; 8→4→2 is trained for 8, then 4, then 2.
-That is progressive reflow; direct, or straight to 4, has a single stage.</dd>
+<dt>windows, 8→4→2</dt><dd>The stretches of time in which a student's path is straight, one step each; 8→4→2 is trained for 8, then 4, then
+2. That is progressive reflow; direct, or straight to 4, has a single stage.</dd>
 <dt>FD</dt><dd>Frechet distance between features of generated and real pictures. Lower is better. The features are those of the repository's
 own small CLIP, so it is not FID and compares with no paper.</dd>
 <dt>CLIP score</dt><dd>How well picture and caption agree: 100 times the mean cosine. Higher is better.</dd>
@@ -342,7 +343,8 @@ def main(c):
         missing.append((f"The embedded default, as {embedded}", "python eval.py runs/train"))
     text = page([found[name] for name in order], read_embedded(embedded) if embedded.is_file() else None, missing)
     data.write_atomically(out, lambda part: part.write_text(text, encoding="utf-8"))
-    print(f"{out}: {len(found)} studies, {out.stat().st_size / 1e6:.1f} MB" + (f"; missing: {'; '.join(dict(missing).values())}" if missing else ""))
+    print(f"{out}: {len(found)} studies, {out.stat().st_size / 1e6:.1f} MB"
+          + (f"; missing: {'; '.join(dict(missing).values())}" if missing else ""))
 
 
 if __name__ == "__main__":

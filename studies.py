@@ -265,8 +265,8 @@ def samples(lab):
     """What do the same seeds look like?"""
     named = baseline_runs(lab)
     folders = lab.train(dict(named.values()))
-    chosen = (("PeRFlow", "PeRFlow, ddim_eps", 4), ("ProReflow-I", "ProReflow-I (8→4)", 4), ("ProReflow-II", "ProReflow-II (8→4→2)", 2),
-              ("ours", "ours (8→4→2→1)", 1))
+    chosen = (("PeRFlow", "PeRFlow, ddim_eps", 4), ("ProReflow-I", "ProReflow-I (8→4)", 4),
+              ("ProReflow-II", "ProReflow-II (8→4→2)", 2), ("ours", "ours (8→4→2→1)", 1))
     columns = [("teacher", lab.c.model, 32), ("plain DDIM", lab.c.model, 4)]
     columns += [(title, folders[named[name][0]] / f"student-{steps}", steps) for title, name, steps in chosen]
     prompts, pictures = list(evaluation.GRID_PROMPTS), []

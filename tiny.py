@@ -416,8 +416,8 @@ license: cc-by-sa-4.0
 ---
 # tiny-clip: a small CLIPModel for the embedded pictures
 
-Trained contrastively by `python tiny.py` on the pictures and captions of `sprites.py`; tiny-sd uses its text tower, `eval.py` both. Pictures
-go in as 32 x 32 pixels in [-1, 1]. {attribution} Treat the weights as an adaptation under the same licence.
+Trained contrastively by `python tiny.py` on the pictures and captions of `sprites.py`; tiny-sd uses its text tower, `eval.py` both.
+Pictures go in as 32 x 32 pixels in [-1, 1]. {attribution} Treat the weights as an adaptation under the same licence.
 """
 PIXEL_CARD = """---
 license: cc-by-sa-4.0

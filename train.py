@@ -98,7 +98,8 @@ class Config:
 
 RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe) if field.name not in ("stages", "shares"))
 # what may differ between two starts of one run
-FREE = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
+FREE = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard",
+        "compile")
 NULL_TEXTS = ("auto", "empty", "zeros")
 
 
@@ -134,7 +135,8 @@ def resolve_recipe(c):
             ("text_dropout", c.text_dropout, c.text_dropout <= 1, "in [0, 1]"),
             ("direction_weight", recipe.direction_weight, recipe.direction_weight >= 0, "at least 0"),
             ("reuse", recipe.reuse, recipe.reuse >= 1, "at least 1"),
-            ("high_pass_weight", recipe.high_pass_weight, recipe.high_pass_weight > -1, "above -1, or the loss is blind to some frequencies"),
+            ("high_pass_weight", recipe.high_pass_weight, recipe.high_pass_weight > -1,
+             "above -1, or the loss is blind to some frequencies"),
             ("high_pass_radius", recipe.high_pass_radius, 0 <= recipe.high_pass_radius <= 1, "in [0, 1]"),
             ("time_base", recipe.time_base, 0 < recipe.time_base != 1, "above 0 and not 1; --time-law uniform is what it tends to at 1"),
             ("forward_rate", recipe.forward_rate, 0 <= recipe.forward_rate <= 1, "in [0, 1]"),
@@ -229,11 +231,12 @@ def open_pairs(c, recipe, device, processes):
     pipeline = teacher.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
     if rank:                                               # the first process checks every image, the others read what it found
         barrier()
-    dataset = data.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column, checked=cache_folder(c) / "data.json")
+    dataset = data.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,
+                                checked=cache_folder(c) / "data.json")
     if rank == 0:
         barrier()
     if dataset.skipped and rank == 0:
-        print(f"--skip-bad: {len(dataset.skipped)} left out ({', '.join(dataset.skipped[:3])}{', ...' if len(dataset.skipped) > 3 else ''})")
+        print(f"--skip-bad: {len(dataset.skipped)} left out ({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
     return c, dataset, pipeline, Pairs(c, recipe, pipeline, dataset, processes)
 
 
@@ -255,7 +258,8 @@ def main(c):
     barrier = dist.barrier if world > 1 else lambda: None
     share = c.batch // world                               # samples of this process in every update
     micro = min(c.micro_batch or share, share)
-    for option, value, divisor, what in (("--batch", c.batch, world, "processes"), ("--batch / processes", share, max(micro, 1), "--micro-batch"),
+    for option, value, divisor, what in (("--batch", c.batch, world, "processes"),
+                                         ("--batch / processes", share, max(micro, 1), "--micro-batch"),
                                          ("samples per forward", micro, recipe.reuse, "--reuse")):
         if value == 0 or value % divisor:
             raise UserError(f"{option} {value}: not divisible by {divisor} ({what})")
@@ -269,7 +273,8 @@ def main(c):
             before = json.loads((out / "config.json").read_text())
             changed = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value)
             if changed or not c.resume:
-                raise UserError(f"--out {out}: holds a run{f' with other settings ({changed})' if changed else ''}; choose another --out or delete it")
+                raise UserError(f"--out {out}: holds a run{f' with other settings ({changed})' * bool(changed)}; choose another --out or "
+                                "delete it")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
     last = out / f"student-{recipe.stages[-1]}"
@@ -355,7 +360,8 @@ def main(c):
             # pictures of the running average; before any update, these are plain DDIM by the teacher
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
                 swap(student, ema)
-                draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, out / "grids" / f"{step:06d}.png" if rank == 0 else None)
+                file = out / "grids" / f"{step:06d}.png" if rank == 0 else None
+                draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, file)
                 swap(student, ema)
 
             # learning rate: warm-up, then cosine to a tenth, within the stage
@@ -409,8 +415,8 @@ def main(c):
             if not_finite:
                 bar.close()
                 where = bad_sample(torch.cat(seen), step, share, world, windows) or f"gradient norm {norm.item()} at step {step}"
-                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; to train again, lower --lr {c.lr} "
-                                "and give another --out")
+                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; to train again, lower "
+                                f"--lr {c.lr} and give another --out")
 
             # log: one JSON line and one point of every curve per log_steps
             if logs:
@@ -468,7 +474,9 @@ def summary(rows, norm, world, windows):
 
 def write_log(file, board, line):
     def short(value):
-        return {k: short(v) for k, v in value.items()} if isinstance(value, dict) else float(f"{value:.7g}") if isinstance(value, float) else value
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return float(f"{value:.7g}") if isinstance(value, float) else value
     with open(file, "a") as log:
         log.write(json.dumps(short(line)) + "\n")
     flat = {**line, **{f"loss/window {k} of {line['windows']}": value for k, value in line["loss_per_window"].items()}}
