@@ -226,14 +226,15 @@ def test_durations_read_well():
 def test_the_papers_numbers_agree_with_each_other_and_are_marked_as_theirs(make, tmp_path):
     leave(tmp_path / "results", "samples")
     page = make()
-    assert "Stable Diffusion 1.5, COCO; theirs, not ours" in page.text("aside") and "arXiv 2503.04824" in page.text("aside")
-    (_, _, first), (_, _, second), (_, _, ablation) = report.PAPER
+    assert "theirs, not ours" in page.text("aside") and {"arXiv 2503.04824", "arXiv 2410.07815"} <= set(page.inside["a"])
+    (_, _, first), (_, _, second), (_, _, ablation), (_, _, small) = report.PAPER
     fid = {(name.split(" (")[0], steps): float(value) for name, steps, value, _ in first}
     without, direction, progressive, both = (float(line[1]) for line in ablation)
     assert (without, both) == (fid["PeRFlow", 4], fid["ProReflow-I", 4]) and without > direction > progressive > both
     # the text's claim: the two setups differ by what ProReflow-I gains
     assert round(without - both, 2) == round(fid["PeRFlow", 4] - 22.97, 2) == 0.84
     assert min(float(value) for _, steps, value in second if steps <= 4) == 10.70 and len(first) == 8 and len(second) == 17
+    assert len(small) == 4 and all(float(guided) < float(plain) for _, plain, guided in small)
     for _, columns, lines in report.PAPER:
         assert all(len(line) == len(columns) for line in lines)
         assert all(str(cell) in page.inside["td"] for line in lines for cell in line)
