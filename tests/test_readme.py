@@ -70,6 +70,16 @@ def test_tables_are_the_files(tmp_path):
         assert evaluation.table(json.loads((ROOT / "results" / f"{name}.json").read_text())).strip() in README, name
 
 
+def test_the_pixel_models_table_is_the_files():
+    few, nine = (json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"] for name in ("pixel", "pixel-9"))
+    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd']:.2f}" for row in few + nine}
+    for label, method in (("teacher", "ddim"), ("simple-reflow, 1,000 updates", "simple-reflow")):
+        by = {steps: fd[method, steps, "ddim"] for steps in (1, 2, 4)}
+        best = fd["dpm2:0.5/sigmoid:10" if label == "teacher" else method, 9, "dpm2:0.5/sigmoid:10"]
+        last = fd["teacher", 32, "ddim"] if label == "teacher" else "-"
+        assert f"| {label} | {by[1]} | {by[2]} | {by[4]} | {best} | {last} |" in README, label
+
+
 def test_studies_are_the_files():
     """What the README shows of the studies is what is in results/studies."""
     results = {file.stem: json.loads(file.read_text()) for file in (ROOT / "results" / "studies").glob("*.json")}
