@@ -207,7 +207,6 @@ class Recipe:
 
 RECIPES = {
     "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
-    "progressive": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),                  # stays what it is when the default moves on
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
                         direction_weight=0.1, direction_space="velocity", time_law="uniform"),

@@ -146,16 +146,22 @@ def test_verdicts_are_those_of_the_rows(pretend):
     ({"forward-pairs": 0.3, "loss-normalisation": 0.1, "time-law": -0.1, "high-pass": 0}, "curriculum, forward pairs, loss normalisation", 4 + 3 + 2),
     ({"forward-pairs": -0.01, "loss-normalisation": 0, "time-law": -1, "high-pass": -1}, "curriculum", 4)])
 def test_what_gains_is_added_to_the_curriculum(pretend, gains, winner, rounds):
+    pretend.c.seeds = 5
     pretend.measure = lambda requests: [dict(clip=60.0, fd=2 - sum(gain for name, gain in gains.items() if name in str(request["folder"])))
                                         for request in requests]
     trained = {}
     pretend.train = lambda runs: trained.update(runs) or {name: pretend.out / name for name in runs}
     found = improvements.best_of_both(pretend)
     assert found["verdict"][0].startswith(f"The winner is {winner}: ") and len(found["tables"][1][2]) == rounds
-    kept = trained[f"best-of-both/{winner.replace(', ', '-').replace(' ', '-')}-s0"]
+    kept_name = f"best-of-both/{winner.replace(', ', '-').replace(' ', '-')}-s"
+    kept = trained[f"{kept_name}0"]
     assert all((option in kept) == (name in winner) for name, option in improvements.CANDIDATES.items())
     costs = {name: pretend.evaluations(options) for name, options in trained.items()}
     assert max(costs.values()) < 1.02 * min(costs.values()), costs
+    # two seeds had no say in the choice: the final arms alone are trained with them
+    assert {name[:-3] for name in trained if name.endswith(("-s3", "-s4"))} == {name[:-3] for name in trained if name.startswith((
+        "best-of-both/proreflow", "best-of-both/simple-reflow", "best-of-both/curriculum-s", kept_name))}
+    assert " 5 seeds of training" in found["tables"][0][0] and "3 seeds" in found["tables"][1][0]
 
 
 # ---- what is looked at directly --------------------------------------------------------------------------------------
