@@ -206,7 +206,9 @@ class Recipe:
 
 
 RECIPES = {
-    "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
+    "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),                  # ours: prompts are all it needs
+    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, normalisation="learnt",
+                   forward_rate=0.5),                                                # the winner of best-of-both: needs images
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
                         direction_weight=0.1, direction_space="velocity", time_law="uniform"),

@@ -424,7 +424,7 @@ def guidance(lab):
 
 def pairs(lab):
     """Real images, the previous student, or the teacher's own cached trajectories: what is the best source at equal cost?"""
-    sources, stages, seeds = ("trajectory", "data", "student"), (8, 4, 2), range(min(2, lab.c.seeds))
+    sources, stages, seeds = ("trajectory", "data", "student"), (8, 4, 2), range(min(3, lab.c.seeds))
     runs = {(source, s): (f"pairs/{source}-s{s}", lab.within(BUDGET, f"--pairs {source} --windows 8 4 2 "
             + (lab.cached(s, 512) if source == "trajectory" else f"--seed {s}"))) for s in seeds for source in sources}
     folders = lab.train(dict(runs.values()))

@@ -8,13 +8,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from transformers import CLIPModel
 
 import bench
+import config
 import improvements
 import lab as laboratory
+import reflow
 import studies
 import tiny
+import train
 from config import UserError
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -162,6 +166,13 @@ def test_what_gains_is_added_to_the_curriculum(pretend, gains, winner, rounds):
     assert {name[:-3] for name in trained if name.endswith(("-s3", "-s4"))} == {name[:-3] for name in trained if name.startswith((
         "best-of-both/proreflow", "best-of-both/simple-reflow", "best-of-both/curriculum-s", kept_name))}
     assert " 5 seeds of training" in found["tables"][0][0] and "3 seeds" in found["tables"][1][0]
+
+
+def test_the_recipe_both_is_the_winner_of_its_study():
+    verdict = json.loads((ROOT / "results" / "studies" / "best-of-both.json").read_text())["verdict"][0]
+    winner = verdict.removeprefix("The winner is curriculum, ").split(": ")[0].split(", ")
+    options = " ".join([improvements.CURRICULUM, *(improvements.CANDIDATES[name] for name in winner)])
+    assert train.resolve_recipe(config.parse(train.Config, "", options.split())) == reflow.RECIPES["both"]
 
 
 # ---- what is looked at directly --------------------------------------------------------------------------------------
