@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(DEMO) --recipe reflow --out runs/demo/reflow
 	$(RUN) eval.py runs/demo
 
-# every table and figure of the studies, and report.html: about four hours on two cores, resumable
+# every table and figure of the studies, and report.html: some five hours on two cores, resumable
 study: $(VENV)/ready
 	$(RUN) eval.py --study all
 	$(RUN) report.py

@@ -25,11 +25,11 @@ LORA_FILE = "pytorch_lora_weights.safetensors"             # the name that diffu
 
 
 def versions():
-    """The commit of this code ('+' if it has been changed since, 'unknown' outside a git checkout) and its libraries'."""
+    """The commit of this code ('+' if more than results has changed since, 'unknown' outside a git checkout) and its libraries'."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        commit = head + "+" * bool(subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode)
+        commit = head + "+" * bool(subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"], capture_output=True).returncode)
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return dict(commit=commit, versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
