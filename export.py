@@ -29,7 +29,8 @@ def versions():
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        commit = head + "+" * bool(subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"], capture_output=True).returncode)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"], capture_output=True).returncode
+        commit = head + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return dict(commit=commit, versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
