@@ -1,8 +1,11 @@
 """Shared fixtures: a randomly initialised pipeline of the embedded architecture, and closed-form models. No downloads."""
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,42 @@ def torchrun(processes):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return (sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free.getsockname()[1]}")
+
+
+# Importing torch, diffusers and transformers takes six seconds, as often as a command is run. Commands are therefore forked from one
+# process that has imported all the project's files, and does nothing else.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["conftest", *(file.stem for file in ROOT.glob("*.py"))])
+
+
+def begin(command, cwd, environment, out, err):
+    """What `python FILE ...` does, in a new process. command: [FILE, ...]; out, err: files for what it prints."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def start_python(command, cwd, out=os.devnull, err=os.devnull):
+    """subprocess.Popen for [FILE, ...], a file of the project with its arguments.  Returns: multiprocessing's Process."""
+    process = FORKS.Process(target=begin, args=(command, cwd, dict(os.environ), out, err))
+    process.start()
+    return process
+
+
+def run_python(command, cwd, timeout=600):
+    """subprocess.run for the same.  Returns: CompletedProcess."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = start_python(command, cwd, out, err)
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
 
 
 def pytest_collection_modifyitems(items):
@@ -90,9 +129,11 @@ def small(request, small_models):
 @pytest.fixture
 def run_file(tmp_path):
     """run_file("train.py", "--out", "x") runs a file of the project as a user does, in tmp_path. Returns CompletedProcess."""
-    def run(*arguments, launcher=(sys.executable,), timeout=300):
-        command = [*launcher, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+    def run(*arguments, launcher=(), timeout=300):
+        command = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
+        if not launcher:
+            return run_python(command, tmp_path, timeout)
+        return subprocess.run([*launcher, *command], cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
     return run
 
 

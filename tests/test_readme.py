@@ -4,10 +4,9 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, torchrun
+from conftest import ROOT, run_python, torchrun
 from test_eval import parts  # noqa: F401  a fixture
 
 import eval as evaluation
@@ -55,10 +54,11 @@ def test_every_command_runs(tmp_path, small_models, parts, commands, files):  # 
         else:
             script = next(word for word in words if word.endswith(".py"))
             words[words.index(script)] = str(ROOT / script)
-            launcher, rest = ([sys.executable], words[1:]) if words[0] == "python" else ((*torchrun(2), "--"), words[2:])     # else --n is torchrun's
+            launcher, rest = ((), words[1:]) if words[0] == "python" else ((*torchrun(2), "--"), words[2:])         # else --n is torchrun's
             less = next((value for key, value in reversed(SMALL.items()) if key.split()[0] == script and set(key.split()[1:]) <= set(words)), "")
             command, where = [*launcher, *rest, *less.format(parts=parts).split()], tmp_path
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+        outside = command[0] == "make" or launcher
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True) if outside else run_python(command, where)
         assert done.returncode == 0, (line, done.stderr[-2000:])
     for file in files:
         assert (tmp_path / file).stat().st_size > 500, file

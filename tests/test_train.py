@@ -1,15 +1,14 @@
 """train.py as a user runs it, on random models: what it learns, resume, processes, LoRA, precision, determinism."""
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, run_python, start_python, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -186,23 +185,24 @@ def test_the_loss_falls(random_sd, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     """SIGKILL at an arbitrary moment, then the same command again until it finishes."""
     changes = dict(checkpoint_steps=2, steps=16, **changes)
-    arguments = [sys.executable, str(ROOT / "train.py"), *command(random_sd, tmp_path / "killed", **changes)]
+    arguments = [str(ROOT / "train.py"), *command(random_sd, tmp_path / "killed", **changes)]
     kills, moments = 0, np.random.default_rng(len(changes))
     for _ in range(20):
-        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = start_python(arguments, tmp_path)
         file = tmp_path / "killed" / "log.jsonl"
         lines = len(log(tmp_path / "killed")) if file.exists() else 0
         wait = moments.integers(3, 7)
-        while process.poll() is None and kills < 2:
+        while process.is_alive() and kills < 2:
             if file.exists() and len(file.read_text().splitlines()) >= lines + wait:
                 time.sleep(moments.uniform(0, 0.1))
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(0.01)
-        if process.wait() == 0:
+        process.join()
+        if process.exitcode == 0:
             break
-    assert kills == 2 and process.returncode == 0
+    assert kills == 2 and process.exitcode == 0
     straight = train.main(small(random_sd, tmp_path / "straight", **changes))
     assert same_bits(weights(tmp_path / "killed" / "student-1"), weights(straight))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")          # the log forgets what was not kept
@@ -210,14 +210,15 @@ def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop_it_keeps_a_checkpoint_and_the_command_goes_on(random_sd, tmp_path, stop):
-    arguments = [sys.executable, str(ROOT / "train.py"), *command(random_sd, tmp_path / "out", steps=40)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    arguments = [str(ROOT / "train.py"), *command(random_sd, tmp_path / "out", steps=40)]
+    process = start_python(arguments, tmp_path, err=tmp_path / "err")
     while not (tmp_path / "out" / "log.jsonl").exists():
         time.sleep(0.05)
-    process.send_signal(stop)
-    assert process.wait() == 128 + stop and "the same command goes on" in process.stderr.read()
+    os.kill(process.pid, stop)
+    process.join()
+    assert process.exitcode == 128 + stop and "the same command goes on" in (tmp_path / "err").read_text()
     assert len(list((tmp_path / "out").glob("checkpoint-*.safetensors"))) == 1
-    assert subprocess.run([*arguments, "--resume"], stderr=subprocess.DEVNULL).returncode == 0
+    assert run_python([*arguments, "--resume"], tmp_path).returncode == 0
     straight = train.main(small(random_sd, tmp_path / "straight", steps=40))
     assert same_bits(weights(tmp_path / "out" / "student-1"), weights(straight))
 
