@@ -127,12 +127,12 @@ def crossing(lab):
     for source, budgets in plan.items():
         for other in ("direct-2", "direct-1"):
             beaten_by = "data" if source == "student" else source
-            better = [budget for budget in budgets if (beaten_by, other, budget) in rows
-                      and rows[source, "progressive", budget]["fd"] < rows[beaten_by, other, budget]["fd"]]
             compared = [budget for budget in budgets if (beaten_by, other, budget) in rows]
+            leads = {budget: rows[beaten_by, other, budget]["fd"] - rows[source, "progressive", budget]["fd"] for budget in compared}
+            better = [f"{budget} (by {lead:.2f})" for budget, lead in leads.items() if lead > 0]
             if compared:
                 verdict.append(f"Pairs from {source}: 8→4→2 has the lower FD than {LINES[other][1]} at "
-                               f"{', '.join(map(str, better)) or 'none'} of {', '.join(map(str, compared))} updates.")
+                               f"{', '.join(better) or 'none'} of {', '.join(map(str, compared))} updates.")
     figure, panels = axes(len(plan), width=10, sharey=True)
     for axis, source in zip(panels, plan):
         for name, (_, label, colour, marker) in LINES.items():
