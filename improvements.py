@@ -17,7 +17,6 @@ import teacher
 import train
 from figures import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
 from lab import mean_interval, outcome, paired, shown, told
-from normaliser import Normaliser
 
 # in the paper's order: name -> (option without, option with). What the paper leaves unknown is ours: lambda, rho, epsilon, both
 # rates of dropout (0.13 is EDM's for CIFAR-10, whose smaller value is unknown; the embedded teacher itself was trained without)
@@ -186,15 +185,12 @@ def loss_spread(lab, folder, count=2048, bins=10):
     model = teacher.as_model(teacher.load_pipeline(str(folder), vae=None, text_encoder=None).to(device))
     z, t, value = [], [], []
     for first in range(0, count, 64):
-        times, t_start, t_end, z_start, z_end, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)
-        ends = [[v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)]
-        x, eps = reflow.chord(z_start, z_end, *ends)
-        a, b = (v.float() for v in model.coefficients(times, 4))
-        x_hat, eps_hat = model(a * x + b * eps, times, cond)
-        z.append(a * x + b * eps), t.append(times), value.append(losses.mse(eps_hat - x_hat, eps - x))
+        times, t_start, t_end, *ends, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)
+        _, parts = reflow.student_loss(model, ends, (times, t_start, t_end), cond, reflow.Recipe())
+        z.append(parts["z"]), t.append(times), value.append(parts["loss"])
     z, t, value = map(torch.cat, (z, t, value))
     torch.manual_seed(0)
-    network = Normaliser(z.shape[1]).to(device)
+    network = losses.LossNormalizer(z.shape[1]).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0)
     half = count // 2
     with torch.enable_grad():

@@ -4,6 +4,8 @@ the caller. What is compared (eps, flow velocity, end of the window) is a row of
     python losses.py        # prints each loss at known points and asserts the decomposition
 """
 import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
 
 
 def _flat(pred, target):
@@ -86,7 +88,7 @@ def high_pass_loss(pred, target, weight=1.0, radius=0.1):
 def normalised(value, log_predicted, floor=1e-4):
     """Each sample's loss over what is usual at its (z_t, t), so that no region outweighs the others, and the regression that
     teaches log_predicted what is usual: value / sg[max(exp(p), floor)] + (sg[log max(value, floor)] - p)^2. The first part
-    moves the student alone, the second the normaliser alone (normaliser.py), towards E[log value].
+    moves the student alone, the second the normaliser alone (LossNormalizer), towards E[log value].
     value: (B,), >= 0; log_predicted: (B,), p; floor > 0: below it a loss counts as that small.  Returns: (B,), >= 0.
     Source: Simple ReFlow's w(x_t, t) = 1 / sg[E loss]; that it learns the denominator, and how, is our guess."""
     _check_normaliser(value, log_predicted, floor)
@@ -108,10 +110,33 @@ def _check_normaliser(value, log_predicted, floor):
                          "floor > 0")
 
 
+class LossNormalizer(nn.Module):
+    """A small network that predicts E[log loss | z_t, t], for `normalised`. Stages of a 3x3 convolution that halves the
+    picture, each given the time; their mean over the picture; two linear layers, the last zero: 0 before training, every weight 1.
+    channels: of the latent; width: of the first stage, doubled by each.  z: (B, channels, h, w), any h and w; t: (B,), in (0, 1].
+    Returns: (B,), float32. Half a million parameters, for a learning rate of about 1e-3.  Shape and sizes are ours."""
+
+    def __init__(self, channels, width=32, stages=4):
+        super().__init__()
+        widths = [channels, *(width * 2 ** i for i in range(stages))]
+        self.embed = nn.Sequential(Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(128, 128))
+        self.times = nn.ModuleList(nn.Linear(128, out) for out in widths[1:])
+        self.stages = nn.ModuleList(nn.Conv2d(before, out, 3, stride=2, padding=1) for before, out in zip(widths, widths[1:]))
+        self.head = nn.Sequential(nn.Linear(widths[-1], 128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, z, t):
+        z, time = z.float(), self.embed(1000 * t.float())                       # sinusoids made for timesteps
+        for stage, shift in zip(self.stages, self.times):
+            z = nn.functional.leaky_relu(stage(z) + shift(time)[:, :, None, None], 0.2)
+        return self.head(z.mean((2, 3)))[:, 0]
+
+
 LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber, "high-pass": high_pass_loss}
-# (values (B,), ask() -> what the normaliser predicts) -> what is minimised
-NORMALISATIONS = {"none": lambda value, ask: value, "learnt": lambda value, ask: normalised(value, ask()),
-                  "per-sample": lambda value, ask: self_normalised(value)}
+# (values (B,), function that evaluates the normalizer) -> what is minimized
+NORMALISATIONS = {"none": lambda value, predict: value, "learnt": lambda value, predict: normalised(value, predict()),
+                  "per-sample": lambda value, predict: self_normalised(value)}
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ trajectory in a window, z_start and z_end, are two equations in two unknowns: ex
 explains both. Reflow trains the student to answer with the chord everywhere between the two ends. Once it does, its
 trajectory is straight over the window, and one step crosses it.
 
-    python reflow.py           # straightens a 2-D flow in 8, 4, 2, 1 windows, saves the picture, asserts what it shows
-    python reflow.py uniform   # the same with times drawn uniformly: the many-window students hardly learn (see `starts`)
+Here is the method, complete; tools/flow2d.py runs it on a flow in the plane, train.py on diffusion models.
 """
+import contextlib
 import functools
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
+
+import losses
 
 # ---- windows -------------------------------------------------------------------------------------------------------
 
@@ -233,99 +234,38 @@ def stage_steps(recipe, steps):
     return tuple(after - before for before, after in zip(cuts, cuts[1:]))
 
 
-# ---- python reflow.py ----------------------------------------------------------------------------------------------
+# ---- what is minimized ---------------------------------------------------------------------------------------------
 
 
-def demo(time_law="starts", file="reflow-2d.png", updates=800):
-    """Straighten an exactly known 2-D flow (noise to four blobs) with a small network, and draw it. About 20 seconds."""
-    import matplotlib.pyplot as plt
-    from diffusers import DDIMScheduler
+def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=None):
+    """The one place where a window's two ends become a loss: noise the chord to z_t, evaluate the student there, compare.
 
-    import losses
-    import sampler
-    import teacher
+    model: the student under the contract, (z, t, cond) -> (x_hat, eps_hat); ends: (z_start, z_end), float32 (B, ...) each;
+    times: (t, t_start, t_end), float64 (B,) each, t in (t_end, t_start]; cond: dict of tensors (B, ...);
+    recipe: its path is the model's; space, loss, direction term and normalization are read here;
+    normalizer: (z, t) -> predicted log loss (B,), for normalization "learnt"; autocast: context of the student's forward.
+    Returns: (values (B,), whose mean is minimized, and a dict of what they are made of: z (B, ...), loss, magnitude, direction, (B,)
+    each, magnitude + direction being the mean squared error in the recipe's space)."""
+    (z_start, z_end), (t, t_start, t_end) = ends, times
 
-    schedule = teacher.Schedule(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
-    angle = torch.arange(4) * torch.pi / 2
-    points = 1.5 * torch.stack([angle.cos(), angle.sin()], 1)
+    def like_z(pair):
+        return [v.float().view(-1, *[1] * (z_start.ndim - 1)) if torch.is_tensor(v) else v for v in pair]
 
-    def exact(z, timestep, spread=0.25):
-        """The optimal v-prediction for data spread a little around four points."""
-        alpha, sigma = (v.to(z)[:, None] for v in schedule((timestep.double() + 1) / 1000))
-        variance = alpha ** 2 * spread ** 2 + sigma ** 2
-        nearness = -(z[:, None] - alpha[:, :, None] * points).square().sum(2) / (2 * variance)
-        centre = nearness.softmax(1) @ points
-        x = centre + alpha * spread ** 2 / variance * (z - alpha * centre)
-        return (alpha * z - x) / sigma                                  # v = alpha eps - sigma x, with eps = (z - alpha x) / sigma
+    # the chord of the window, and the student's prediction at one point of it
+    x, eps = chord(z_start, z_end, like_z(model.schedule(t_start)), like_z(model.schedule(t_end)))     # (B, ...) each
+    a, b = like_z(model.coefficients(t))
+    z = a * x + b * eps
+    with autocast or contextlib.nullcontext():
+        x_hat, eps_hat = model(z, t, cond)
 
-    class Student(torch.nn.Module):
-        """The exact teacher plus a correction that starts at zero: the untrained student is the teacher."""
-
-        def __init__(self):
-            super().__init__()
-            layers = [torch.nn.Linear(12, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128), torch.nn.SiLU(), torch.nn.Linear(128, 2)]
-            self.net = torch.nn.Sequential(*layers)
-            torch.nn.init.zeros_(layers[-1].weight), torch.nn.init.zeros_(layers[-1].bias)
-
-        def forward(self, z, timestep):
-            phase = timestep[:, None] / 1000 * torch.tensor([1, 2, 4, 8, 16]) * torch.pi      # a window is a sawtooth in t
-            return exact(z, timestep) + self.net(torch.cat([z, phase.sin(), phase.cos()], 1))
-
-    torch.manual_seed(0)
-    solver = teacher.Model(exact, schedule, "v_prediction")
-
-    def solve(count, windows=8):
-        """Trajectories of the exact flow, at the boundaries of 8 windows: (count, 9, 2)."""
-        visited = []
-        end = sampler.ddim(solver, torch.randn(count, 2), sampler.time_grid(32), {},
-                           callback=lambda state: visited.append(state["z"]) if state["i"] % (32 // windows) == 0 else None)
-        return torch.stack([*visited, end], 1)
-    train, test = solve(8192), solve(1024)
-
-    network, panels, errors = Student(), [], {}
-    for windows in (8, 4, 2, 1):
-        model = teacher.Model(network, schedule, "v_prediction", windows=windows)
-        optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-        for _ in range(updates):
-            z = train[torch.randint(len(train), (512,))]
-            t = TIME_LAWS[time_law](torch.rand(512, dtype=torch.float64), windows)
-            t_start, t_end = window_of(t, windows)
-            rows = torch.arange(512)
-            z_start, z_end = (z[rows, ((1 - edge) * 8).round().long()] for edge in (t_start, t_end))
-            x, eps = chord(z_start, z_end, *([v.float()[:, None] for v in schedule(edge)] for edge in (t_start, t_end)))
-            a, b = (v.float() for v in model.coefficients(t, 2))
-            x_hat, eps_hat = model(a * x + b * eps, t, {})
-            optimizer.zero_grad()
-            losses.mse(eps_hat - x_hat, eps - x).mean().backward()
-            optimizer.step()
-            scheduler.step()
-        with torch.no_grad():
-            grid = sampler.time_grid(windows)
-            found, plain = (sampler.ddim(m, test[:, 0], grid, {}) for m in (model, solver))
-            errors[windows] = [(z - test[:, -1]).norm(dim=1).mean().item() for z in (found, plain)]
-            fine = []
-            sampler.ddim(model, test[:40, 0], sampler.time_grid(64), {}, callback=lambda state: fine.append((state["t"], state["z"])))
-            panels.append((f"student, {windows} window{'s' * (windows > 1)}", [*fine, (torch.zeros(40, dtype=torch.float64), found[:40])]))
-        reflowed, plain = errors[windows]
-        print(f"{windows} windows, {windows} steps: distance to the teacher's 32 steps {reflowed:.3f}; plain DDIM {plain:.3f}")
-        assert time_law != "starts" or reflowed < plain
-
-    fine = []
-    end = sampler.ddim(solver, test[:40, 0], sampler.time_grid(64), {}, callback=lambda state: fine.append((state["t"], state["z"])))
-    panels.insert(0, ("teacher", [*fine, (torch.zeros(40, dtype=torch.float64), end)]))
-    _, axes = plt.subplots(1, 5, figsize=(15, 3.3))
-    for axis, (title, path) in zip(axes, panels):
-        # where a chord is a straight line to the eye: z / (alpha + sigma)
-        line = torch.stack([z / sum(v.float() for v in schedule(t))[:, None] for t, z in path])          # (65, 40, 2)
-        axis.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.45, linewidth=1.2)
-        axis.plot(*line[0].T, ".", color="#999999", markersize=4)
-        axis.plot(*line[-1].T, ".", color="#D55E00", markersize=6)
-        axis.set(title=title, xticks=[], yticks=[], xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
-    plt.tight_layout()
-    plt.savefig(file, dpi=80)
-    print(f"{file}: gray is noise, orange is data")
-
-
-if __name__ == "__main__":
-    demo(*sys.argv[1:])
+    # both in the space of the loss, and in that of the direction term
+    def compared(space):
+        p, q = like_z(SPACES[space](model.schedule, t_start, t_end))
+        return p * x_hat + q * eps_hat, p * x + q * eps
+    pred, target = compared(recipe.space)
+    options = dict(weight=recipe.high_pass_weight, radius=recipe.high_pass_radius) if recipe.loss == "high-pass" else {}
+    value = losses.LOSSES[recipe.loss](pred, target, **options)
+    value = losses.aligned(value, *compared(recipe.direction_space), recipe.direction_weight)
+    values = losses.NORMALISATIONS[recipe.normalisation](value, lambda: normalizer(z, t))
+    magnitude, direction = losses.decompose(pred.detach(), target)
+    return values, dict(z=z, loss=value.detach(), magnitude=magnitude, direction=direction)

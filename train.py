@@ -7,7 +7,6 @@ checkpoint, on the same number of processes or another.
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -34,7 +33,6 @@ import reflow
 import sampler
 import teacher
 from config import UserError
-from normaliser import Normaliser
 from pairs import PRECISIONS, SOURCES, Pairs, cache_folder, cache_windows, drop_text_encoders
 from student import Solver, assign, full, make_student, newest_checkpoint, restore, save_checkpoint, swap, trained
 
@@ -302,9 +300,6 @@ def main(c):
     network = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving = teacher.as_model(pipeline, solver)
     solver_windows, path = recipe.solver_steps, reflow.PATHS[recipe.path]
-    distance = losses.LOSSES[recipe.loss]
-    if recipe.loss == "high-pass":
-        distance = functools.partial(distance, weight=recipe.high_pass_weight, radius=recipe.high_pass_radius)
 
     # the newest checkpoint says where to go on; the log forgets what came after it
     checkpoint, saved = newest_checkpoint(out, rank)
@@ -340,7 +335,7 @@ def main(c):
         normaliser = usual = torch.nn.Identity()
         if recipe.normalisation == "learnt":               # begins anew, as the losses do; at a rate of its own, which stays
             torch.manual_seed(c.seed)
-            normaliser = usual = Normaliser(pairs.shape[0]).to(device)
+            normaliser = usual = losses.LossNormalizer(pairs.shape[0]).to(device)
             optimizer.add_param_group(dict(params=list(normaliser.parameters()), lr=1e-3))
             usual = DistributedDataParallel(normaliser) if world > 1 else normaliser
         ema = EMAModel(trained(student).values(), decay=c.ema, foreach=True)
@@ -374,31 +369,15 @@ def main(c):
                 # micro-batch: the two ends of each sample's window
                 t, t_start, t_end, z_start, z_end, cond = pairs.ends(next(batches), solving, solver_windows // windows, model)
 
-                # the chord of the window, and the student's answer on it
-                ends = [[v.float()[:, None, None, None] for v in model.schedule(edge)] for edge in (t_start, t_end)]
-                x, eps = reflow.chord(z_start, z_end, *ends)                   # (B, C, h, w) each
-                a, b = (v.float() for v in model.coefficients(t, 4))
-                z = a * x + b * eps
-                with pairs.autocast():
-                    x_hat, eps_hat = model(z, t, cond)
-
-                # loss, in the recipe's space
-                def compared(space):
-                    p, q = (v.float()[:, None, None, None] if torch.is_tensor(v) else v
-                            for v in reflow.SPACES[space](model.schedule, t_start, t_end))
-                    return p * x_hat + q * eps_hat, p * x + q * eps
-                answer, target = compared(recipe.space)
-                per_sample = losses.aligned(distance(answer, target), *compared(recipe.direction_space), recipe.direction_weight)
-                weighted = losses.NORMALISATIONS[recipe.normalisation](per_sample, lambda: usual(z, t))
+                values, parts = reflow.student_loss(model, (z_start, z_end), (t, t_start, t_end), cond, recipe, usual, pairs.autocast())
 
                 # gradients: processes share theirs once, at the last micro-batch
                 final = i + micro == share
                 if c.shard:
                     student.set_requires_gradient_sync(final)
                 with network.no_sync() if network is not student and not final else contextlib.nullcontext():
-                    (weighted.sum() / share).backward()
-                magnitude, direction = losses.decompose(answer.detach(), target)
-                seen.append(torch.stack([per_sample.detach().double(), magnitude.double(), direction.double(), t_start, t], 1))
+                    (values.sum() / share).backward()
+                seen.append(torch.stack([*(parts[name].double() for name in ("loss", "magnitude", "direction")), t_start, t], 1))
 
             # update
             norm = torch.nn.utils.clip_grad_norm_(trained(student).values(), 1.0)

@@ -1,11 +1,15 @@
-"""Identities of reflow.py: windows, chord, paths, spaces, time laws, recipes."""
+"""Identities of reflow.py: windows, chord, paths, spaces, time laws, recipes, the loss."""
+import math
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 import losses
 import pairs
 import reflow
+import teacher
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, 7, 8, 10, 1000])
@@ -204,3 +208,69 @@ def test_a_recipe_draws_on_the_whole_axis_unless_told_and_its_base_is_read():
         assert torch.equal(reflow.draw_times(reflow.Recipe(time_law=name), DRAWS, 4), law(DRAWS, 4))
     t = reflow.draw_times(reflow.Recipe(time_law="exponential", time_base=0.5), DRAWS, 4)
     assert torch.equal(t, reflow.exponential(DRAWS, 4, 0.5))
+
+
+# ---- student_loss ----
+
+
+def window_of_a_trajectory(windows, path="vp", ndim=4):
+    """Random ends of windows, and a model whose answers are a trainable pair added to a given one."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (6, 2, 4, 4)[:ndim]
+    z_start, z_end = torch.randn(2, *shape, generator=generator)
+    t = 1 - torch.rand(6, generator=generator, dtype=torch.float64)
+    edges = reflow.window_of(t, windows)
+    schedule = teacher.Schedule(DDIMScheduler(beta_schedule="scaled_linear").alphas_cumprod)
+    x, eps = reflow.chord(z_start, z_end, *([v.float().view(-1, *[1] * (ndim - 1)) for v in schedule(edge)] for edge in edges))
+    shift = torch.zeros(2, *shape, requires_grad=True)
+
+    class Answers(teacher.Model):
+        def __call__(self, z, t, cond):
+            self.given = z, t, cond
+            return x + shift[0], eps + shift[1]
+    model = Answers(None, schedule, path=reflow.PATHS[path], windows=windows)
+    return model, (z_start, z_end), (t, *edges), (x, eps), shift
+
+
+@pytest.mark.parametrize("name", reflow.RECIPES)
+@pytest.mark.parametrize("windows, ndim", [(1, 4), (4, 4), (4, 3)])
+def test_the_loss_is_zero_at_the_chord_and_its_point_lies_on_the_path(name, windows, ndim):
+    recipe = reflow.RECIPES[name]
+    model, ends, times, (x, eps), shift = window_of_a_trajectory(windows, recipe.path, ndim)
+    values, parts = reflow.student_loss(model, ends, times, {"text": 1}, recipe, normalizer=lambda z, t: torch.zeros(6))
+    z, t, cond = model.given
+    assert torch.equal(t, times[0]) and cond == {"text": 1} and torch.equal(z, parts["z"])
+    a, b = (v.float() for v in model.coefficients(t, ndim))
+    assert torch.allclose(z, a * x + b * eps, atol=1e-6)
+    assert parts["loss"].shape == values.shape == (6,) and parts["loss"].abs().max() < 1e-6
+    assert parts["magnitude"].abs().max() < 1e-6 and parts["direction"].abs().max() < 1e-4      # norms in float32
+
+
+def test_the_loss_of_a_known_error_in_every_space_and_its_gradient():
+    """An error d in x alone is, in space (p, q), p d: the mean of (p d)^2 and the direction term follow, and so does the gradient."""
+    for space in reflow.SPACES:
+        model, ends, times, (x, eps), shift = window_of_a_trajectory(4)
+        with torch.no_grad():
+            shift[0] = 0.25
+        recipe = reflow.Recipe(space=space, direction_weight=0.5, direction_space="u")
+        values, parts = reflow.student_loss(model, ends, times, {}, recipe)
+        p, q = reflow.SPACES[space](model.schedule, *times[1:])
+        p = p if torch.is_tensor(p) else torch.full((6,), p)
+        expected = (p.double() * 0.25).square().float()
+        cosine = torch.cosine_similarity((eps - x - 0.25).flatten(1), (eps - x).flatten(1))
+        assert torch.allclose(values, expected + 0.5 * (1 - cosine), rtol=1e-4, atol=1e-5), space
+        assert torch.allclose(parts["magnitude"] + parts["direction"], expected, rtol=1e-3, atol=1e-4), space
+        assert torch.equal(values.detach(), parts["loss"]) and not parts["loss"].requires_grad
+        gradient, = torch.autograd.grad(values.sum(), shift)
+        assert gradient[0].abs().max() > 0 or space == "eps"
+
+
+def test_normalization_weighs_the_values_and_not_what_is_logged():
+    model, ends, times, (x, eps), shift = window_of_a_trajectory(2)
+    with torch.no_grad():
+        shift[1] = 0.5
+    recipe = reflow.Recipe(normalisation="learnt")
+    plain = reflow.student_loss(model, ends, times, {}, reflow.Recipe())[1]["loss"]
+    values, parts = reflow.student_loss(model, ends, times, {}, recipe, normalizer=lambda z, t: torch.full((6,), math.log(0.1)))
+    assert torch.allclose(parts["loss"], plain) and torch.allclose(plain, torch.full((6,), 0.25))
+    assert torch.allclose(values, torch.full((6,), 0.25 / 0.1 + math.log(0.25 / 0.1) ** 2), rtol=1e-5)

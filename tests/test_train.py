@@ -134,15 +134,15 @@ def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
 
 def test_the_learnt_normaliser_learns_and_levels_the_loss(tmp_path):
     """Its own loss falls: it comes to predict what is usual, and every window then weighs about 1."""
-    import normaliser
+    from losses import LossNormalizer
     made = []
-    real = normaliser.Normaliser.__init__
+    real = LossNormalizer.__init__
 
     def init(self, *args):
         real(self, *args)
         made.append(self)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(normaliser.Normaliser, "__init__", init)
+        patch.setattr(LossNormalizer, "__init__", init)
         train.main(small("tiny", tmp_path, windows=[1], steps=40, batch=16, trajectories=32, normalisation="learnt"))
     z, t = torch.randn(16, 8, 8, 8), torch.full((16,), 1.0)
     predicted = made[0](z, t).mean().item()
