@@ -3,8 +3,11 @@ import csv
 import io
 import itertools
 import json
+import os
 import tarfile
 
+import PIL.features
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -121,8 +124,76 @@ def write_disk(folder, files, captions):
     return folder / "saved"
 
 
+def write_links(folder, files, captions):
+    """A folder of links to folders, one of which leads back up."""
+    kept = folder.parent / "elsewhere"
+    for name in ("one", "two"):
+        (kept / name).mkdir(parents=True)
+        (folder / name).symlink_to(kept / name)
+    half = len(files) // 2
+    for name, part in (("one", slice(half)), ("two", slice(half, None))):
+        write_txt(kept / name, dict(list(files.items())[part]), captions[part])
+    (kept / "two" / "up").symlink_to(folder)
+    (folder / "two again").symlink_to(kept / "two")
+    return folder
+
+
+def write_img2dataset(folder, files, captions):
+    """img2dataset's layout "files", with what it and others leave in such a folder: none of it is an image or a lost caption."""
+    (folder / "00000").mkdir()
+    write_txt(folder / "00000", files, [None] * len(files))
+    for name, caption in zip(files, captions):
+        record = {"url": f"https://x/{name}", "caption": caption, "key": name, "status": "success", "width": 24, "exif": "{}"}
+        (folder / "00000" / name).with_suffix(".json").write_text(json.dumps(record))
+    pyarrow.parquet.write_table(pyarrow.table({"url": list(files), "caption": captions}), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text('{"count": 4, "caption": "not one"}')
+    for name in ("README.md", "Thumbs.db", ".DS_Store", "a.npz", "00000/a.npz", "00000/README", "b.pdf"):
+        (folder / name).write_bytes(b"\xff")
+    return folder
+
+
+def write_coco(folder, files, captions):
+    """COCO as it is distributed: what is trained on is the training split, whatever lies beside it."""
+    for split, names in (("train2017", files), ("val2017", ["a.png"])):
+        (folder / split).mkdir()
+        write_txt(folder / split, {name: files[name] for name in names}, [None] * len(names))
+        annotations = [{"id": 10 * turn + i, "image_id": i, "caption": caption if turn == 0 else "another of its captions"}
+                       for turn in range(3) for i, caption in enumerate(captions[:len(names)])]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(
+            {"images": [{"id": i, "file_name": name} for i, name in enumerate(names)], "annotations": annotations}))
+    (folder / "annotations" / "instances_train2017.json").write_text("{}")
+    return folder
+
+
+def write_tar_apart(folder, files, captions):
+    """All captions, then all images, as tar's --sort=none and many tools leave them; with what macOS and others add."""
+    members = with_txt(files, captions)
+    return write_tar(folder / "x.tar", [("./README.md", b"x"), ("./._a.png", b"x"), *members[1::2], *members[::2], ("stats.json", b"{}")])
+
+
+def write_tar_dots(folder, files, captions):
+    """Names with dots, a folder's among them."""
+    dotted = {f"v1.5/photo.{i}.{name}": content for i, (name, content) in enumerate(files.items())}
+    return write_tar(folder / "x.tar", [member for (name, content), caption in zip(dotted.items(), captions) for member in (
+        (name, content), (name[:-4] + ".txt", caption.encode()))])
+
+
+def write_parquet_bytes(folder, files, captions):
+    """Plain bytes, as img2dataset writes them: no type says that they are images."""
+    pyarrow.parquet.write_table(pyarrow.table({"url": list(files), "jpg": list(files.values()), "caption": captions}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def write_parquet_struct(folder, files, captions):
+    cells = [{"bytes": content, "path": name} for name, content in files.items()]
+    pyarrow.parquet.write_table(pyarrow.table({"key": list(files), "image": cells, "Caption": captions}), folder / "x.parquet")
+    return folder                                          # a folder that holds tables
+
+
 FORMATS = [write_txt, write_jsonl, write_csv, write_tar_txt, write_tar_json, write_tars, write_glob, write_parquet, write_parquet_folder,
-           write_disk]
+           write_disk, write_links, write_img2dataset, write_coco, write_tar_apart, write_tar_dots, write_parquet_bytes,
+           write_parquet_struct]
 format_ids = [writer.__name__.removeprefix("write_") for writer in FORMATS]
 any_format = pytest.mark.parametrize("write", FORMATS, ids=format_ids)
 
@@ -192,6 +263,74 @@ def test_the_crop_is_central_and_extremes_reach_one(tmp_path):
     assert square[0, :, 1:-1].eq(-1).all() and square[1:, :, 1:-1].eq(1).all()
 
 
+def transparent(mode):
+    """A picture whose left half is opaque black and whose right half is fully transparent over a hidden black."""
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    if mode == "P":                                        # a palette of two blacks, one of them transparent
+        image = Image.new("P", (16, 16), 0)
+        image.putpalette([0] * 6)
+        image.paste(1, (8, 0, 16, 16))
+        image.info["transparency"] = 1
+    elif mode in ("L", "RGB"):                             # one color is transparent: black; what is not is nearly black
+        image = Image.new(mode, (16, 16), 1 if mode == "L" else (1, 1, 1))
+        image.paste(0, (8, 0, 16, 16))
+        image.info["transparency"] = 0 if mode == "L" else (0, 0, 0)
+    else:
+        image = image.convert(mode)
+    return image
+
+
+@pytest.mark.parametrize("mode, kind", [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("P", "gif"), ("L", "png"), ("RGB", "png"),
+                                        ("RGBA", "webp"), ("RGBA", "tiff")])
+def test_what_is_transparent_is_white_whatever_its_hidden_color(tmp_path, mode, kind):
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    written = encoded(transparent(mode), kind, **options)
+    (tmp_path / "images").mkdir()
+    found = open_(write_txt(tmp_path / "images", {f"a.{kind}": written}, ["x"])).decode([0], 16)[0]
+    assert found[:, :, 8:].eq(1).all() and found[:, :, :8].lt(-0.98).all()
+
+
+@pytest.mark.parametrize("kind", ["avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"])
+def test_every_kind_of_file_that_pillow_reads_is_an_image_of_moving_ones_the_first_frame(tmp_path, kind):
+    if kind == "avif" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    red, blue = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    content = encoded(red, kind, **({"save_all": True, "append_images": [blue]} if kind in ("gif", "tiff", "webp", "png") else {}))
+    for suffix in {"tiff": ["tif", "tiff"], "jpeg": ["jpg", "JPEG"]}.get(kind, [kind]):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        found = open_(write_txt(folder, {f"a.{suffix}": content}, ["x"])).decode([0], 16)[0]
+        assert found[0].gt(0.9).all() and found[1:].lt(-0.9).all()
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70000), Image.new("I", (4, 4), -1)],
+                         ids=["float", "32 bits", "negative"])
+def test_pixels_of_unknown_range_are_refused_not_black(tmp_path, image):
+    assert "a.tif or its caption cannot be read (neither 8 nor 16 bits a pixel)" in refusal(
+        write_txt(tmp_path, {"a.tif": encoded(image, "tiff")}, ["x"]))
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (3000, 3), (30, 10), (10, 30)])
+def test_no_shape_takes_more_memory_than_a_few_squares(tmp_path, monkeypatch, size):
+    """The shorter side is brought to 256 pixels: 4000 x 1 would be 1,024,000 x 256. What is cut away is cut first."""
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: sizes.append(size) or resize(self, size, *a, **k))
+    found = open_(write_txt(tmp_path, {"a.png": encoded(Image.new("RGB", size, (255, 0, 0)))}, ["x"])).decode([0], 256)
+    assert found.shape == (1, 3, 256, 256) and found[0, 0].eq(1).all()
+    assert len(sizes) == 1 and sizes[0][0] * sizes[0][1] <= 16 * 256 ** 2
+
+
+def test_the_middle_of_a_strip_is_what_resizing_all_of_it_gives():
+    """A smooth picture of 20:1, odd and even: cut to its middle first or last, the same within a fraction of a level."""
+    for width in (400, 401):
+        ramp = Image.linear_gradient("L").rotate(90).resize((width, 20)).convert("RGB")
+        whole = ramp.resize((int(64 * width / 20), 64), Image.Resampling.LANCZOS)
+        left = round((whole.width - 64) / 2)
+        whole = data.tensor([whole.crop((left, 0, left + 64, 64))])
+        assert (data.tensor([data.square(ramp, 64)]) - whole).abs().max() * 127.5 <= 1 and whole.std() > 0
+
+
 def test_a_camera_s_orientation_is_obeyed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                       # turn by 270 degrees to see it upright
@@ -243,8 +382,8 @@ def test_a_name_on_the_hub_is_loaded_by_datasets_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     assert open_("user/some-name_1.0").size == 4 and asked == [(("user/some-name_1.0",), {"split": "train"})]
-    for slip in ("nowhere", "photos/mine", "a/b/c", "nowhere/*.tar", "{0..2}.tar", "x.parquet", "/no/where"):
-        assert f"--data {slip}: no such folder" in refusal(slip)
+    for slip in ("nowhere", "photos/mine", "a/b/c", "x.parquet", "/no/where"):
+        assert f"--data {slip}: no such folder or file; give " in refusal(slip)
     assert len(asked) == 1
 
     def unknown(name, split):
@@ -265,6 +404,146 @@ def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
         data.open_dataset("sprites", "p.txt", seed=0)
 
 
+LINE_ENDS_OF_STR = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"     # where str.splitlines() cuts and no editor or format ends a line
+
+
+@pytest.mark.parametrize("write", [write_txt, write_jsonl, write_csv, write_tar_json, write_img2dataset, "prompts.txt", "prompts.csv",
+                                   "prompts.jsonl"])
+def test_only_a_newline_ends_a_line(tmp_path, write):
+    captions = [f"a fox{end}and a cat" for end in LINE_ENDS_OF_STR]
+    if callable(write):
+        for name, four in (("a", captions[:4]), ("b", captions[4:])):
+            (tmp_path / name).mkdir()
+            assert open_(write(tmp_path / name, GOOD, four)).captions == ["", *four]
+    else:
+        lines = {"txt": captions, "csv": ["prompt", *captions], "jsonl": [
+            json.dumps({"prompt": caption}, ensure_ascii=False) for caption in captions]}[write.split(".")[1]]
+        (tmp_path / write).write_bytes("\r\n".join(lines).encode())
+        assert data.open_dataset("", str(tmp_path / write), seed=0).captions == ["", *captions]
+
+
+def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
+    def prompts(name, text, column=""):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        return data.open_dataset("", str(tmp_path / name), seed=0, caption_column=column).captions[1:]
+
+    def refused(*args):
+        with pytest.raises(UserError) as error:
+            prompts(*args)
+        return str(error.value)
+    assert prompts("p.csv", 'id,prompt\n1,"a fox, asleep"\n\n2,"two\nlines"\n') == ["a fox, asleep", "two\nlines"]
+    assert prompts("p.tsv", "Prompt\tCategory\na fox, red\tAnimals\n") == ["a fox, red"]           # as PartiPrompts has it
+    assert prompts("p.jsonl", '{"text": "a fox"}\n{"text": "a cat"}\n') == ["a fox", "a cat"]
+    assert prompts("p.csv", "Prompts,Category\na fox,x\n", "Prompts") == ["a fox"]
+    assert prompts("p.txt", "prompt,of sorts\na fox, red\n") == ["prompt,of sorts", "a fox, red"]
+    assert refused("p.csv", "a fox, red\na cat, blue\n") == (
+        f"--prompts {tmp_path}/p.csv: no caption column known; name one of a fox,  red with --caption-column, or rename the file to .txt if "
+        "every line of it is a prompt")
+    assert "entry 2 has no prompt; write one or remove the entry" in refused("p.csv", "id,prompt\n1,a fox\n2,\n")
+    assert "entry 1 has no text; write" in refused("p.jsonl", '{torn\n{"text": "a cat"}\n')
+    assert "no prompt in it; write one per line" in refused("p.csv", "prompt\n")
+    assert "cannot be read (unexpected end of data)" in refused("p.csv", 'prompt\na fox\n"a cat\na dog\n')
+
+
+def test_what_data_cannot_be_is_named_for_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos.zip").write_bytes(b"")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(GOOD["a.png"])
+    for address in ("https://x.org/{000..010}.tar", "https://huggingface.co/datasets/user/name", "s3://bucket/x.parquet",
+                    "pipe:aws s3 cp s3://bucket/x.tar -", "hf://datasets/user/name"):
+        assert f"--data {address}: an address, and data is read from the disk; download it first, or give a folder" in refusal(address)
+    for pattern in ("nowhere/*.tar", "{0..2}.tar", "photos/*.parquet"):
+        assert f"--data {pattern}: matches no file; give a folder" in refusal(pattern)
+    assert "--data photos/*.png: a pattern, which only .tar and .parquet files can have; give" in refusal("photos/*.png")
+    assert "--data photos.zip: a file of no kind that is read here; give a folder" in refusal("photos.zip")
+
+
+def test_every_file_of_a_folder_is_read_or_the_folder_is_refused(tmp_path):
+    """Images beside shards, or beside tables with images: neither is left out in silence."""
+    for other, there, write in (("x.tar", "1 tar files (sub/x.tar)", write_tar_txt), ("x.parquet", "1 tables with images (", write_parquet)):
+        folder = tmp_path / other
+        (folder / "sub").mkdir(parents=True)
+        write(folder / "sub", GOOD, CAPTIONS)
+        for shard in (folder / "sub").glob("shard.tar"):
+            shard.rename(folder / "sub" / "x.tar")
+        assert open_(folder).size == 4                     # alone, in a folder below
+        write_txt(folder, {name: GOOD[name] for name in ("a.png", "b.png", "c.png")}, CAPTIONS)
+        refused = refusal(folder)
+        assert f"--data {folder}: holds 3 image files (a.png, ...) and {there}" in refused, refused
+        assert "move away what is not meant, or give a pattern such as" in refused
+        assert open_(folder / "sub" / "*.tar" if other == "x.tar" else folder / "sub" / "x.parquet").size == 4
+    (folder / "torn.parquet").write_bytes(b"torn")
+    (folder / "sub" / "x.parquet").unlink()
+    assert "torn.parquet cannot be read (" in refusal(folder)
+
+
+def test_what_a_link_or_a_folder_hides_is_named(tmp_path, monkeypatch):
+    write_txt(tmp_path, GOOD, CAPTIONS)
+    (tmp_path / "photos").symlink_to(tmp_path / "unplugged")
+    assert "photos is a link to nothing; restore what it names or remove it" in refusal(tmp_path)
+    assert open_(tmp_path, skip_bad=True).skipped == ["photos"]
+    (tmp_path / "photos").unlink()
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def locked(path):                                      # permissions do not stop root
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", locked)
+    assert f"{tmp_path}/locked cannot be opened (Permission denied); allow it or move it away" in refusal(tmp_path)
+
+
+def test_names_of_one_shard_make_its_samples(tmp_path):
+    """Twice the same name, a link, a second archive behind the first, and of one stem the mask: each is named or has its rule."""
+    pair = [("a.jpg", JPEG), ("a.txt", b"x")]
+    assert "x.tar: a.jpg is there twice; keep one" in refusal(write_tar(tmp_path / "x.tar", [*pair, pair[0]]))
+    one = write_tar(tmp_path / "x.tar", pair).read_bytes()
+    (tmp_path / "x.tar").write_bytes(one + write_tar(tmp_path / "y.tar", [("b.jpg", JPEG), ("b.txt", b"y")]).read_bytes())
+    (tmp_path / "y.tar").unlink()
+    assert "x.tar cannot be read to its end (a truncated header, or another archive behind the first)" in refusal(tmp_path)
+    with tarfile.open(write_tar(tmp_path / "x.tar", pair), "a") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        tar.addfile(link)
+    assert "x.tar: b.jpg is a link or device; store the file itself" in refusal(tmp_path / "x.tar")
+    black = encoded(Image.new("RGB", (8, 8)))
+    dataset = open_(write_tar(tmp_path / "x.tar", [("a.mask.png", black), ("a.png", black), *pair, ("a.v2.png", black), ("a.v2.txt", b"y"),
+                                                   ("a.notes.txt", b"z")]))
+    assert [row.name for row in dataset.kept] == ["x.tar: a.jpg", "x.tar: a.v2.png"] and dataset.captions == ["", "x", "y"]
+
+
+def test_a_column_of_images_is_chosen_only_where_there_is_one(tmp_path):
+    path = tmp_path / "x.parquet"
+
+    def write(**columns):
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return path
+    assert refusal(write(url=["https://x"], caption=["x"])).endswith(
+        f"--data {path}: no column of images; name one of url, caption with --image-column")
+    two = write(jpg=[GOOD["a.png"]], small=[b"x"], caption=["x"])
+    assert "several columns of bytes; name one of jpg, small with --image-column" in refusal(two)
+    assert open_(two, image_column="jpg").size == 1
+    assert "no column pixels; name one of jpg, small, caption with --image-column" in refusal(two, image_column="pixels")
+    assert "row 1 or its caption cannot be read (an empty cell)" in refusal(write(jpg=[GOOD["a.png"], None], caption=["x", "y"]))
+
+
+def test_coco_without_its_pictures_or_captions_is_named(tmp_path):
+    write_coco(tmp_path, GOOD, CAPTIONS)
+    assert "is COCO and has no columns; leave them out" in refusal(tmp_path, caption_column="caption")
+    (tmp_path / "train2017" / "b.png").unlink()
+    assert "train2017/b.png is named in its annotations but is not there; fetch it again" in refusal(tmp_path)
+    assert open_(tmp_path, skip_bad=True).size == 3
+    (tmp_path / "train2017").rename(tmp_path / "elsewhere")
+    assert open_(tmp_path).size == 1                       # the split that is there
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere too")
+    assert "its annotations are COCO's, but train2017 or val2017 is not beside them; unpack the images there" in refusal(tmp_path)
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations" / "captions_val2017.json").write_text("{torn")
+    assert "annotations/captions_val2017.json is not a captions file of COCO (JSONDecodeError" in refusal(tmp_path)
+
+
 # ---- bad data ----
 
 
@@ -272,7 +551,7 @@ def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
 TROUBLES = {
     "truncated jpeg": ("b.jpg", JPEG[:len(JPEG) // 2], "x", "or its caption cannot be read (image file is truncated"),
     "truncated png": ("b.png", GOOD["b.png"][:300], "x", "or its caption cannot be read ("),
-    "not an image": ("b.png", b"not an image", "x", "or its caption cannot be read (not an image); replace or remove it"),
+    "not an image": ("b.png", b"not an image", "x", "or its caption cannot be read (not an image to Pillow"),
     "nothing": ("b.png", b"", "x", "or its caption cannot be read ("),
     "empty caption": ("b.png", GOOD["b.png"], " ", "has no caption; "),
 }
@@ -298,23 +577,24 @@ def test_folders_of_bad_things_are_refused_by_name(tmp_path):
         (tmp_path / name).mkdir()
         write_txt(tmp_path / name, files, [*captions, *[None] * len(files)])
         return tmp_path / name
-    assert "no image in it (.bmp, .jpeg, .jpg, .png, .webp)" in refusal(make("empty", {}))
+    assert "no image in it (.avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); give" in refusal(make("empty", {}))
     assert "no image in it" in refusal(make("texts", {"a.txt": b"a"}))
     lonely = make("lonely", {"a.png": GOOD["a.png"]})
     assert "a.png has no caption; write one into a.txt, or leave it out with --skip-bad" in refusal(lonely)
     assert f"--data {lonely}: nothing usable in it; --skip-bad left out all 1, the first because a.png has no caption" in refusal(
         lonely, skip_bad=True)
-    stray = make("stray", {"a.png": GOOD["a.png"], "b.pdf": b""}, ["x"])
-    assert "b.pdf is neither an image nor the caption of one; move it away, or leave it out" in refusal(stray)
-    assert open_(stray, skip_bad=True).skipped == ["b.pdf"]
-    (stray / "b.pdf").rename(stray / ".hidden")
+    stray = make("stray", {"a.png": GOOD["a.png"], "b.txt": b"y"}, ["x"])
+    assert "b.txt is the caption of no image; add its image or move it away, or leave it out" in refusal(stray)
+    assert open_(stray, skip_bad=True).skipped == ["b.txt"]
+    (stray / "b.txt").rename(stray / ".hidden.txt")
     (stray / ".cache").mkdir()
     (stray / ".cache" / "c.png").write_bytes(b"")
     (stray / "a.txt").write_text("x", encoding="utf-8-sig")            # Windows' Notepad begins a file with a mark
     assert open_(stray).captions == ["", "x"]
     (stray / "a.txt").write_bytes(b"\xff\xfe\xff")
     assert "a.png or its caption cannot be read ('utf-8'" in refusal(stray)
-    assert "has .txt captions and no columns" in refusal(stray, caption_column="text")
+    assert "--image-column x: " in refusal(stray, image_column="x") and "has no columns; leave it out" in refusal(stray, image_column="x")
+    assert "a.png has no caption; write one into a.json, long" in refusal(stray, caption_column="long")
 
 
 def test_metadata_that_names_nothing_or_what_is_not_there_is_named(tmp_path):
@@ -337,7 +617,7 @@ def test_a_torn_or_missing_shard_is_named_and_the_samples_before_the_tear_are_ke
         (tmp_path / "01.tar").write_bytes(whole[:cut])
         assert "01.tar cannot be read to its end (" in refusal(path), cut
         dataset = open_(path, skip_bad=True)
-        assert dataset.row_captions[:2] == [1, 2] and dataset.skipped[-1] == "01.tar", cut
+        assert dataset.row_captions[:2] == [1, 2] and dataset.skipped[0] == "01.tar", cut
     (tmp_path / "01.tar").write_bytes(b"")
     assert open_(path, skip_bad=True).size == 2
     (tmp_path / "01.tar").unlink()
@@ -350,10 +630,12 @@ def test_a_shard_s_sample_without_an_image_or_with_a_caption_that_is_not_text_is
     odd = [("a.txt", b"no image"), ("b.jpg", JPEG), ("b.txt", b"\xff"), ("c.jpg", JPEG), ("c.json", b"{torn"), ("d.jpg", JPEG),
            ("d.txt", b"x")]
     shard = write_tar(tmp_path / "x.tar", odd)
-    assert "x.tar: a has no image (bmp, jpeg, jpg, png, webp); add one, or leave it out with --skip-bad" in refusal(shard)
+    lost = "x.tar: a.txt has no image (.avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); add it or remove the caption, or leave it"
+    assert "x.tar: b.jpg or its caption cannot be read ('utf-8'" in refusal(shard)
+    assert lost in refusal(write_tar(tmp_path / "x.tar", [odd[0], *odd[-2:]]))
     assert "x.tar: b.jpg or its caption cannot be read ('utf-8'" in refusal(write_tar(tmp_path / "x.tar", odd[1:]))
     dataset = open_(write_tar(tmp_path / "x.tar", odd), skip_bad=True)
-    assert dataset.skipped == ["x.tar: a", "x.tar: b.jpg", "x.tar: c.jpg"] and dataset.captions == ["", "x"]
+    assert dataset.skipped == ["x.tar: b.jpg", "x.tar: c.jpg", "x.tar: a.txt"] and dataset.captions == ["", "x"]
 
 
 def test_a_table_s_cell_may_name_a_file_and_an_empty_one_is_named(tmp_path):
@@ -400,7 +682,7 @@ def test_a_checked_dataset_is_not_checked_again_until_it_changes(tmp_path, tmp_p
     decoded.clear()
     again = open_(path, skip_bad=True, checked=checked)
     assert not decoded and again.skipped == first.skipped and len(first.skipped) == 1 and again.size == 2
-    assert "or its caption cannot be read (not an image)" in refusal(path, checked=checked) and not decoded
+    assert "or its caption cannot be read (not an image to Pillow" in refusal(path, checked=checked) and not decoded
     write(tmp_path, files | {"b.png": GOOD["b.png"]}, CAPTIONS[:3])
     assert open_(path, checked=checked).size == 3 and len(decoded) == 3
     decoded.clear()
