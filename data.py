@@ -8,6 +8,7 @@ one where they lie, in a folder, inside a tar or in a table, so the order costs 
 
 stores teacher trajectories with their text, or for pairs from images their latents with their text; torchrun spreads it.
 """
+import contextlib
 import csv
 import errno
 import functools
@@ -17,9 +18,11 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -40,6 +43,7 @@ IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".ti
 # datasets and webdataset are imported where they are used: each costs a second or two
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")      # the first of these that is there
 DECODING = 2            # part of a dataset's key: raise it when decode() gives other pixels for the same file
+STALE = 3600            # seconds without a change after which a temporary file has no writer any more
 
 
 def generator(seed, *numbers):
@@ -656,20 +660,23 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--cache {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if not manifest.exists():
-            write_atomically(manifest, lambda part: part.write_text(json.dumps(settings, indent=1)))
+        if not manifest.exists():                                # another run may write its own at this moment: the first one stays
+            write_atomically(manifest, lambda part: part.write_text(json.dumps(settings, indent=1)), replace=False)
     barrier()
-    found = json.loads(manifest.read_text())
+    found = parse_object(manifest.read_text())
+    if not found and settings:
+        raise UserError(f"--cache {folder}: manifest.json is truncated; delete the folder")
     if found != settings:
         there, here = ({key: made.get(key, "absent") for key in (*found, *settings)} for made in (found, settings))
         different = {key: (there[key], here[key]) for key in there if there[key] != here[key]}
         raise UserError(f"--cache {folder}: made with other settings (there, here): {different}; choose another folder or delete it")
     parts = [(folder / f"{i:05d}.safetensors", range(start, min(start + shard, count))) for i, start in enumerate(range(0, count, shard))]
-    missing = [(file, numbers) for file, numbers in parts[rank::world] if rows_in(file, numbers.start) < len(numbers)]
+    missing = [part for part in parts[rank::world] if rows_in(part[0], part[1].start) < len(part[1])]
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
             made = {name: value.contiguous() for name, value in solve(numbers).items()}
-            write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
+            if rows_in(file, numbers.start) < len(numbers):      # another run may have made it meanwhile, and longer
+                write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
             bar.update(len(numbers))
     barrier()
     return Rows([file for file, _ in parts], shard, count)
@@ -685,21 +692,66 @@ def rows_in(file, first):
         return 0
 
 
-def write_atomically(target, write):
-    """write(part) into a file or folder beside target, then rename: target is whole or absent, never torn.
-    Raises UserError on a full disk; the old target is still there then."""
-    part = target.with_name(target.name + ".part")
-    remove(part)
+def write_atomically(target, write, replace=True):
+    """write(part) into a file or folder beside target, bring it onto the disk, then rename: target is whole or absent, after a kill
+    and after a power cut, and of several processes that write it at once each has a part of its own. replace=False: a target
+    (a file) that is there stays.  Raises UserError on a full disk; the old target is still there then."""
+    remove_stale(target.parent)
+    part, old = (target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part") for _ in range(2))
     try:
         write(part)
+        sync(part)
+        if not replace:
+            link(part, target)
+        else:
+            if target.is_dir():                                  # rename() does not replace a folder that holds something
+                os.rename(target, old)
+            os.replace(part, target)
+        sync(target.parent, below=False)
     except (OSError, RuntimeError, SafetensorError) as error:
-        remove(part)
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(target.parent).free < 2 ** 20:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(target.parent).free < 2 ** 20:
             raise UserError(f"{target}: no space left on the device; free some and run the same command again") from error
         raise
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(part, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        remove(part)
+        remove(old)
+
+
+def link(part, target):
+    """Give a finished file its name if nobody else has given it that name: the one step that creates and never replaces."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.replace(part, target)                                 # no hard links here (exFAT, some network drives): the last one stays
+
+
+def sync(path, below=True):
+    """Return once a file, or a folder with everything below it, is on the disk itself."""
+    for entry in [*(path.rglob("*") if below and path.is_dir() else ()), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not (entry.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):      # network drives that cannot sync a folder
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def remove_stale(folder):
+    """Delete what killed processes left of write_atomically in a folder. Whether a writer lives cannot be seen from another machine
+    or container: one that has not written for STALE seconds does not."""
+    for part in folder.glob(".*.part"):
+        if re.search(r"\.\d+-[0-9a-f]{8}\.part$", part.name):
+            with contextlib.suppress(FileNotFoundError):         # its writer was faster, or another process that cleans
+                if time.time() - max(entry.stat().st_mtime for entry in [part, *part.rglob("*")]) > STALE:
+                    remove(part)
 
 
 def remove(path):

@@ -10,6 +10,7 @@ import PIL.features
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import FORKS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -790,7 +791,9 @@ def test_a_kill_half_way_loses_one_shard_at_most(tmp_path, solve):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, 16, SETTINGS, killed, shard=4)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
-    (tmp_path / "00002.safetensors.part").write_bytes(b"half")          # as if it had been killed while writing
+    stale = tmp_path / ".00002.safetensors.7-0123abcd.part"
+    stale.write_bytes(b"half")                                          # as if it had been killed while writing,
+    os.utime(stale, (0, 0))                                             # long ago
     assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
     solve.made.clear()
     check(data.cached(tmp_path, 16, SETTINGS, solve, shard=4), list(range(16)))
@@ -847,3 +850,138 @@ def test_a_full_disk_is_one_line_and_the_old_shard_stays(tmp_path, solve, monkey
     assert len(load_file(tmp_path / "00000.safetensors")["z"]) == 3 and not list(tmp_path.glob("*.part"))
     monkeypatch.setattr(data, "save_file", save_file)
     check(data.cached(tmp_path, 4, SETTINGS, solve, shard=4), [3, 0])
+
+
+# ---- several processes, and power cuts ----
+
+
+def share_a_cache(folder, count, barrier):
+    """One of two processes. Each shard is half written by both at once before either goes on."""
+    save = data.save_file
+
+    def save_slowly(tensors, part, metadata):
+        save(tensors, part, metadata)
+        content = part.read_bytes()
+        part.write_bytes(content[:len(content) // 2])
+        barrier.wait(60)
+        part.write_bytes(content)
+        barrier.wait(60)
+    data.save_file = save_slowly
+    rows = data.cached(folder, count, SETTINGS, lambda numbers: {"caption": torch.tensor(list(numbers)) * 7}, shard=4)
+    assert torch.equal(rows[range(count)]["caption"], torch.arange(count) * 7)
+
+
+def test_two_processes_that_share_a_cache_both_end_with_whole_parts(tmp_path):
+    barrier = FORKS.Barrier(2)
+    processes = [FORKS.Process(target=share_a_cache, args=(tmp_path, 10, barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "00000.safetensors", "00001.safetensors", "00002.safetensors", "manifest.json"]
+    assert len(load_file(tmp_path / "00002.safetensors")["caption"]) == 2
+
+
+def claim_a_cache(folder, settings, saw_nothing, others_turn, result):
+    """One of two processes that both find no manifest: it writes its own only after others_turn."""
+    write = data.write_atomically
+
+    def write_late(target, *args, **options):
+        if target.name == "manifest.json":
+            saw_nothing.set()
+            others_turn.wait(60)
+        write(target, *args, **options)
+    data.write_atomically = write_late
+    try:
+        data.cached(folder, 4, settings, lambda numbers: {"caption": torch.full((len(numbers),), settings["value"])})
+        result.put(settings["value"])
+    except UserError as error:
+        result.put(str(error))
+
+
+def test_of_two_processes_with_other_settings_only_the_first_gets_the_cache(tmp_path):
+    first_saw, second_saw, first_done, result = FORKS.Event(), FORKS.Event(), FORKS.Event(), FORKS.Queue()
+    second = FORKS.Process(target=claim_a_cache, args=(tmp_path, {"value": 2}, second_saw, first_done, result))
+    second.start()
+    assert second_saw.wait(60)
+    first = FORKS.Process(target=claim_a_cache, args=(tmp_path, {"value": 1}, first_saw, second_saw, result))
+    first.start()
+    assert result.get(timeout=60) == 1
+    first_done.set()
+    assert "made with other settings (there, here): {'value': (1, 2)}; choose another folder" in str(result.get(timeout=60))
+    for process in (first, second):
+        process.join(60)
+    assert load_file(tmp_path / "00000.safetensors")["caption"].tolist() == [1] * 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.safetensors", "manifest.json"]
+
+
+def test_a_cache_on_a_disk_without_hard_links_and_a_truncated_manifest(tmp_path, solve, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", refuse)
+    check(data.cached(tmp_path / "c", 3, SETTINGS, solve), [2, 0])
+    (tmp_path / "c" / "manifest.json").write_text('{"teacher')
+    with pytest.raises(UserError, match="manifest.json is truncated; delete the folder"):
+        data.cached(tmp_path / "c", 3, SETTINGS, solve)
+
+
+def test_a_longer_shard_that_another_process_made_meanwhile_stays(tmp_path, solve):
+    def late(numbers):
+        data.cached(tmp_path, 4, SETTINGS, solve, shard=4)
+        return solve(numbers)
+    rows = data.cached(tmp_path, 2, SETTINGS, late, shard=4)
+    assert len(rows) == 2 and len(load_file(tmp_path / "00000.safetensors")["z"]) == 4
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_renamed_is_on_the_disk_first_and_the_name_after(tmp_path, monkeypatch, kind):
+    """After a power cut a name never stands for content that was not written: everything is synchronized before the rename, the
+    folder that holds the name after it. An old target is whole until then."""
+    events, sync, replace, target = [], os.fsync, os.replace, tmp_path / "target"
+
+    def write(part):
+        if kind == "folder":
+            (part / "sub").mkdir(parents=True)
+            (part / "sub" / "a").write_text("new")
+        else:
+            part.write_text("new")
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    for _ in range(2):                                     # the second time over an old one
+        events.clear()
+        data.write_atomically(target, write)
+        at = events.index("rename")
+        before = [os.path.basename(event) for event in events[:at]]
+        assert len(before) == (3 if kind == "folder" else 1) and before[-1].endswith(".part") and events[at + 1:] == [str(tmp_path)]
+        assert kind == "file" or set(before[:2]) == {"sub", "a"}
+        assert (target / "sub" / "a" if kind == "folder" else target).read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), RuntimeError("x")], ids=lambda error: type(error).__name__)
+def test_an_error_while_writing_leaves_the_old_target_and_nothing_else(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+    target = tmp_path / "target"
+    data.write_atomically(target, lambda part: (part.mkdir(), (part / "a").write_text("old")))
+    for where in ("fsync", "replace", None):
+        with monkeypatch.context() as patched, pytest.raises(type(error)):
+            if where:
+                patched.setattr(os, where, fail)
+            data.write_atomically(target, lambda part: (part.mkdir(), where or fail()))
+        assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target], where
+
+
+def test_only_what_no_process_can_be_writing_any_more_is_cleaned_away(tmp_path):
+    kept, gone = [".x.safetensors.1-00000000.part", "photo.jpg.part", ".x.part", ".y.1-0000000g.part"], [
+        ".x.safetensors.99-89abcdef.part", ".folder.3-12345678.part"]
+    for name in (*kept, *gone):
+        (tmp_path / name).mkdir() if "folder" in name else (tmp_path / name).write_text("")
+    (tmp_path / gone[1] / "a").write_text("")
+    old = os.stat(tmp_path).st_mtime - 2 * data.STALE
+    for path in (*map(tmp_path.joinpath, [*kept[1:], *gone]), tmp_path / gone[1] / "a"):
+        os.utime(path, (old, old))
+    os.utime(tmp_path / gone[1], (old, old))
+    data.write_atomically(tmp_path / "x", lambda part: part.write_text(""))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "x"])
