@@ -238,7 +238,7 @@ def square(image, size):
     """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the center cropped, rounded as
     torchvision's Resize and CenterCrop do. Of a strip, only the middle is resized: all of 4000 x 1 would take 1 GB at size 256."""
     short = min(image.size)
-    outside = [max(0, (side - 8 * short) // 2) for side in image.size]       # the same on both sides: the center stays where it is
+    outside = [max(0, (side - 16 * short) // 2) for side in image.size]      # the same on both sides: the center stays where it is
     if any(outside):
         image = image.crop((*outside, image.width - outside[0], image.height - outside[1]))
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -273,7 +273,7 @@ def find_rows(data, image_column="", caption_column=""):
               f"user/name on the Hugging Face hub, or {' or '.join(SPRITES)}")
     if path.is_dir():
         return rows_below(data, *columns)
-    if re.match(r"[a-z][a-z0-9+.-]+:", data, re.I):
+    if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):
         raise UserError(f"--data {data}: an address, and data is read from the disk; download it first, or {remedy}")
     if path.suffix in (".tar", ".parquet"):
         files = [path] if path.exists() else expand(data)

@@ -319,7 +319,7 @@ def test_no_shape_takes_more_memory_than_a_few_squares(tmp_path, monkeypatch, si
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: sizes.append(size) or resize(self, size, *a, **k))
     found = open_(write_txt(tmp_path, {"a.png": encoded(Image.new("RGB", size, (255, 0, 0)))}, ["x"])).decode([0], 256)
     assert found.shape == (1, 3, 256, 256) and found[0, 0].eq(1).all()
-    assert len(sizes) == 1 and sizes[0][0] * sizes[0][1] <= 16 * 256 ** 2
+    assert len(sizes) == 1 and sizes[0][0] * sizes[0][1] <= 17 * 256 ** 2
 
 
 def test_the_middle_of_a_strip_is_what_resizing_all_of_it_gives():
@@ -391,6 +391,20 @@ def test_a_name_on_the_hub_is_loaded_by_datasets_alone(tmp_path, monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     assert "--data no/one: cannot be opened (DatasetNotFoundError: Dataset 'no/one' doesn't exist" in refusal("no/one")
+
+
+def test_pictures_that_are_given_and_not_used_are_printed(tmp_path, capsys, random_sd):
+    """Pairs from the teacher's own trajectories use the captions alone: one line says so, and how to use the pictures."""
+    import train
+    write_txt(tmp_path, GOOD, CAPTIONS)
+    text = (f"--data {tmp_path}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or --forward-rate R "
+            "uses its pictures\n")
+    cases = [(str(tmp_path), {}, 1), (str(tmp_path), {"forward_rate": 0.5}, 0), (str(tmp_path), {"pairs": "data"}, 0),
+             (str(tmp_path), {"projection": 0.1, "windows": [1]}, 0), ("sprites", {}, 0)]
+    for i, (source, options, times) in enumerate(cases):
+        train.make_cache(train.Config(model=str(random_sd), data=source, trajectories=2, solver_steps=8, batch=2,
+                                      cache=f"{tmp_path}/.cache{i}", **options))
+        assert capsys.readouterr().out.count(text) == times, options
 
 
 def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
