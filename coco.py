@@ -34,7 +34,8 @@ class Coco:
         there = {file.name: file.stat().st_size for file in self.folder.iterdir()} if self.folder.is_dir() else {}
         missing = next((name for name in self.files if name not in there), None)
         if missing:
-            raise UserError(f"--data {folder}: {split}/{missing} is named in captions_{split}.json but is not there; fetch it again")
+            raise UserError(f"--data {folder}: {split}/{missing} is named in captions_{split}.json but is not there; fetch "
+                            "it again")
         self.key = data.digest(self.ids, self.captions, [(name, there[name]) for name in self.files])
 
     def images(self, numbers, size):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 import sprites
 from config import UserError
 
-# every kind is tried; which of them can be read depends on how Pillow was built. Of a moving picture, the first frame.
+# which of these can be read depends on how Pillow was built; of a moving picture, it is the first frame
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # datasets and webdataset are imported where they are used: each costs a second or two
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")      # the first of these that is there
@@ -93,8 +93,8 @@ class Sprites:
 
 
 class Prompts:
-    """A text file, one prompt per line, or the caption column of a .csv, .tsv or .jsonl; no images: pairs come from the
-    teacher's own trajectories."""
+    """A text file, one prompt per line, or the caption column of a .csv, .tsv or .jsonl; no images: pairs come
+    from the teacher's own trajectories."""
     images, size, skipped = None, None, []
 
     def __init__(self, file, seed, caption_column=""):
@@ -102,10 +102,14 @@ class Prompts:
         try:
             if path.suffix.lower() in RECORD_SUFFIXES:
                 lines = self._column(file, read_records(path), caption_column)
-            else:                                            # not splitlines(): it cuts at U+2028, U+0085, form feeds, ... as well
-                lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            elif caption_column:
+                raise UserError(f"--caption-column {caption_column}: --prompts {file} has no columns; leave it out")
+            else:                                            # splitlines() would cut at U+2028, U+0085, form feeds, ...
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
+                lines = [line.strip() for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per line, or a .csv") from error
+            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per line, or a "
+                            ".csv") from error
         if not lines:
             raise UserError(f"--prompts {file}: no prompt in it; write one per line")
         self.captions = list(dict.fromkeys(["", *lines]))
@@ -115,12 +119,13 @@ class Prompts:
     @staticmethod
     def _column(file, records, wanted):
         try:
-            column = choose_column(f"--prompts {file}", records, wanted) if records else ""
+            column = choose_column(f"--prompts {file}", columns_of(records), wanted) if records else ""
         except UserError as error:
             raise UserError(f"{error}, or rename the file to .txt if every line of it is a prompt") from error
         lines = [clean(record.get(column)) for record in records]
         if not all(lines):
-            raise UserError(f"--prompts {file}: entry {lines.index('') + 1} has no {column}; write one or remove the entry")
+            number = lines.index("") + 1
+            raise UserError(f"--prompts {file}: entry {number} has no {column}; write one or remove the entry")
         return lines
 
     def caption_indices(self, numbers):
@@ -146,7 +151,7 @@ class Images:
     def __init__(self, data, rows, read, seed, skip_bad=False, checked=None):
         self.data, self.read = data, read
         if not rows:
-            raise UserError(f"--data {data}: no image in it ({', '.join(IMAGE_SUFFIXES)}); give one that holds images")
+            raise UserError(f"--data {data}: no image in it ({', '.join(IMAGE_SUFFIXES)}); give one that holds some")
         bad = {i: row.problem for i, row in enumerate(rows) if row.problem}
         if skip_bad or not bad:
             bad |= self._undecodable(rows, skip_bad, checked)
@@ -158,7 +163,7 @@ class Images:
         self.skipped = [rows[i].name for i in sorted(bad)]
         self.kept = [row for i, row in enumerate(rows) if i not in bad]
         self.size = len(self.kept)
-        self.key = digest(DECODING, *self.kept)                  # changes with any name, place, size or caption
+        self.key = digest(DECODING, *self.kept)              # changes with any name, place, size or caption
         self.captions = list(dict.fromkeys(["", *(row.caption for row in self.kept)]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.row_captions = [index[row.caption] for row in self.kept]
@@ -166,7 +171,7 @@ class Images:
 
     def _undecodable(self, rows, skip_bad, checked):
         """Decode every row that has no problem yet.  Returns: {index: problem}; without skip_bad, only up to the first ones."""
-        key = digest(self.data, PIL.__version__, *rows)          # names, captions, places and sizes: cheap, and it changes with them
+        key = digest(self.data, PIL.__version__, *rows)      # cheap, and changes with names, captions, places and sizes
         remembered = parse_object(checked.read_text()) if checked and checked.exists() else {}
         if remembered.get("key") == key:
             return dict(remembered["bad"])
@@ -175,7 +180,8 @@ class Images:
             try:
                 self._picture(row)
             except Exception as error:                           # torn bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
-                reason = f"not an image to Pillow {PIL.__version__}" if isinstance(error, UnidentifiedImageError) else error
+                unknown = isinstance(error, UnidentifiedImageError)
+                reason = f"not an image to Pillow {PIL.__version__}" if unknown else error
                 return f"or its caption cannot be read ({reason}); replace or remove it"
 
         todo, bad = [i for i, row in enumerate(rows) if not row.problem], {}
@@ -213,8 +219,8 @@ class Images:
             try:
                 return square(self._picture(self.kept[row]), size)
             except Exception as error:                           # it was sound when it was checked
-                raise UserError(f"--data {self.data}: {self.kept[row].name} has changed since it was checked ({error}); "
-                                "put it back, or run again") from error
+                raise UserError(f"--data {self.data}: {self.kept[row].name} has changed since it was checked "
+                                f"({error}); put it back, or run again") from error
         with ThreadPoolExecutor() as pool:                       # PIL lets go of the GIL while it decodes and resizes
             return tensor(pool.map(read, rows))
 
@@ -223,7 +229,7 @@ def as_rgb(image):
     """A PIL image of any mode as upright RGB, 8 bits; what is transparent is composited on white.
     Raises ValueError on pixels whose range the file does not tell."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):                        # convert() would clip 16-bit gray to white, floats to black
+    if image.mode.startswith(("I", "F")):                    # convert() would clip 16-bit gray to white, floats to black
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("neither 8 nor 16 bits a pixel")
@@ -235,10 +241,11 @@ def as_rgb(image):
 
 
 def square(image, size):
-    """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the center cropped, rounded as
-    torchvision's Resize and CenterCrop do. Of a strip, only the middle is resized: all of 4000 x 1 would take 1 GB at size 256."""
+    """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the center cropped, rounded
+    as torchvision's Resize and CenterCrop do. Of a strip beyond 16:1 only the middle is resized: all of 4000 x 1 would
+    take 1 GB at size 256."""
     short = min(image.size)
-    outside = [max(0, (side - 16 * short) // 2) for side in image.size]      # the same on both sides: the center stays where it is
+    outside = [max(0, (side - 16 * short) // 2) for side in image.size]      # on either side: the center stays in place
     if any(outside):
         image = image.crop((*outside, image.width - outside[0], image.height - outside[1]))
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -248,7 +255,8 @@ def square(image, size):
 
 def tensor(pictures):
     """RGB PIL images of one size to float (N, 3, H, W) in [-1, 1]."""
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in pictures])
+    pixels = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures)
+    return torch.stack([levels.float() / 127.5 - 1 for levels in pixels])
 
 
 def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_column="", checked=None):
@@ -259,6 +267,8 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
     if prompts:
         return Prompts(prompts, seed, caption_column)
     if data in SPRITES:
+        if image_column or caption_column:
+            raise UserError(f"--image-column / --caption-column: --data {data} has no columns; leave them out")
         return Sprites(seed, SPRITES[data])
     return Images(data, *find_rows(data, image_column, caption_column), seed, skip_bad, checked)
 
@@ -269,12 +279,12 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
 def find_rows(data, image_column="", caption_column=""):
     """The rows of whatever --data names: a folder, a file, a brace or glob pattern of files, or a dataset on the hub."""
     columns, path = (image_column, caption_column), Path(data)
-    remedy = ("give a folder of images with same-name .txt or .json captions or a metadata.jsonl, tar shards, parquet files, "
-              f"user/name on the Hugging Face hub, or {' or '.join(SPRITES)}")
+    remedy = ("give a folder of images with same-name .txt or .json captions or a metadata.jsonl, tar shards, parquet "
+              f"files, user/name on the Hugging Face hub, or {' or '.join(SPRITES)}")
     if path.is_dir():
         return rows_below(data, *columns)
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):
-        raise UserError(f"--data {data}: an address, and data is read from the disk; download it first, or {remedy}")
+        raise UserError(f"--data {data}: an address, but data is read from the disk; download it, or {remedy}")
     if path.suffix in (".tar", ".parquet"):
         files = [path] if path.exists() else expand(data)
         if any(file.exists() for file in files):
@@ -289,7 +299,8 @@ def find_rows(data, image_column="", caption_column=""):
     if path.exists():
         raise UserError(f"--data {data}: a file of no kind that is read here; {remedy}")
     if re.search(r"[*?[{]", data):
-        what = "matches no file" if path.suffix in (".tar", ".parquet") else "a pattern, which only .tar and .parquet files can have"
+        known = path.suffix in (".tar", ".parquet")
+        what = "matches no file" if known else "a pattern, which only .tar and .parquet files can have"
         raise UserError(f"--data {data}: {what}; {remedy}")
     raise UserError(f"--data {data}: no such folder or file; {remedy}")
 
@@ -305,29 +316,31 @@ def rows_below(data, image_column, caption_column):
     images, tars, tables = ([file for file in files if file.suffix.lower() in suffixes]
                             for suffixes in (IMAGE_SUFFIXES, (".tar",), (".parquet",)))
     if (images or tars) and tables and not holds_images(tables[0]):
-        tables = []                                              # img2dataset leaves a table of addresses beside every shard
-    stores = [found for found in (images, tars, tables) if found]
-    if len(stores) > 1:
-        there = " and ".join(f"{len(found)} {what} ({found[0].relative_to(path)}{', ...' * (len(found) > 1)})" for found, what in (
-            (images, "image files"), (tars, "tar files"), (tables, "tables with images")) if found)
-        raise UserError(f"--data {data}: holds {there}; move away what is not meant, or give a pattern such as '{data}/*.tar'")
+        tables = []                                          # img2dataset leaves a table of addresses beside every shard
+    there = [f"{len(found)} {what} ({found[0].relative_to(path)}{', ...' * (len(found) > 1)})" for found, what in (
+        (images, "image files"), (tars, "tar files"), (tables, "tables with images")) if found]
+    if len(there) > 1:
+        raise UserError(f"--data {data}: holds {' and '.join(there)}; move away what is not meant, or give a pattern "
+                        f"such as '{data}/*.tar'")
     if tars:
         return tar_rows(tars, *columns)
     for metadata in (path / "metadata.jsonl", path / "metadata.csv"):
         if metadata.exists():
             return metadata_rows(metadata, *columns)
-    if tables:                                                   # load_dataset knows which of them are train and which test
+    if tables:                                               # load_dataset knows which of them are train, which test
         return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
     return folder_rows(path, files, *columns)
 
 
 def files_below(folder):
-    """Every file anywhere below a folder, sorted. Links to folders are entered, but no folder twice; hidden names do not count."""
+    """Every file anywhere below a folder, sorted. Links to folders are entered, but no folder twice; hidden names do
+    not count.  Raises UserError on a folder that cannot be opened."""
     def refuse(error):
-        raise UserError(f"--data {folder}: {error.filename} cannot be opened ({error.strerror}); allow it or move it away") from error
+        raise UserError(f"--data {folder}: {error.filename} cannot be opened ({error.strerror}); allow it or move it "
+                        "away") from error
     entered, files = set(), []
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(here) in entered:                    # a second link to it, or one that leads back up
+        if os.path.realpath(here) in entered:                # a second link to it, or one that leads back up
             folders.clear()
             continue
         entered.add(os.path.realpath(here))
@@ -363,19 +376,19 @@ def clean(caption):
 
 
 def choose_column(source, columns, wanted):
-    """The caption column: the wanted one, or the first of CAPTION_COLUMNS that is there, in any case of letters.
-    source: the option and its value. columns: names, or records.  Raises UserError."""
-    columns = list(dict.fromkeys(key for record in columns for key in ([record] if isinstance(record, str) else record) if key))
+    """The caption column: the wanted one, or the first of CAPTION_COLUMNS that is there, in upper or lower case.
+    source: the option and its value, for the message. columns: names.  Raises UserError."""
     for column in [wanted] if wanted else CAPTION_COLUMNS:
         for found in columns:
             if found == column or not wanted and found.lower() == column:
                 return found
-    raise UserError(f"{source}: no caption column {wanted or 'known'}; name one of {', '.join(columns)} with --caption-column")
+    raise UserError(f"{source}: no caption column {wanted or 'known'}; name one of {', '.join(columns)} with "
+                    "--caption-column")
 
 
 def captioned(name, where, stem, there, read, wanted):
-    """The Row of an image whose caption is STEM.txt or, under one of CAPTION_COLUMNS, in STEM.json; under `wanted` if that is
-    given. there: names that exist, suffix in lower case -> what read() turns into bytes."""
+    """The Row of an image whose caption is STEM.txt or, under one of CAPTION_COLUMNS, in STEM.json; under `wanted` if
+    that is given. there: names that exist, suffix in lower case -> what read() turns into bytes."""
     text, record = "", {}
     try:
         if not wanted and stem + ".txt" in there:
@@ -384,7 +397,8 @@ def captioned(name, where, stem, there, read, wanted):
             record = parse_object(read(there[stem + ".json"]).decode("utf-8-sig"))
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         return Row(name, where, problem=f"or its caption cannot be read ({error}); replace or remove it")
-    caption = next(filter(None, [text, *(clean(record.get(column)) for column in ([wanted] if wanted else CAPTION_COLUMNS))]), "")
+    candidates = map(clean, map(record.get, [wanted] if wanted else CAPTION_COLUMNS))
+    caption = next(filter(None, [text, *candidates]), "")
     place = f"{stem}.json, {wanted}" if wanted else f"{stem}.txt"
     return Row(name, where, caption, "" if caption else f"has no caption; write one into {place}")
 
@@ -395,10 +409,10 @@ def lower_suffix(name):
 
 
 def folder_rows(folder, files, image_column, caption_column):
-    """Images anywhere below a folder, each with its caption in a .txt or .json of the same name. A .txt alone has lost its
-    image, and is named; any other file is not ours to judge."""
+    """Images anywhere below a folder, each with its caption in a .txt or .json of the same name. A .txt alone has lost
+    its image, and is a problem; any other file is ignored."""
     if image_column:
-        raise UserError(f"--image-column {image_column}: {folder} holds image files and has no columns; leave it out")
+        raise UserError(f"--image-column {image_column}: {folder} holds files and has no columns; leave it out")
     there = {lower_suffix(str(file.relative_to(folder))): file for file in files}
     stems, rows = {os.path.splitext(name)[0] for name in there if name.endswith(IMAGE_SUFFIXES)}, []
     for file in files if stems else ():
@@ -407,7 +421,8 @@ def folder_rows(folder, files, image_column, caption_column):
         if not file.exists():
             rows.append(Row(name, None, problem="is a link to nothing; restore what it names or remove it"))
         elif suffix in IMAGE_SUFFIXES:
-            rows.append(captioned(name, (str(file), 0, file.stat().st_size), stem, there, Path.read_bytes, caption_column))
+            where = (str(file), 0, file.stat().st_size)
+            rows.append(captioned(name, where, stem, there, Path.read_bytes, caption_column))
         elif suffix == ".txt" and stem not in stems:
             rows.append(Row(name, None, problem="is the caption of no image; add its image or move it away"))
     return rows, read_span
@@ -419,48 +434,56 @@ RECORD_SUFFIXES = (".csv", ".tsv", ".jsonl")
 def read_records(path):
     """The entries of a .csv, .tsv or .jsonl as dicts; {} for a line that is no JSON object.
     Raises OSError, UnicodeDecodeError, csv.Error."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".jsonl":
             return [parse_object(line) for line in file if line.strip()]
         # strict: a quote that is never closed is an error, not one long entry
-        return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True))
+        return list(csv.DictReader(file, delimiter=delimiter, strict=True))
+
+
+def columns_of(records):
+    return list(dict.fromkeys(key for record in records for key in record if key))
 
 
 def coco_captions(folder, split):
-    """FOLDER/annotations/captions_SPLIT.json as COCO is distributed.  Returns: {image id: file name} and {image id: [(annotation id,
-    caption), ...]}, both in the file's order; an image without captions is in the first alone.  Raises UserError."""
+    """FOLDER/annotations/captions_SPLIT.json as COCO is distributed.  Returns: {image id: file name} and {image id:
+    [(annotation id, caption), ...]}, both in the file's order; an image without captions is in the first alone.
+    Raises UserError."""
     annotations = Path(folder) / "annotations" / f"captions_{split}.json"
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
         names, found = {image["id"]: image["file_name"] for image in content["images"]}, {}
         for annotation in content["annotations"]:
             if annotation["image_id"] in names:
-                found.setdefault(annotation["image_id"], []).append((annotation["id"], annotation["caption"].strip()))
+                caption = (annotation["id"], annotation["caption"].strip())
+                found.setdefault(annotation["image_id"], []).append(caption)
     except OSError as error:
-        raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); give the folder that "
-                        f"holds COCO's annotations and {split}") from error
+        raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); give the "
+                        f"folder that holds COCO's annotations and {split}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--data {folder}: annotations/{annotations.name} is not a captions file of COCO ({type(error).__name__}: "
-                        f"{error}); fetch it again") from error
+        raise UserError(f"--data {folder}: annotations/{annotations.name} is not a captions file of COCO "
+                        f"({type(error).__name__}: {error}); fetch it again") from error
     return names, found
 
 
 def coco_rows(folder, image_column, caption_column):
-    """COCO as it is distributed: every image of the newest training split that is there, or else of the newest other one, with
-    its first caption."""
+    """COCO as it is distributed: every image of the newest training split that is there, or else of the newest other
+    one, with its first caption."""
     if image_column or caption_column:
         raise UserError(f"--image-column / --caption-column: {folder} is COCO and has no columns; leave them out")
     splits = [file.stem.removeprefix("captions_") for file in folder.glob("annotations/captions_*.json")]
     there = [split for split in splits if (folder / split).is_dir()]
     if not there:
-        raise UserError(f"--data {folder}: its annotations are COCO's, but {' or '.join(sorted(splits))} is not beside them; unpack "
-                        "the images there")
+        raise UserError(f"--data {folder}: its annotations are COCO's, but {' or '.join(sorted(splits))} is not beside "
+                        "them; unpack the images there")
     split, rows = max(there, key=lambda split: (split.startswith("train"), split)), []
     names, captions = coco_captions(folder, split)
     for image, name in names.items():
         file, caption = folder / split / name, captions.get(image, [(0, "")])[0][1]
         if not file.is_file():
-            rows.append(Row(f"{split}/{name}", None, problem="is named in its annotations but is not there; fetch it again"))
+            missing = "is named in its annotations but is not there; fetch it again"
+            rows.append(Row(f"{split}/{name}", None, problem=missing))
         else:
             rows.append(Row(f"{split}/{name}", (str(file), 0, file.stat().st_size), caption,
                             "" if caption else f"has no caption; write one into captions_{split}.json"))
@@ -475,7 +498,7 @@ def metadata_rows(metadata, image_column, caption_column):
         records = read_records(metadata)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--data {folder}: {metadata.name} cannot be read ({error}); replace it") from error
-    column = choose_column(f"--data {folder}", records, caption_column) if records else ""
+    column = choose_column(f"--data {folder}", columns_of(records), caption_column) if records else ""
     rows = []
     for i, record in enumerate(records, 1):
         name = record.get(image_column)
@@ -501,7 +524,8 @@ def parse_object(text):
 
 def tar_rows(shards, image_column, caption_column):
     """WebDataset shards: an image member and, of the same stem, a .txt with the caption or a .json with it under one of
-    CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are read once; an image is later read from its offset."""
+    CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are read once; an image is later read from
+    its offset."""
     suffixes, rows = (f".{image_column.lower()}",) if image_column else IMAGE_SUFFIXES, []
     for shard in tqdm(shards, desc="indexing shards", disable=len(shards) < 10):
         there = {}                                               # name, its suffix in lower case -> header
@@ -511,14 +535,15 @@ def tar_rows(shards, image_column, caption_column):
                     name = lower_suffix(str(PurePosixPath(member.name)))
                     if member.isdir() or any(part.startswith(".") for part in PurePosixPath(name).parts):
                         continue
-                    if not member.isreg() or name in there:
-                        rows.append(Row(f"{shard.name}: {member.name}", None, problem=(
-                            "is there twice; keep one" if name in there else "is a link or device; store the file itself")))
+                    if name in there:
+                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is there twice; keep one"))
+                    elif not member.isreg():
+                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is a link; store the file itself"))
                     else:
                         there[name] = member
                 tar.fileobj.seek(tar.offset)
                 if any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(2 ** 20), b"")):
-                    # tarfile takes a truncated header for the end, and so it does the end of a first archive before a second
+                    # tarfile takes a truncated header for the end
                     raise tarfile.ReadError("a truncated header, or another archive behind the first")
         except (OSError, ValueError, tarfile.TarError) as error:
             rows.append(Row(shard.name, None, problem=f"cannot be read to its end ({error}); fetch it again"))
@@ -532,8 +557,8 @@ def tar_rows(shards, image_column, caption_column):
 
 
 def shard_rows(shard, there, read, suffixes, caption_column):
-    """The rows of one shard. An image is one by its last suffix; of one stem, the first of suffixes. But NAME.mask.png beside
-    NAME.jpg is a part of that sample, unless it has a caption of its own: webdataset's names end at their first dot."""
+    """The rows of one shard. An image is one by its last suffix; of one stem, the first of suffixes. But NAME.mask.png
+    beside NAME.jpg is a part of that sample, as in webdataset, unless it has a caption of its own."""
     def key(stem):
         folder, _, base = stem.rpartition("/")
         return f"{folder}/{base.split('.')[0]}".lstrip("/")
@@ -543,14 +568,16 @@ def shard_rows(shard, there, read, suffixes, caption_column):
         if suffix:
             stems.setdefault(name[:-len(suffix)], {})[suffix] = there[name]
     for stem, found in stems.items():
-        if key(stem) == stem or key(stem) not in stems or any(stem + suffix in there for suffix in (".txt", ".json")):
+        own_caption = stem + ".txt" in there or stem + ".json" in there
+        if key(stem) == stem or key(stem) not in stems or own_caption:
             image = found[min(found, key=suffixes.index)]
-            rows.append(captioned(f"{shard.name}: {image.name}", (str(shard), image.offset_data, image.size), stem, there, read,
-                                  caption_column))
+            where = (str(shard), image.offset_data, image.size)
+            rows.append(captioned(f"{shard.name}: {image.name}", where, stem, there, read, caption_column))
     for name in there:
         stem, suffix = os.path.splitext(name)
         if suffix == ".txt" and stem not in stems and key(stem) not in stems:
-            rows.append(Row(f"{shard.name}: {name}", None, problem=f"has no image ({', '.join(suffixes)}); add it or remove the caption"))
+            lost = f"has no image ({', '.join(suffixes)}); add it or remove the caption"
+            rows.append(Row(f"{shard.name}: {name}", None, problem=lost))
     return rows
 
 
@@ -561,7 +588,8 @@ def holds_images(parquet):
     try:
         types = pyarrow.parquet.read_schema(parquet).types
     except (OSError, ValueError) as error:
-        raise UserError(f"--data {parquet.parent}: {parquet.name} cannot be read ({error}); fetch it again or move it away") from error
+        raise UserError(f"--data {parquet.parent}: {parquet.name} cannot be read ({error}); fetch it again or move it "
+                        "away") from error
     return any(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
                or pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in types)
 
@@ -578,11 +606,11 @@ def table_rows(data, load, image_column, caption_column):
         raise UserError(f"--data {data}: cannot be opened ({type(error).__name__}: {error}); give a dataset with a train split") from error
     # images by their type, or else plain bytes if there is one column of them
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    plain = [name for name, feature in table.features.items() if getattr(feature, "dtype", "") in ("binary", "large_binary")
-             or isinstance(feature, dict) and "bytes" in feature]
+    plain = [name for name, feature in table.features.items() if isinstance(feature, dict) and "bytes" in feature
+             or getattr(feature, "dtype", "") in ("binary", "large_binary")]
     found = [image_column] if image_column else typed[:1] or plain
     if len(found) != 1 or found[0] not in table.column_names:
-        what = f"no column {image_column}" if image_column else "several columns of bytes" if plain else "no column of images"
+        what = "several columns of bytes" if len(found) > 1 else f"no column {image_column or 'of images'}"
         names = plain if len(found) > 1 else table.column_names
         raise UserError(f"--data {data}: {what}; name one of {', '.join(names)} with --image-column")
     image_column = found[0]
@@ -660,8 +688,9 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--cache {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if not manifest.exists():                                # another run may write its own at this moment: the first one stays
-            write_atomically(manifest, lambda part: part.write_text(json.dumps(settings, indent=1)), replace=False)
+        if not manifest.exists():                            # another run may write its own now: the first one stays
+            text = json.dumps(settings, indent=1)
+            write_atomically(manifest, lambda part: part.write_text(text), replace=False)
     barrier()
     found = parse_object(manifest.read_text())
     if not found and settings:
@@ -675,7 +704,7 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
             made = {name: value.contiguous() for name, value in solve(numbers).items()}
-            if rows_in(file, numbers.start) < len(numbers):      # another run may have made it meanwhile, and longer
+            if rows_in(file, numbers.start) < len(numbers):  # another run may have made it meanwhile, and longer
                 write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
             bar.update(len(numbers))
     barrier()
@@ -693,23 +722,26 @@ def rows_in(file, first):
 
 
 def write_atomically(target, write, replace=True):
-    """write(part) into a file or folder beside target, bring it onto the disk, then rename: target is whole or absent, after a kill
-    and after a power cut, and of several processes that write it at once each has a part of its own. replace=False: a target
-    (a file) that is there stays.  Raises UserError on a full disk; the old target is still there then."""
+    """write(part) into a file or folder beside target, bring it onto the disk, then rename: target is whole or absent,
+    after a kill and after a power cut; of several processes that write it at once each has a part of its own.
+    replace=False: a target (a file) that is there stays.  Raises UserError on a full disk; the old target is still
+    there then."""
     remove_stale(target.parent)
-    part, old = (target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part") for _ in range(2))
+    name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    part, old = target.with_name(f"{name}.part"), target.with_name(f"{name}-old.part")
     try:
         write(part)
         sync(part)
         if not replace:
             link(part, target)
         else:
-            if target.is_dir():                                  # rename() does not replace a folder that holds something
+            if target.is_dir():                              # rename() does not replace a folder that holds something
                 os.rename(target, old)
             os.replace(part, target)
         sync(target.parent, below=False)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(target.parent).free < 2 ** 20:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or shutil.disk_usage(target.parent).free < 2 ** 20:
             raise UserError(f"{target}: no space left on the device; free some and run the same command again") from error
         raise
     finally:
@@ -720,7 +752,7 @@ def write_atomically(target, write, replace=True):
 
 
 def link(part, target):
-    """Give a finished file its name if nobody else has given it that name: the one step that creates and never replaces."""
+    """Give a finished file its name unless that exists: the one step that creates and never replaces."""
     try:
         os.link(part, target)
     except FileExistsError:
@@ -728,7 +760,7 @@ def link(part, target):
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        os.replace(part, target)                                 # no hard links here (exFAT, some network drives): the last one stays
+        os.replace(part, target)                             # no hard links here (exFAT, network drives): the last stays
 
 
 def sync(path, below=True):
@@ -737,19 +769,19 @@ def sync(path, below=True):
         descriptor = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError as error:
-            if not (entry.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):      # network drives that cannot sync a folder
+        except OSError as error:                             # there are network drives that cannot sync a folder
+            if not (entry.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
                 raise
         finally:
             os.close(descriptor)
 
 
 def remove_stale(folder):
-    """Delete what killed processes left of write_atomically in a folder. Whether a writer lives cannot be seen from another machine
-    or container: one that has not written for STALE seconds does not."""
+    """Delete what killed processes left of write_atomically in a folder. Whether a writer lives cannot be seen from
+    another machine or container: one that has not written for STALE seconds does not."""
     for part in folder.glob(".*.part"):
-        if re.search(r"\.\d+-[0-9a-f]{8}\.part$", part.name):
-            with contextlib.suppress(FileNotFoundError):         # its writer was faster, or another process that cleans
+        if re.search(r"\.\d+-[0-9a-f]{8}(-old)?\.part$", part.name):
+            with contextlib.suppress(FileNotFoundError):     # its writer was faster, or another process that cleans
                 if time.time() - max(entry.stat().st_mtime for entry in [part, *part.rglob("*")]) > STALE:
                     remove(part)
 

@@ -457,6 +457,8 @@ def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
     assert "entry 2 has no prompt; write one or remove the entry" in refused("p.csv", "id,prompt\n1,a fox\n2,\n")
     assert "entry 1 has no text; write" in refused("p.jsonl", '{torn\n{"text": "a cat"}\n')
     assert "no prompt in it; write one per line" in refused("p.csv", "prompt\n")
+    assert f"--caption-column text: --prompts {tmp_path}/p.txt has no columns; leave it out" in refused("p.txt", "a fox", "text")
+    assert "--data sprites has no columns; leave them out" in refusal("sprites", caption_column="text")
     assert "cannot be read (unexpected end of data)" in refused("p.csv", 'prompt\na fox\n"a cat\na dog\n')
 
 
@@ -467,7 +469,7 @@ def test_what_data_cannot_be_is_named_for_what_it_is(tmp_path, monkeypatch):
     (tmp_path / "photos" / "a.png").write_bytes(GOOD["a.png"])
     for address in ("https://x.org/{000..010}.tar", "https://huggingface.co/datasets/user/name", "s3://bucket/x.parquet",
                     "pipe:aws s3 cp s3://bucket/x.tar -", "hf://datasets/user/name"):
-        assert f"--data {address}: an address, and data is read from the disk; download it first, or give a folder" in refusal(address)
+        assert f"--data {address}: an address, but data is read from the disk; download it, or give a folder" in refusal(address)
     for pattern in ("nowhere/*.tar", "{0..2}.tar", "photos/*.parquet"):
         assert f"--data {pattern}: matches no file; give a folder" in refusal(pattern)
     assert "--data photos/*.png: a pattern, which only .tar and .parquet files can have; give" in refusal("photos/*.png")
@@ -522,7 +524,7 @@ def test_names_of_one_shard_make_its_samples(tmp_path):
         link = tarfile.TarInfo("b.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
         tar.addfile(link)
-    assert "x.tar: b.jpg is a link or device; store the file itself" in refusal(tmp_path / "x.tar")
+    assert "x.tar: b.jpg is a link; store the file itself" in refusal(tmp_path / "x.tar")
     black = encoded(Image.new("RGB", (8, 8)))
     dataset = open_(write_tar(tmp_path / "x.tar", [("a.mask.png", black), ("a.png", black), *pair, ("a.v2.png", black), ("a.v2.txt", b"y"),
                                                    ("a.notes.txt", b"z")]))
