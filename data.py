@@ -229,7 +229,7 @@ def as_rgb(image):
     """A PIL image of any mode as upright RGB, 8 bits; what is transparent is composited on white.
     Raises ValueError on pixels whose range the file does not tell."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):                    # convert() would clip 16-bit gray to white, floats to black
+    if image.mode.startswith(("I", "F")):                    # convert() would clip 16-bit gray to white, floats to 0
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("neither 8 nor 16 bits a pixel")
@@ -316,7 +316,7 @@ def rows_below(data, image_column, caption_column):
     images, tars, tables = ([file for file in files if file.suffix.lower() in suffixes]
                             for suffixes in (IMAGE_SUFFIXES, (".tar",), (".parquet",)))
     if (images or tars) and tables and not holds_images(tables[0]):
-        tables = []                                          # img2dataset leaves a table of addresses beside every shard
+        tables = []                                          # img2dataset leaves a table of addresses beside a shard
     there = [f"{len(found)} {what} ({found[0].relative_to(path)}{', ...' * (len(found) > 1)})" for found, what in (
         (images, "image files"), (tars, "tar files"), (tables, "tables with images")) if found]
     if len(there) > 1:
@@ -327,6 +327,10 @@ def rows_below(data, image_column, caption_column):
     for metadata in (path / "metadata.jsonl", path / "metadata.csv"):
         if metadata.exists():
             return metadata_rows(metadata, *columns)
+    linked = [file for file in tables if any(here.is_symlink() for here in file.parents if path in here.parents)]
+    if linked:                                               # load_dataset would leave them out in silence
+        raise UserError(f"--data {data}: {linked[0].relative_to(path)} is behind a link to a folder; give the folder it "
+                        f"leads to, or a pattern such as '{linked[0].parent}/*.parquet'")
     if tables:                                               # load_dataset knows which of them are train, which test
         return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
     return folder_rows(path, files, *columns)
@@ -760,7 +764,7 @@ def link(part, target):
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        os.replace(part, target)                             # no hard links here (exFAT, network drives): the last stays
+        os.replace(part, target)                             # no hard links (exFAT, network drives): the last stays
 
 
 def sync(path, below=True):

@@ -501,6 +501,15 @@ def test_what_a_link_or_a_folder_hides_is_named(tmp_path, monkeypatch):
     assert "photos is a link to nothing; restore what it names or remove it" in refusal(tmp_path)
     assert open_(tmp_path, skip_bad=True).skipped == ["photos"]
     (tmp_path / "photos").unlink()
+    (tmp_path / "tables" / "data").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    write_parquet(tmp_path / "kept", GOOD, CAPTIONS)
+    write_parquet(tmp_path / "tables", GOOD, CAPTIONS)
+    (tmp_path / "tables" / "data" / "more").symlink_to(tmp_path / "kept")
+    pattern = f"{tmp_path}/tables/data/more/*.parquet"     # which datasets would leave out
+    assert f"data/more/x.parquet is behind a link to a folder; give the folder it leads to, or a pattern such as '{pattern}'" in refusal(
+        tmp_path / "tables")
+    assert open_(pattern).size == 4
     (tmp_path / "locked").mkdir()
     scandir = os.scandir
 
@@ -707,6 +716,17 @@ def test_a_checked_dataset_is_not_checked_again_until_it_changes(tmp_path, tmp_p
     assert open_(path, checked=checked).size == 3 and len(decoded) == 3 and json.loads(checked.read_text())["bad"] == []
 
 
+def test_what_is_remembered_of_a_dataset_changes_with_what_reads_it(tmp_path, decoded, monkeypatch):
+    """Another Pillow may read more kinds of files: they are checked again. Other pixels of the same files: another key."""
+    path, checked = write_txt(tmp_path, GOOD, CAPTIONS), tmp_path / ".checked.json"
+    first = open_(path, checked=checked)
+    assert len(decoded) == 4 and open_(path, checked=checked).key == first.key and len(decoded) == 4
+    monkeypatch.setattr(PIL, "__version__", "99")
+    assert open_(path, checked=checked).key == first.key and len(decoded) == 8
+    monkeypatch.setattr(data, "DECODING", data.DECODING + 1)
+    assert open_(path, checked=checked).key != first.key and len(decoded) == 8
+
+
 def test_many_images_are_checked_to_the_last(tmp_path, monkeypatch, capsys):
     """More than one slice of the check: the bar shows, and a bad image in the second slice is found."""
     rows = [data.Row(f"row {i}", (i,), "x") for i in range(1200)]
@@ -879,9 +899,9 @@ def share_a_cache(folder, count, barrier):
         save(tensors, part, metadata)
         content = part.read_bytes()
         part.write_bytes(content[:len(content) // 2])
-        barrier.wait(60)
+        barrier.wait(300)
         part.write_bytes(content)
-        barrier.wait(60)
+        barrier.wait(300)
     data.save_file = save_slowly
     rows = data.cached(folder, count, SETTINGS, lambda numbers: {"caption": torch.tensor(list(numbers)) * 7}, shard=4)
     assert torch.equal(rows[range(count)]["caption"], torch.arange(count) * 7)
@@ -893,7 +913,7 @@ def test_two_processes_that_share_a_cache_both_end_with_whole_parts(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "00000.safetensors", "00001.safetensors", "00002.safetensors", "manifest.json"]
@@ -907,7 +927,7 @@ def claim_a_cache(folder, settings, saw_nothing, others_turn, result):
     def write_late(target, *args, **options):
         if target.name == "manifest.json":
             saw_nothing.set()
-            others_turn.wait(60)
+            others_turn.wait(300)
         write(target, *args, **options)
     data.write_atomically = write_late
     try:
@@ -921,14 +941,14 @@ def test_of_two_processes_with_other_settings_only_the_first_gets_the_cache(tmp_
     first_saw, second_saw, first_done, result = FORKS.Event(), FORKS.Event(), FORKS.Event(), FORKS.Queue()
     second = FORKS.Process(target=claim_a_cache, args=(tmp_path, {"value": 2}, second_saw, first_done, result))
     second.start()
-    assert second_saw.wait(60)
+    assert second_saw.wait(300)
     first = FORKS.Process(target=claim_a_cache, args=(tmp_path, {"value": 1}, first_saw, second_saw, result))
     first.start()
-    assert result.get(timeout=60) == 1
+    assert result.get(timeout=300) == 1
     first_done.set()
-    assert "made with other settings (there, here): {'value': (1, 2)}; choose another folder" in str(result.get(timeout=60))
+    assert "made with other settings (there, here): {'value': (1, 2)}; choose another folder" in str(result.get(timeout=300))
     for process in (first, second):
-        process.join(60)
+        process.join(300)
     assert load_file(tmp_path / "00000.safetensors")["caption"].tolist() == [1] * 4
     assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.safetensors", "manifest.json"]
 
