@@ -1,32 +1,17 @@
 """COCO as it is distributed, FOLDER/annotations/captions_val2017.json beside FOLDER/val2017/*.jpg (or val2014), one caption per image."""
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 import data
 from config import UserError
+from data import square, tensor
 
 # which caption of an image is its prompt, and which images come first
 RULES = {"first": "the first caption of each image, in the order of the annotations",
          "seeded": "one caption of each image drawn at random, images in random order (generator of our own, seed 0)"}
-
-
-def square(image, size):
-    """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the centre cropped, rounded as torchvision's
-    Resize and CenterCrop do."""
-    short = min(image.size)
-    width, height = (size if side == short else int(size * side / short) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
-
-
-def tensor(pictures):
-    """RGB PIL images of one size to float (N, 3, H, W) in [-1, 1]."""
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1 for picture in pictures])
 
 
 class Coco:
@@ -35,19 +20,7 @@ class Coco:
     Raises UserError: a file is missing or is not COCO's, there are fewer images than count, or one of them is not there."""
 
     def __init__(self, folder, split, rule, count):
-        annotations, self.folder = Path(folder) / "annotations" / f"captions_{split}.json", Path(folder) / split
-        try:
-            content = json.loads(annotations.read_text(encoding="utf-8"))
-            names, found = {image["id"]: image["file_name"] for image in content["images"]}, {}
-            for annotation in content["annotations"]:
-                if annotation["image_id"] in names:
-                    found.setdefault(annotation["image_id"], []).append((annotation["id"], annotation["caption"].strip()))
-        except OSError as error:
-            raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); give the folder that "
-                            f"holds COCO's annotations and {split}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--data {folder}: annotations/{annotations.name} is not a captions file of COCO ({type(error).__name__}: "
-                            f"{error}); fetch it again") from error
+        self.folder, (names, found) = Path(folder) / split, data.coco_captions(folder, split)
         if len(found) < count:
             raise UserError(f"--data {folder}: {len(found)} captioned images in {split}, and {count} are asked for; give the whole of "
                             f"COCO, or --n and --real of at most {len(found)}")
@@ -61,7 +34,8 @@ class Coco:
         there = {file.name: file.stat().st_size for file in self.folder.iterdir()} if self.folder.is_dir() else {}
         missing = next((name for name in self.files if name not in there), None)
         if missing:
-            raise UserError(f"--data {folder}: {split}/{missing} is named in {annotations.name} but is not there; fetch it again")
+            raise UserError(f"--data {folder}: {split}/{missing} is named in captions_{split}.json but is not there; fetch "
+                            "it again")
         self.key = data.digest(self.ids, self.captions, [(name, there[name]) for name in self.files])
 
     def images(self, numbers, size):

@@ -8,6 +8,7 @@ one where they lie, in a folder, inside a tar or in a table, so the order costs 
 
 stores teacher trajectories with their text, or for pairs from images their latents with their text; torchrun spreads it.
 """
+import contextlib
 import csv
 import errno
 import functools
@@ -17,14 +18,17 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tarfile
+import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
@@ -34,9 +38,12 @@ from tqdm import tqdm
 import sprites
 from config import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# which of these can be read depends on how Pillow was built; of a moving picture, it is the first frame
+IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # datasets and webdataset are imported where they are used: each costs a second or two
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")      # the first of these that is there
+DECODING = 2            # part of a dataset's key: raise it when decode() gives other pixels for the same file
+STALE = 3600            # seconds without a change after which a temporary file has no writer any more
 
 
 def generator(seed, *numbers):
@@ -86,20 +93,40 @@ class Sprites:
 
 
 class Prompts:
-    """A text file, one prompt per line; no images: pairs come from the teacher's own trajectories."""
+    """A text file, one prompt per line, or the caption column of a .csv, .tsv or .jsonl; no images: pairs come
+    from the teacher's own trajectories."""
     images, size, skipped = None, None, []
 
-    def __init__(self, file, seed):
+    def __init__(self, file, seed, caption_column=""):
         self.seed, path = seed, Path(file)
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per line") from error
+            if path.suffix.lower() in RECORD_SUFFIXES:
+                lines = self._column(file, read_records(path), caption_column)
+            elif caption_column:
+                raise UserError(f"--caption-column {caption_column}: --prompts {file} has no columns; leave it out")
+            else:                                            # splitlines() would cut at U+2028, U+0085, form feeds, ...
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
+                lines = [line.strip() for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per line, or a "
+                            ".csv") from error
         if not lines:
             raise UserError(f"--prompts {file}: no prompt in it; write one per line")
         self.captions = list(dict.fromkeys(["", *lines]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.lines = [index[line] for line in lines]
+
+    @staticmethod
+    def _column(file, records, wanted):
+        try:
+            column = choose_column(f"--prompts {file}", columns_of(records), wanted) if records else ""
+        except UserError as error:
+            raise UserError(f"{error}, or rename the file to .txt if every line of it is a prompt") from error
+        lines = [clean(record.get(column)) for record in records]
+        if not all(lines):
+            number = lines.index("") + 1
+            raise UserError(f"--prompts {file}: entry {number} has no {column}; write one or remove the entry")
+        return lines
 
     def caption_indices(self, numbers):
         return [self.lines[torch.randint(len(self.lines), (1,), generator=generator(self.seed, "prompt", k)).item()] for k in numbers]
@@ -124,7 +151,7 @@ class Images:
     def __init__(self, data, rows, read, seed, skip_bad=False, checked=None):
         self.data, self.read = data, read
         if not rows:
-            raise UserError(f"--data {data}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise UserError(f"--data {data}: no image in it ({', '.join(IMAGE_SUFFIXES)}); give one that holds some")
         bad = {i: row.problem for i, row in enumerate(rows) if row.problem}
         if skip_bad or not bad:
             bad |= self._undecodable(rows, skip_bad, checked)
@@ -136,7 +163,7 @@ class Images:
         self.skipped = [rows[i].name for i in sorted(bad)]
         self.kept = [row for i, row in enumerate(rows) if i not in bad]
         self.size = len(self.kept)
-        self.key = digest(*self.kept)                            # changes with any name, place, size or caption
+        self.key = digest(DECODING, *self.kept)              # changes with any name, place, size or caption
         self.captions = list(dict.fromkeys(["", *(row.caption for row in self.kept)]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.row_captions = [index[row.caption] for row in self.kept]
@@ -144,7 +171,7 @@ class Images:
 
     def _undecodable(self, rows, skip_bad, checked):
         """Decode every row that has no problem yet.  Returns: {index: problem}; without skip_bad, only up to the first ones."""
-        key = digest(self.data, *rows)                           # names, captions, places and sizes: cheap, and it changes with them
+        key = digest(self.data, PIL.__version__, *rows)      # cheap, and changes with names, captions, places and sizes
         remembered = parse_object(checked.read_text()) if checked and checked.exists() else {}
         if remembered.get("key") == key:
             return dict(remembered["bad"])
@@ -153,7 +180,8 @@ class Images:
             try:
                 self._picture(row)
             except Exception as error:                           # torn bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+                unknown = isinstance(error, UnidentifiedImageError)
+                reason = f"not an image to Pillow {PIL.__version__}" if unknown else error
                 return f"or its caption cannot be read ({reason}); replace or remove it"
 
         todo, bad = [i for i, row in enumerate(rows) if not row.problem], {}
@@ -171,10 +199,7 @@ class Images:
     def _picture(self, row):
         """The image as PIL RGB, upright."""
         with Image.open(io.BytesIO(self.read(row.where))) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                       # 16-bit grey, which convert() would clip to white
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            return image.convert("RGB")
+            return as_rgb(image)
 
     def rows(self, numbers):
         """The stored image of each sample number: epoch by epoch, a new permutation each time.  Returns: list of int."""
@@ -189,19 +214,49 @@ class Images:
         return self.decode(self.rows(numbers), size)
 
     def decode(self, rows, size):
-        """float (len(rows), 3, size, size) in [-1, 1]: shorter side resized to size (Lanczos), centre crop."""
-        def square(row):
+        """float (len(rows), 3, size, size) in [-1, 1], as square() says."""
+        def read(row):
             try:
-                image = self._picture(self.kept[row])
+                return square(self._picture(self.kept[row]), size)
             except Exception as error:                           # it was sound when it was checked
-                raise UserError(f"--data {self.data}: {self.kept[row].name} has changed since it was checked ({error})") from error
-            scale = size / min(image.size)
-            image = image.resize((max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.LANCZOS)
-            left, top = (image.width - size) // 2, (image.height - size) // 2
-            pixels = np.array(image.crop((left, top, left + size, top + size)))
-            return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+                raise UserError(f"--data {self.data}: {self.kept[row].name} has changed since it was checked "
+                                f"({error}); put it back, or run again") from error
         with ThreadPoolExecutor() as pool:                       # PIL lets go of the GIL while it decodes and resizes
-            return torch.stack(list(pool.map(square, rows)))
+            return tensor(pool.map(read, rows))
+
+
+def as_rgb(image):
+    """A PIL image of any mode as upright RGB, 8 bits; what is transparent is composited on white.
+    Raises ValueError on pixels whose range the file does not tell."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):                    # convert() would clip 16-bit gray to white, floats to 0
+        levels = np.asarray(image)
+        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("neither 8 nor 16 bits a pixel")
+        image = Image.fromarray((levels // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def square(image, size):
+    """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the center cropped, rounded
+    as torchvision's Resize and CenterCrop do. Of a strip beyond 16:1 only the middle is resized: all of 4000 x 1 would
+    take 1 GB at size 256."""
+    short = min(image.size)
+    outside = [max(0, (side - 16 * short) // 2) for side in image.size]      # on either side: the center stays in place
+    if any(outside):
+        image = image.crop((*outside, image.width - outside[0], image.height - outside[1]))
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+
+
+def tensor(pictures):
+    """RGB PIL images of one size to float (N, 3, H, W) in [-1, 1]."""
+    pixels = (torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures)
+    return torch.stack([levels.float() / 127.5 - 1 for levels in pixels])
 
 
 def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_column="", checked=None):
@@ -210,8 +265,10 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
     if bool(data) == bool(prompts):
         raise UserError(f"give either --data (images with captions, or {' or '.join(SPRITES)}) or --prompts (a text file)")
     if prompts:
-        return Prompts(prompts, seed)
+        return Prompts(prompts, seed, caption_column)
     if data in SPRITES:
+        if image_column or caption_column:
+            raise UserError(f"--image-column / --caption-column: --data {data} has no columns; leave them out")
         return Sprites(seed, SPRITES[data])
     return Images(data, *find_rows(data, image_column, caption_column), seed, skip_bad, checked)
 
@@ -222,30 +279,78 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
 def find_rows(data, image_column="", caption_column=""):
     """The rows of whatever --data names: a folder, a file, a brace or glob pattern of files, or a dataset on the hub."""
     columns, path = (image_column, caption_column), Path(data)
+    remedy = ("give a folder of images with same-name .txt or .json captions or a metadata.jsonl, tar shards, parquet "
+              f"files, user/name on the Hugging Face hub, or {' or '.join(SPRITES)}")
     if path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return table_rows(data, lambda datasets: datasets.load_from_disk(data), *columns)
-        if any(path.glob("*.tar")):
-            return tar_rows(sorted(path.glob("*.tar")), *columns)
-        for metadata in (path / "metadata.jsonl", path / "metadata.csv"):
-            if metadata.exists():
-                return metadata_rows(metadata, *columns)
-        if any(path.rglob("*.parquet")):                         # load_dataset knows which of them are train and which test
-            return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
-        if any(columns):
-            raise UserError(f"--image-column / --caption-column: {data} has .txt captions and no columns; leave them out")
-        return folder_rows(path)
+        return rows_below(data, *columns)
+    if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):
+        raise UserError(f"--data {data}: an address, but data is read from the disk; download it, or {remedy}")
     if path.suffix in (".tar", ".parquet"):
         files = [path] if path.exists() else expand(data)
         if any(file.exists() for file in files):
             if path.suffix == ".tar":
                 return tar_rows(files, *columns)
             return table_rows(data, lambda datasets: datasets.Dataset.from_parquet([str(file) for file in files]), *columns)
-    # user/name; but a/b where there is a folder a is a slip of the fingers, not a reason to ask the network
+    elif path.suffix in RECORD_SUFFIXES and path.is_file():
+        return metadata_rows(path, *columns)
+    # user/name; but a/b where there is a folder a is a typing error, not a reason to query the network
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data) and not path.exists() and not path.parent.exists():
         return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
-    raise UserError(f"--data {data}: no such folder; give a folder of images with same-name .txt captions or a metadata.jsonl, "
-                    f"tar shards, parquet files, user/name on the Hugging Face hub, or {' or '.join(SPRITES)}")
+    if path.exists():
+        raise UserError(f"--data {data}: a file of no kind that is read here; {remedy}")
+    if re.search(r"[*?[{]", data):
+        known = path.suffix in (".tar", ".parquet")
+        what = "matches no file" if known else "a pattern, which only .tar and .parquet files can have"
+        raise UserError(f"--data {data}: {what}; {remedy}")
+    raise UserError(f"--data {data}: no such folder or file; {remedy}")
+
+
+def rows_below(data, image_column, caption_column):
+    """The rows of a folder, which holds images of one kind: COCO's, loose files, tar shards or tables."""
+    columns, path = (image_column, caption_column), Path(data)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return table_rows(data, lambda datasets: datasets.load_from_disk(data), *columns)
+    if any(path.glob("annotations/captions_*.json")):
+        return coco_rows(path, *columns)
+    files = files_below(path)
+    images, tars, tables = ([file for file in files if file.suffix.lower() in suffixes]
+                            for suffixes in (IMAGE_SUFFIXES, (".tar",), (".parquet",)))
+    if (images or tars) and tables and not holds_images(tables[0]):
+        tables = []                                          # img2dataset leaves a table of addresses beside a shard
+    there = [f"{len(found)} {what} ({found[0].relative_to(path)}{', ...' * (len(found) > 1)})" for found, what in (
+        (images, "image files"), (tars, "tar files"), (tables, "tables with images")) if found]
+    if len(there) > 1:
+        raise UserError(f"--data {data}: holds {' and '.join(there)}; move away what is not meant, or give a pattern "
+                        f"such as '{data}/*.tar'")
+    if tars:
+        return tar_rows(tars, *columns)
+    for metadata in (path / "metadata.jsonl", path / "metadata.csv"):
+        if metadata.exists():
+            return metadata_rows(metadata, *columns)
+    linked = [file for file in tables if any(here.is_symlink() for here in file.parents if path in here.parents)]
+    if linked:                                               # load_dataset would leave them out in silence
+        raise UserError(f"--data {data}: {linked[0].relative_to(path)} is behind a link to a folder; give the folder it "
+                        f"leads to, or a pattern such as '{linked[0].parent}/*.parquet'")
+    if tables:                                               # load_dataset knows which of them are train, which test
+        return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
+    return folder_rows(path, files, *columns)
+
+
+def files_below(folder):
+    """Every file anywhere below a folder, sorted. Links to folders are entered, but no folder twice; hidden names do
+    not count.  Raises UserError on a folder that cannot be opened."""
+    def refuse(error):
+        raise UserError(f"--data {folder}: {error.filename} cannot be opened ({error.strerror}); allow it or move it "
+                        "away") from error
+    entered, files = set(), []
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(here) in entered:                # a second link to it, or one that leads back up
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def expand(pattern):
@@ -259,7 +364,13 @@ def read_span(where):
     path, offset, size = where
     with open(path, "rb") as file:
         file.seek(offset)
-        return file.read(size)
+        return whole(file.read(size), size)
+
+
+def whole(content, size):
+    if len(content) < size:
+        raise OSError(f"{len(content)} bytes of {size}")
+    return content
 
 
 def clean(caption):
@@ -268,53 +379,135 @@ def clean(caption):
     return caption.strip() if isinstance(caption, str) else ""
 
 
-def choose_column(data, columns, wanted):
-    """The caption column: the wanted one, or the first of CAPTION_COLUMNS that is there.  Raises UserError."""
+def choose_column(source, columns, wanted):
+    """The caption column: the wanted one, or the first of CAPTION_COLUMNS that is there, in upper or lower case.
+    source: the option and its value, for the message. columns: names.  Raises UserError."""
     for column in [wanted] if wanted else CAPTION_COLUMNS:
-        if column in columns:
-            return column
-    raise UserError(f"--data {data}: no caption column {wanted or 'known'}; name one of {', '.join(columns)} with --caption-column")
+        for found in columns:
+            if found == column or not wanted and found.lower() == column:
+                return found
+    raise UserError(f"{source}: no caption column {wanted or 'known'}; name one of {', '.join(columns)} with "
+                    "--caption-column")
 
 
-def folder_rows(folder):
-    """Images anywhere below a folder, each with its caption in a .txt of the same name. Hidden files do not count."""
-    files = sorted(file for file in folder.rglob("*")
-                   if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts))
-    images = {file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-    texts, rows = {file.with_suffix(".txt") for file in images}, []
-    for file in files:
+def captioned(name, where, stem, there, read, wanted):
+    """The Row of an image whose caption is STEM.txt or, under one of CAPTION_COLUMNS, in STEM.json; under `wanted` if
+    that is given. there: names that exist, suffix in lower case -> what read() turns into bytes."""
+    text, record = "", {}
+    try:
+        if not wanted and stem + ".txt" in there:
+            text = read(there[stem + ".txt"]).decode("utf-8-sig").strip()
+        if not text and stem + ".json" in there:
+            record = parse_object(read(there[stem + ".json"]).decode("utf-8-sig"))
+    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+        return Row(name, where, problem=f"or its caption cannot be read ({error}); replace or remove it")
+    candidates = map(clean, map(record.get, [wanted] if wanted else CAPTION_COLUMNS))
+    caption = next(filter(None, [text, *candidates]), "")
+    place = f"{stem}.json, {wanted}" if wanted else f"{stem}.txt"
+    return Row(name, where, caption, "" if caption else f"has no caption; write one into {place}")
+
+
+def lower_suffix(name):
+    stem, suffix = os.path.splitext(name)
+    return stem + suffix.lower()
+
+
+def folder_rows(folder, files, image_column, caption_column):
+    """Images anywhere below a folder, each with its caption in a .txt or .json of the same name. A .txt alone has lost
+    its image, and is a problem; any other file is ignored."""
+    if image_column:
+        raise UserError(f"--image-column {image_column}: {folder} holds files and has no columns; leave it out")
+    there = {lower_suffix(str(file.relative_to(folder))): file for file in files}
+    stems, rows = {os.path.splitext(name)[0] for name in there if name.endswith(IMAGE_SUFFIXES)}, []
+    for file in files if stems else ():
         name = str(file.relative_to(folder))
-        missing = f"has no caption; write one into {Path(name).with_suffix('.txt')}"
-        if file in images:
+        stem, suffix = os.path.splitext(lower_suffix(name))
+        if not file.exists():
+            rows.append(Row(name, None, problem="is a link to nothing; restore what it names or remove it"))
+        elif suffix in IMAGE_SUFFIXES:
             where = (str(file), 0, file.stat().st_size)
-            try:
-                caption = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-                rows.append(Row(name, where, caption, "" if caption else missing))
-            except FileNotFoundError:
-                rows.append(Row(name, where, problem=missing))
-            except (OSError, UnicodeDecodeError) as error:
-                rows.append(Row(name, where, problem=f"or its caption cannot be read ({error}); replace or remove it"))
-        elif file not in texts and images:
-            rows.append(Row(name, None, problem="is neither an image nor the caption of one; move it away"))
+            rows.append(captioned(name, where, stem, there, Path.read_bytes, caption_column))
+        elif suffix == ".txt" and stem not in stems:
+            rows.append(Row(name, None, problem="is the caption of no image; add its image or move it away"))
+    return rows, read_span
+
+
+RECORD_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+
+def read_records(path):
+    """The entries of a .csv, .tsv or .jsonl as dicts; {} for a line that is no JSON object.
+    Raises OSError, UnicodeDecodeError, csv.Error."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() == ".jsonl":
+            return [parse_object(line) for line in file if line.strip()]
+        # strict: a quote that is never closed is an error, not one long entry
+        return list(csv.DictReader(file, delimiter=delimiter, strict=True))
+
+
+def columns_of(records):
+    return list(dict.fromkeys(key for record in records for key in record if key))
+
+
+def coco_captions(folder, split):
+    """FOLDER/annotations/captions_SPLIT.json as COCO is distributed.  Returns: {image id: file name} and {image id:
+    [(annotation id, caption), ...]}, both in the file's order; an image without captions is in the first alone.
+    Raises UserError."""
+    annotations = Path(folder) / "annotations" / f"captions_{split}.json"
+    try:
+        content = json.loads(annotations.read_text(encoding="utf-8"))
+        names, found = {image["id"]: image["file_name"] for image in content["images"]}, {}
+        for annotation in content["annotations"]:
+            if annotation["image_id"] in names:
+                caption = (annotation["id"], annotation["caption"].strip())
+                found.setdefault(annotation["image_id"], []).append(caption)
+    except OSError as error:
+        raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); give the "
+                        f"folder that holds COCO's annotations and {split}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--data {folder}: annotations/{annotations.name} is not a captions file of COCO "
+                        f"({type(error).__name__}: {error}); fetch it again") from error
+    return names, found
+
+
+def coco_rows(folder, image_column, caption_column):
+    """COCO as it is distributed: every image of the newest training split that is there, or else of the newest other
+    one, with its first caption."""
+    if image_column or caption_column:
+        raise UserError(f"--image-column / --caption-column: {folder} is COCO and has no columns; leave them out")
+    splits = [file.stem.removeprefix("captions_") for file in folder.glob("annotations/captions_*.json")]
+    there = [split for split in splits if (folder / split).is_dir()]
+    if not there:
+        raise UserError(f"--data {folder}: its annotations are COCO's, but {' or '.join(sorted(splits))} is not beside "
+                        "them; unpack the images there")
+    split, rows = max(there, key=lambda split: (split.startswith("train"), split)), []
+    names, captions = coco_captions(folder, split)
+    for image, name in names.items():
+        file, caption = folder / split / name, captions.get(image, [(0, "")])[0][1]
+        if not file.is_file():
+            missing = "is named in its annotations but is not there; fetch it again"
+            rows.append(Row(f"{split}/{name}", None, problem=missing))
+        else:
+            rows.append(Row(f"{split}/{name}", (str(file), 0, file.stat().st_size), caption,
+                            "" if caption else f"has no caption; write one into captions_{split}.json"))
     return rows, read_span
 
 
 def metadata_rows(metadata, image_column, caption_column):
-    """Images that a metadata.jsonl or metadata.csv names, in its order: the imagefolder layout of Hugging Face. Read here, not by
+    """Images that a metadata.jsonl, .csv or .tsv names, in its order: the imagefolder layout of Hugging Face. Read here, not by
     datasets, which takes folders named test for a split and stops at the first file that is missing."""
     folder, image_column = metadata.parent, image_column or "file_name"
     try:
-        with open(metadata, encoding="utf-8-sig", newline="") as file:
-            records = list(csv.DictReader(file)) if metadata.suffix == ".csv" else [parse_object(line) for line in file if line.strip()]
+        records = read_records(metadata)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--data {folder}: {metadata.name} cannot be read ({error}); replace it") from error
-    columns = list(dict.fromkeys(key for record in records for key in record if key))
-    column = choose_column(folder, columns, caption_column) if records else ""
+    column = choose_column(f"--data {folder}", columns_of(records), caption_column) if records else ""
     rows = []
     for i, record in enumerate(records, 1):
         name = record.get(image_column)
         if not name or not isinstance(name, str):
-            rows.append(Row(f"{metadata.name} entry {i}", None, problem=f"names no image in {image_column}; mend or remove it"))
+            rows.append(Row(f"{metadata.name} entry {i}", None, problem=f"names no image in {image_column}; fix or remove it"))
         elif not (folder / name).is_file():
             rows.append(Row(name, None, problem=f"is named in {metadata.name} but is not there; add it or remove its entry"))
         else:
@@ -335,38 +528,74 @@ def parse_object(text):
 
 def tar_rows(shards, image_column, caption_column):
     """WebDataset shards: an image member and, of the same stem, a .txt with the caption or a .json with it under one of
-    CAPTION_COLUMNS (or caption_column). Headers and captions are read once; an image is later read from its offset."""
-    from webdataset.tariterators import group_by_keys
-    suffixes = [image_column] if image_column else [suffix[1:] for suffix in sorted(IMAGE_SUFFIXES)]
-
-    def row(tar, shard, sample):
-        image = next((sample[suffix] for suffix in suffixes if suffix in sample), None)
-        if image is None:
-            return Row(f"{shard.name}: {sample['__key__']}", None, problem=f"has no image ({', '.join(suffixes)}); add one")
-        name, where = f"{shard.name}: {image.name}", (str(shard), image.offset_data, image.size)
-        try:
-            text, record = (tar.extractfile(sample[suffix]).read().decode("utf-8-sig") if suffix in sample else ""
-                            for suffix in ("txt", "json"))
-        except UnicodeDecodeError as error:
-            return Row(name, where, problem=f"or its caption cannot be read ({error}); replace or remove it")
-        record = parse_object(record)
-        candidates = [record.get(caption_column)] if caption_column else [text, *map(record.get, CAPTION_COLUMNS)]
-        caption = next(filter(None, map(clean, candidates)), "")
-        return Row(name, where, caption,
-                   "" if caption else f"has no caption; add a .txt or a .json with {caption_column or 'caption'} beside it")
-    rows = []
+    CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are read once; an image is later read from
+    its offset."""
+    suffixes, rows = (f".{image_column.lower()}",) if image_column else IMAGE_SUFFIXES, []
     for shard in tqdm(shards, desc="indexing shards", disable=len(shards) < 10):
+        there = {}                                               # name, its suffix in lower case -> header
         try:
             with tarfile.open(shard, "r:") as tar:
-                members = ({"fname": member.name, "data": member, "__url__": str(shard)} for member in tar if member.isreg())
-                for sample in group_by_keys(members):             # headers stand for the contents: no image is read
-                    rows.append(row(tar, shard, sample))
+                for member in tar:
+                    name = lower_suffix(str(PurePosixPath(member.name)))
+                    if member.isdir() or any(part.startswith(".") for part in PurePosixPath(name).parts):
+                        continue
+                    if name in there:
+                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is there twice; keep one"))
+                    elif not member.isreg():
+                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is a link; store the file itself"))
+                    else:
+                        there[name] = member
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(512).strip(b"\0"):           # tarfile takes a torn header for the end
-                    raise tarfile.ReadError("a torn header")
+                if any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(2 ** 20), b"")):
+                    # tarfile takes a truncated header for the end
+                    raise tarfile.ReadError("a truncated header, or another archive behind the first")
         except (OSError, ValueError, tarfile.TarError) as error:
             rows.append(Row(shard.name, None, problem=f"cannot be read to its end ({error}); fetch it again"))
+        if there:
+            with open(shard, "rb") as file:
+                def read(member):
+                    file.seek(member.offset_data)
+                    return whole(file.read(member.size), member.size)
+                rows += shard_rows(shard, there, read, suffixes, caption_column)
     return rows, read_span
+
+
+def shard_rows(shard, there, read, suffixes, caption_column):
+    """The rows of one shard. An image is one by its last suffix; of one stem, the first of suffixes. But NAME.mask.png
+    beside NAME.jpg is a part of that sample, as in webdataset, unless it has a caption of its own."""
+    def key(stem):
+        folder, _, base = stem.rpartition("/")
+        return f"{folder}/{base.split('.')[0]}".lstrip("/")
+    stems, rows = {}, []
+    for name in there:
+        suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
+        if suffix:
+            stems.setdefault(name[:-len(suffix)], {})[suffix] = there[name]
+    for stem, found in stems.items():
+        own_caption = stem + ".txt" in there or stem + ".json" in there
+        if key(stem) == stem or key(stem) not in stems or own_caption:
+            image = found[min(found, key=suffixes.index)]
+            where = (str(shard), image.offset_data, image.size)
+            rows.append(captioned(f"{shard.name}: {image.name}", where, stem, there, read, caption_column))
+    for name in there:
+        stem, suffix = os.path.splitext(name)
+        if suffix == ".txt" and stem not in stems and key(stem) not in stems:
+            lost = f"has no image ({', '.join(suffixes)}); add it or remove the caption"
+            rows.append(Row(f"{shard.name}: {name}", None, problem=lost))
+    return rows
+
+
+def holds_images(parquet):
+    """Whether a parquet file has a column of bytes, plain or in a struct {bytes, ...}, as images are stored."""
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        types = pyarrow.parquet.read_schema(parquet).types
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {parquet.parent}: {parquet.name} cannot be read ({error}); fetch it again or move it "
+                        "away") from error
+    return any(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+               or pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in types)
 
 
 def table_rows(data, load, image_column, caption_column):
@@ -379,11 +608,17 @@ def table_rows(data, load, image_column, caption_column):
             table = table["train"]
     except Exception as error:                                   # offline, unknown, private, no such split, torn: each has its own class
         raise UserError(f"--data {data}: cannot be opened ({type(error).__name__}: {error}); give a dataset with a train split") from error
-    found = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    image_column = image_column or next(iter(found), "")
-    if image_column not in table.column_names:
-        raise UserError(f"--data {data}: no image column {image_column}; name one of {', '.join(table.column_names)} with --image-column")
-    caption_column = choose_column(data, table.column_names, caption_column)
+    # images by their type, or else plain bytes if there is one column of them
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    plain = [name for name, feature in table.features.items() if isinstance(feature, dict) and "bytes" in feature
+             or getattr(feature, "dtype", "") in ("binary", "large_binary")]
+    found = [image_column] if image_column else typed[:1] or plain
+    if len(found) != 1 or found[0] not in table.column_names:
+        what = "several columns of bytes" if len(found) > 1 else f"no column {image_column or 'of images'}"
+        names = plain if len(found) > 1 else table.column_names
+        raise UserError(f"--data {data}: {what}; name one of {', '.join(names)} with --image-column")
+    image_column = found[0]
+    caption_column = choose_column(f"--data {data}", table.column_names, caption_column)
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -457,20 +692,24 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--cache {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if not manifest.exists():
-            write_atomically(manifest, lambda part: part.write_text(json.dumps(settings, indent=1)))
+        if not manifest.exists():                            # another run may write its own now: the first one stays
+            text = json.dumps(settings, indent=1)
+            write_atomically(manifest, lambda part: part.write_text(text), replace=False)
     barrier()
-    found = json.loads(manifest.read_text())
+    found = parse_object(manifest.read_text())
+    if not found and settings:
+        raise UserError(f"--cache {folder}: manifest.json is truncated; delete the folder")
     if found != settings:
         there, here = ({key: made.get(key, "absent") for key in (*found, *settings)} for made in (found, settings))
         different = {key: (there[key], here[key]) for key in there if there[key] != here[key]}
         raise UserError(f"--cache {folder}: made with other settings (there, here): {different}; choose another folder or delete it")
     parts = [(folder / f"{i:05d}.safetensors", range(start, min(start + shard, count))) for i, start in enumerate(range(0, count, shard))]
-    missing = [(file, numbers) for file, numbers in parts[rank::world] if rows_in(file, numbers.start) < len(numbers)]
+    missing = [part for part in parts[rank::world] if rows_in(part[0], part[1].start) < len(part[1])]
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
             made = {name: value.contiguous() for name, value in solve(numbers).items()}
-            write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
+            if rows_in(file, numbers.start) < len(numbers):  # another run may have made it meanwhile, and longer
+                write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
             bar.update(len(numbers))
     barrier()
     return Rows([file for file, _ in parts], shard, count)
@@ -486,21 +725,69 @@ def rows_in(file, first):
         return 0
 
 
-def write_atomically(target, write):
-    """write(part) into a file or folder beside target, then rename: target is whole or absent, never torn.
-    Raises UserError on a full disk; the old target is still there then."""
-    part = target.with_name(target.name + ".part")
-    remove(part)
+def write_atomically(target, write, replace=True):
+    """write(part) into a file or folder beside target, bring it onto the disk, then rename: target is whole or absent,
+    after a kill and after a power cut; of several processes that write it at once each has a part of its own.
+    replace=False: a target (a file) that is there stays.  Raises UserError on a full disk; the old target is still
+    there then."""
+    remove_stale(target.parent)
+    name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+    part, old = target.with_name(f"{name}.part"), target.with_name(f"{name}-old.part")
     try:
         write(part)
+        sync(part)
+        if not replace:
+            link(part, target)
+        else:
+            if target.is_dir():                              # rename() does not replace a folder that holds something
+                os.rename(target, old)
+            os.replace(part, target)
+        sync(target.parent, below=False)
     except (OSError, RuntimeError, SafetensorError) as error:
-        remove(part)
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(target.parent).free < 2 ** 20:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or shutil.disk_usage(target.parent).free < 2 ** 20:
             raise UserError(f"{target}: no space left on the device; free some and run the same command again") from error
         raise
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(part, target)
+    finally:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        remove(part)
+        remove(old)
+
+
+def link(part, target):
+    """Give a finished file its name unless that exists: the one step that creates and never replaces."""
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.replace(part, target)                             # no hard links (exFAT, network drives): the last stays
+
+
+def sync(path, below=True):
+    """Return once a file, or a folder with everything below it, is on the disk itself."""
+    for entry in [*(path.rglob("*") if below and path.is_dir() else ()), path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:                             # there are network drives that cannot sync a folder
+            if not (entry.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def remove_stale(folder):
+    """Delete what killed processes left of write_atomically in a folder. Whether a writer lives cannot be seen from
+    another machine or container: one that has not written for STALE seconds does not."""
+    for part in folder.glob(".*.part"):
+        if re.search(r"\.\d+-[0-9a-f]{8}(-old)?\.part$", part.name):
+            with contextlib.suppress(FileNotFoundError):     # its writer was faster, or another process that cleans
+                if time.time() - max(entry.stat().st_mtime for entry in [part, *part.rglob("*")]) > STALE:
+                    remove(part)
 
 
 def remove(path):

@@ -235,6 +235,10 @@ def open_pairs(c, recipe, device, processes):
         barrier()
     if dataset.skipped and rank == 0:
         print(f"--skip-bad: {len(dataset.skipped)} left out ({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
+    captions_only = recipe.pairs == "trajectory" and not recipe.forward_rate and not recipe.projection
+    if rank == 0 and c.data and dataset.size and captions_only:
+        print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or "
+              "--forward-rate R uses its pictures")
     return c, dataset, pipeline, Pairs(c, recipe, pipeline, dataset, processes)
 
 

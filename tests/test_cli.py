@@ -77,7 +77,7 @@ def here(tmp_path, monkeypatch, random_sd):
             Image.new("RGB", (40, 40)).save(tmp_path / name / "a.png")
         if name != "lonely":
             (tmp_path / name / "a.txt").write_text("a caption")
-    (tmp_path / "stray" / "b.pdf").write_text("")
+    (tmp_path / "stray" / "b.txt").write_text("a caption")
     return tmp_path
 
 
@@ -120,7 +120,7 @@ BAD = [
     ("train.py --model MODEL --data empty", "--data empty: no image in it"),
     ("train.py --model MODEL --data fake", "a.png or its caption cannot be read"),
     ("train.py --model MODEL --data lonely", "a.png has no caption; write one into a.txt"),
-    ("train.py --model MODEL --data stray", "b.pdf is neither an image nor the caption of one"),
+    ("train.py --model MODEL --data stray", "b.txt is the caption of no image; add its image or move it away"),
     ("train.py --model MODEL --prompts empty.txt", "--prompts empty.txt: no prompt in it"),
     ("train.py --model MODEL --prompts file/x", "--prompts file/x: cannot be read"),
     ("train.py --model MODEL --data sprites --out file/out", "--out file/out: cannot be written"),

@@ -3,10 +3,14 @@ import csv
 import io
 import itertools
 import json
+import os
 import tarfile
 
+import PIL.features
+import pyarrow.parquet
 import pytest
 import torch
+from conftest import FORKS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -121,8 +125,76 @@ def write_disk(folder, files, captions):
     return folder / "saved"
 
 
+def write_links(folder, files, captions):
+    """A folder of links to folders, one of which leads back up."""
+    kept = folder.parent / "elsewhere"
+    for name in ("one", "two"):
+        (kept / name).mkdir(parents=True)
+        (folder / name).symlink_to(kept / name)
+    half = len(files) // 2
+    for name, part in (("one", slice(half)), ("two", slice(half, None))):
+        write_txt(kept / name, dict(list(files.items())[part]), captions[part])
+    (kept / "two" / "up").symlink_to(folder)
+    (folder / "two again").symlink_to(kept / "two")
+    return folder
+
+
+def write_img2dataset(folder, files, captions):
+    """img2dataset's layout "files", with what it and others leave in such a folder: none of it is an image or a lost caption."""
+    (folder / "00000").mkdir()
+    write_txt(folder / "00000", files, [None] * len(files))
+    for name, caption in zip(files, captions):
+        record = {"url": f"https://x/{name}", "caption": caption, "key": name, "status": "success", "width": 24, "exif": "{}"}
+        (folder / "00000" / name).with_suffix(".json").write_text(json.dumps(record))
+    pyarrow.parquet.write_table(pyarrow.table({"url": list(files), "caption": captions}), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text('{"count": 4, "caption": "not one"}')
+    for name in ("README.md", "Thumbs.db", ".DS_Store", "a.npz", "00000/a.npz", "00000/README", "b.pdf"):
+        (folder / name).write_bytes(b"\xff")
+    return folder
+
+
+def write_coco(folder, files, captions):
+    """COCO as it is distributed: what is trained on is the training split, whatever lies beside it."""
+    for split, names in (("train2017", files), ("val2017", ["a.png"])):
+        (folder / split).mkdir()
+        write_txt(folder / split, {name: files[name] for name in names}, [None] * len(names))
+        annotations = [{"id": 10 * turn + i, "image_id": i, "caption": caption if turn == 0 else "another of its captions"}
+                       for turn in range(3) for i, caption in enumerate(captions[:len(names)])]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(
+            {"images": [{"id": i, "file_name": name} for i, name in enumerate(names)], "annotations": annotations}))
+    (folder / "annotations" / "instances_train2017.json").write_text("{}")
+    return folder
+
+
+def write_tar_apart(folder, files, captions):
+    """All captions, then all images, as tar's --sort=none and many tools leave them; with what macOS and others add."""
+    members = with_txt(files, captions)
+    return write_tar(folder / "x.tar", [("./README.md", b"x"), ("./._a.png", b"x"), *members[1::2], *members[::2], ("stats.json", b"{}")])
+
+
+def write_tar_dots(folder, files, captions):
+    """Names with dots, a folder's among them."""
+    dotted = {f"v1.5/photo.{i}.{name}": content for i, (name, content) in enumerate(files.items())}
+    return write_tar(folder / "x.tar", [member for (name, content), caption in zip(dotted.items(), captions) for member in (
+        (name, content), (name[:-4] + ".txt", caption.encode()))])
+
+
+def write_parquet_bytes(folder, files, captions):
+    """Plain bytes, as img2dataset writes them: no type says that they are images."""
+    pyarrow.parquet.write_table(pyarrow.table({"url": list(files), "jpg": list(files.values()), "caption": captions}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def write_parquet_struct(folder, files, captions):
+    cells = [{"bytes": content, "path": name} for name, content in files.items()]
+    pyarrow.parquet.write_table(pyarrow.table({"key": list(files), "image": cells, "Caption": captions}), folder / "x.parquet")
+    return folder                                          # a folder that holds tables
+
+
 FORMATS = [write_txt, write_jsonl, write_csv, write_tar_txt, write_tar_json, write_tars, write_glob, write_parquet, write_parquet_folder,
-           write_disk]
+           write_disk, write_links, write_img2dataset, write_coco, write_tar_apart, write_tar_dots, write_parquet_bytes,
+           write_parquet_struct]
 format_ids = [writer.__name__.removeprefix("write_") for writer in FORMATS]
 any_format = pytest.mark.parametrize("write", FORMATS, ids=format_ids)
 
@@ -192,6 +264,74 @@ def test_the_crop_is_central_and_extremes_reach_one(tmp_path):
     assert square[0, :, 1:-1].eq(-1).all() and square[1:, :, 1:-1].eq(1).all()
 
 
+def transparent(mode):
+    """A picture whose left half is opaque black and whose right half is fully transparent over a hidden black."""
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    if mode == "P":                                        # a palette of two blacks, one of them transparent
+        image = Image.new("P", (16, 16), 0)
+        image.putpalette([0] * 6)
+        image.paste(1, (8, 0, 16, 16))
+        image.info["transparency"] = 1
+    elif mode in ("L", "RGB"):                             # one color is transparent: black; what is not is nearly black
+        image = Image.new(mode, (16, 16), 1 if mode == "L" else (1, 1, 1))
+        image.paste(0, (8, 0, 16, 16))
+        image.info["transparency"] = 0 if mode == "L" else (0, 0, 0)
+    else:
+        image = image.convert(mode)
+    return image
+
+
+@pytest.mark.parametrize("mode, kind", [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("P", "gif"), ("L", "png"), ("RGB", "png"),
+                                        ("RGBA", "webp"), ("RGBA", "tiff")])
+def test_what_is_transparent_is_white_whatever_its_hidden_color(tmp_path, mode, kind):
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    written = encoded(transparent(mode), kind, **options)
+    (tmp_path / "images").mkdir()
+    found = open_(write_txt(tmp_path / "images", {f"a.{kind}": written}, ["x"])).decode([0], 16)[0]
+    assert found[:, :, 8:].eq(1).all() and found[:, :, :8].lt(-0.98).all()
+
+
+@pytest.mark.parametrize("kind", ["avif", "bmp", "gif", "jpeg", "png", "tiff", "webp"])
+def test_every_kind_of_file_that_pillow_reads_is_an_image_of_moving_ones_the_first_frame(tmp_path, kind):
+    if kind == "avif" and not PIL.features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
+    red, blue = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
+    content = encoded(red, kind, **({"save_all": True, "append_images": [blue]} if kind in ("gif", "tiff", "webp", "png") else {}))
+    for suffix in {"tiff": ["tif", "tiff"], "jpeg": ["jpg", "JPEG"]}.get(kind, [kind]):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        found = open_(write_txt(folder, {f"a.{suffix}": content}, ["x"])).decode([0], 16)[0]
+        assert found[0].gt(0.9).all() and found[1:].lt(-0.9).all()
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70000), Image.new("I", (4, 4), -1)],
+                         ids=["float", "32 bits", "negative"])
+def test_pixels_of_unknown_range_are_refused_not_black(tmp_path, image):
+    assert "a.tif or its caption cannot be read (neither 8 nor 16 bits a pixel)" in refusal(
+        write_txt(tmp_path, {"a.tif": encoded(image, "tiff")}, ["x"]))
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (3000, 3), (30, 10), (10, 30)])
+def test_no_shape_takes_more_memory_than_a_few_squares(tmp_path, monkeypatch, size):
+    """The shorter side is brought to 256 pixels: 4000 x 1 would be 1,024,000 x 256. What is cut away is cut first."""
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *a, **k: sizes.append(size) or resize(self, size, *a, **k))
+    found = open_(write_txt(tmp_path, {"a.png": encoded(Image.new("RGB", size, (255, 0, 0)))}, ["x"])).decode([0], 256)
+    assert found.shape == (1, 3, 256, 256) and found[0, 0].eq(1).all()
+    assert len(sizes) == 1 and sizes[0][0] * sizes[0][1] <= 17 * 256 ** 2
+
+
+def test_the_middle_of_a_strip_is_what_resizing_all_of_it_gives():
+    """A smooth picture of 20:1, odd and even: cut to its middle first or last, the same within a fraction of a level."""
+    for width in (400, 401):
+        ramp = Image.linear_gradient("L").rotate(90).resize((width, 20)).convert("RGB")
+        whole = ramp.resize((int(64 * width / 20), 64), Image.Resampling.LANCZOS)
+        left = round((whole.width - 64) / 2)
+        whole = data.tensor([whole.crop((left, 0, left + 64, 64))])
+        assert (data.tensor([data.square(ramp, 64)]) - whole).abs().max() * 127.5 <= 1 and whole.std() > 0
+
+
 def test_a_camera_s_orientation_is_obeyed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                       # turn by 270 degrees to see it upright
@@ -243,14 +383,28 @@ def test_a_name_on_the_hub_is_loaded_by_datasets_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     assert open_("user/some-name_1.0").size == 4 and asked == [(("user/some-name_1.0",), {"split": "train"})]
-    for slip in ("nowhere", "photos/mine", "a/b/c", "nowhere/*.tar", "{0..2}.tar", "x.parquet", "/no/where"):
-        assert f"--data {slip}: no such folder" in refusal(slip)
+    for slip in ("nowhere", "photos/mine", "a/b/c", "x.parquet", "/no/where"):
+        assert f"--data {slip}: no such folder or file; give " in refusal(slip)
     assert len(asked) == 1
 
     def unknown(name, split):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     assert "--data no/one: cannot be opened (DatasetNotFoundError: Dataset 'no/one' doesn't exist" in refusal("no/one")
+
+
+def test_pictures_that_are_given_and_not_used_are_printed(tmp_path, capsys, random_sd):
+    """Pairs from the teacher's own trajectories use the captions alone: one line says so, and how to use the pictures."""
+    import train
+    write_txt(tmp_path, GOOD, CAPTIONS)
+    text = (f"--data {tmp_path}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or --forward-rate R "
+            "uses its pictures\n")
+    cases = [(str(tmp_path), {}, 1), (str(tmp_path), {"forward_rate": 0.5}, 0), (str(tmp_path), {"pairs": "data"}, 0),
+             (str(tmp_path), {"projection": 0.1, "windows": [1]}, 0), ("sprites", {}, 0)]
+    for i, (source, options, times) in enumerate(cases):
+        train.make_cache(train.Config(model=str(random_sd), data=source, trajectories=2, solver_steps=8, batch=2,
+                                      cache=f"{tmp_path}/.cache{i}", **options))
+        assert capsys.readouterr().out.count(text) == times, options
 
 
 def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
@@ -265,6 +419,157 @@ def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
         data.open_dataset("sprites", "p.txt", seed=0)
 
 
+LINE_ENDS_OF_STR = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"     # where str.splitlines() cuts and no editor or format ends a line
+
+
+@pytest.mark.parametrize("write", [write_txt, write_jsonl, write_csv, write_tar_json, write_img2dataset, "prompts.txt", "prompts.csv",
+                                   "prompts.jsonl"])
+def test_only_a_newline_ends_a_line(tmp_path, write):
+    captions = [f"a fox{end}and a cat" for end in LINE_ENDS_OF_STR]
+    if callable(write):
+        for name, four in (("a", captions[:4]), ("b", captions[4:])):
+            (tmp_path / name).mkdir()
+            assert open_(write(tmp_path / name, GOOD, four)).captions == ["", *four]
+    else:
+        lines = {"txt": captions, "csv": ["prompt", *captions], "jsonl": [
+            json.dumps({"prompt": caption}, ensure_ascii=False) for caption in captions]}[write.split(".")[1]]
+        (tmp_path / write).write_bytes("\r\n".join(lines).encode())
+        assert data.open_dataset("", str(tmp_path / write), seed=0).captions == ["", *captions]
+
+
+def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
+    def prompts(name, text, column=""):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        return data.open_dataset("", str(tmp_path / name), seed=0, caption_column=column).captions[1:]
+
+    def refused(*args):
+        with pytest.raises(UserError) as error:
+            prompts(*args)
+        return str(error.value)
+    assert prompts("p.csv", 'id,prompt\n1,"a fox, asleep"\n\n2,"two\nlines"\n') == ["a fox, asleep", "two\nlines"]
+    assert prompts("p.tsv", "Prompt\tCategory\na fox, red\tAnimals\n") == ["a fox, red"]           # as PartiPrompts has it
+    assert prompts("p.jsonl", '{"text": "a fox"}\n{"text": "a cat"}\n') == ["a fox", "a cat"]
+    assert prompts("p.csv", "Prompts,Category\na fox,x\n", "Prompts") == ["a fox"]
+    assert prompts("p.txt", "prompt,of sorts\na fox, red\n") == ["prompt,of sorts", "a fox, red"]
+    assert refused("p.csv", "a fox, red\na cat, blue\n") == (
+        f"--prompts {tmp_path}/p.csv: no caption column known; name one of a fox,  red with --caption-column, or rename the file to .txt if "
+        "every line of it is a prompt")
+    assert "entry 2 has no prompt; write one or remove the entry" in refused("p.csv", "id,prompt\n1,a fox\n2,\n")
+    assert "entry 1 has no text; write" in refused("p.jsonl", '{torn\n{"text": "a cat"}\n')
+    assert "no prompt in it; write one per line" in refused("p.csv", "prompt\n")
+    assert f"--caption-column text: --prompts {tmp_path}/p.txt has no columns; leave it out" in refused("p.txt", "a fox", "text")
+    assert "--data sprites has no columns; leave them out" in refusal("sprites", caption_column="text")
+    assert "cannot be read (unexpected end of data)" in refused("p.csv", 'prompt\na fox\n"a cat\na dog\n')
+
+
+def test_what_data_cannot_be_is_named_for_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos.zip").write_bytes(b"")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(GOOD["a.png"])
+    for address in ("https://x.org/{000..010}.tar", "https://huggingface.co/datasets/user/name", "s3://bucket/x.parquet",
+                    "pipe:aws s3 cp s3://bucket/x.tar -", "hf://datasets/user/name"):
+        assert f"--data {address}: an address, but data is read from the disk; download it, or give a folder" in refusal(address)
+    for pattern in ("nowhere/*.tar", "{0..2}.tar", "photos/*.parquet"):
+        assert f"--data {pattern}: matches no file; give a folder" in refusal(pattern)
+    assert "--data photos/*.png: a pattern, which only .tar and .parquet files can have; give" in refusal("photos/*.png")
+    assert "--data photos.zip: a file of no kind that is read here; give a folder" in refusal("photos.zip")
+
+
+def test_every_file_of_a_folder_is_read_or_the_folder_is_refused(tmp_path):
+    """Images beside shards, or beside tables with images: neither is left out in silence."""
+    for other, there, write in (("x.tar", "1 tar files (sub/x.tar)", write_tar_txt), ("x.parquet", "1 tables with images (", write_parquet)):
+        folder = tmp_path / other
+        (folder / "sub").mkdir(parents=True)
+        write(folder / "sub", GOOD, CAPTIONS)
+        for shard in (folder / "sub").glob("shard.tar"):
+            shard.rename(folder / "sub" / "x.tar")
+        assert open_(folder).size == 4                     # alone, in a folder below
+        write_txt(folder, {name: GOOD[name] for name in ("a.png", "b.png", "c.png")}, CAPTIONS)
+        refused = refusal(folder)
+        assert f"--data {folder}: holds 3 image files (a.png, ...) and {there}" in refused, refused
+        assert "move away what is not meant, or give a pattern such as" in refused
+        assert open_(folder / "sub" / "*.tar" if other == "x.tar" else folder / "sub" / "x.parquet").size == 4
+    (folder / "torn.parquet").write_bytes(b"torn")
+    (folder / "sub" / "x.parquet").unlink()
+    assert "torn.parquet cannot be read (" in refusal(folder)
+
+
+def test_what_a_link_or_a_folder_hides_is_named(tmp_path, monkeypatch):
+    write_txt(tmp_path, GOOD, CAPTIONS)
+    (tmp_path / "photos").symlink_to(tmp_path / "unplugged")
+    assert "photos is a link to nothing; restore what it names or remove it" in refusal(tmp_path)
+    assert open_(tmp_path, skip_bad=True).skipped == ["photos"]
+    (tmp_path / "photos").unlink()
+    (tmp_path / "tables" / "data").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    write_parquet(tmp_path / "kept", GOOD, CAPTIONS)
+    write_parquet(tmp_path / "tables", GOOD, CAPTIONS)
+    (tmp_path / "tables" / "data" / "more").symlink_to(tmp_path / "kept")
+    pattern = f"{tmp_path}/tables/data/more/*.parquet"     # which datasets would leave out
+    assert f"data/more/x.parquet is behind a link to a folder; give the folder it leads to, or a pattern such as '{pattern}'" in refusal(
+        tmp_path / "tables")
+    assert open_(pattern).size == 4
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def locked(path):                                      # permissions do not stop root
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", locked)
+    assert f"{tmp_path}/locked cannot be opened (Permission denied); allow it or move it away" in refusal(tmp_path)
+
+
+def test_names_of_one_shard_make_its_samples(tmp_path):
+    """Twice the same name, a link, a second archive behind the first, and of one stem the mask: each is named or has its rule."""
+    pair = [("a.jpg", JPEG), ("a.txt", b"x")]
+    assert "x.tar: a.jpg is there twice; keep one" in refusal(write_tar(tmp_path / "x.tar", [*pair, pair[0]]))
+    one = write_tar(tmp_path / "x.tar", pair).read_bytes()
+    (tmp_path / "x.tar").write_bytes(one + write_tar(tmp_path / "y.tar", [("b.jpg", JPEG), ("b.txt", b"y")]).read_bytes())
+    (tmp_path / "y.tar").unlink()
+    assert "x.tar cannot be read to its end (a truncated header, or another archive behind the first)" in refusal(tmp_path)
+    with tarfile.open(write_tar(tmp_path / "x.tar", pair), "a") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        tar.addfile(link)
+    assert "x.tar: b.jpg is a link; store the file itself" in refusal(tmp_path / "x.tar")
+    black = encoded(Image.new("RGB", (8, 8)))
+    dataset = open_(write_tar(tmp_path / "x.tar", [("a.mask.png", black), ("a.png", black), *pair, ("a.v2.png", black), ("a.v2.txt", b"y"),
+                                                   ("a.notes.txt", b"z")]))
+    assert [row.name for row in dataset.kept] == ["x.tar: a.jpg", "x.tar: a.v2.png"] and dataset.captions == ["", "x", "y"]
+
+
+def test_a_column_of_images_is_chosen_only_where_there_is_one(tmp_path):
+    path = tmp_path / "x.parquet"
+
+    def write(**columns):
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        return path
+    assert refusal(write(url=["https://x"], caption=["x"])).endswith(
+        f"--data {path}: no column of images; name one of url, caption with --image-column")
+    two = write(jpg=[GOOD["a.png"]], small=[b"x"], caption=["x"])
+    assert "several columns of bytes; name one of jpg, small with --image-column" in refusal(two)
+    assert open_(two, image_column="jpg").size == 1
+    assert "no column pixels; name one of jpg, small, caption with --image-column" in refusal(two, image_column="pixels")
+    assert "row 1 or its caption cannot be read (an empty cell)" in refusal(write(jpg=[GOOD["a.png"], None], caption=["x", "y"]))
+
+
+def test_coco_without_its_pictures_or_captions_is_named(tmp_path):
+    write_coco(tmp_path, GOOD, CAPTIONS)
+    assert "is COCO and has no columns; leave them out" in refusal(tmp_path, caption_column="caption")
+    (tmp_path / "train2017" / "b.png").unlink()
+    assert "train2017/b.png is named in its annotations but is not there; fetch it again" in refusal(tmp_path)
+    assert open_(tmp_path, skip_bad=True).size == 3
+    (tmp_path / "train2017").rename(tmp_path / "elsewhere")
+    assert open_(tmp_path).size == 1                       # the split that is there
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere too")
+    assert "its annotations are COCO's, but train2017 or val2017 is not beside them; unpack the images there" in refusal(tmp_path)
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations" / "captions_val2017.json").write_text("{torn")
+    assert "annotations/captions_val2017.json is not a captions file of COCO (JSONDecodeError" in refusal(tmp_path)
+
+
 # ---- bad data ----
 
 
@@ -272,7 +577,7 @@ def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
 TROUBLES = {
     "truncated jpeg": ("b.jpg", JPEG[:len(JPEG) // 2], "x", "or its caption cannot be read (image file is truncated"),
     "truncated png": ("b.png", GOOD["b.png"][:300], "x", "or its caption cannot be read ("),
-    "not an image": ("b.png", b"not an image", "x", "or its caption cannot be read (not an image); replace or remove it"),
+    "not an image": ("b.png", b"not an image", "x", "or its caption cannot be read (not an image to Pillow"),
     "nothing": ("b.png", b"", "x", "or its caption cannot be read ("),
     "empty caption": ("b.png", GOOD["b.png"], " ", "has no caption; "),
 }
@@ -298,23 +603,24 @@ def test_folders_of_bad_things_are_refused_by_name(tmp_path):
         (tmp_path / name).mkdir()
         write_txt(tmp_path / name, files, [*captions, *[None] * len(files)])
         return tmp_path / name
-    assert "no image in it (.bmp, .jpeg, .jpg, .png, .webp)" in refusal(make("empty", {}))
+    assert "no image in it (.avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); give" in refusal(make("empty", {}))
     assert "no image in it" in refusal(make("texts", {"a.txt": b"a"}))
     lonely = make("lonely", {"a.png": GOOD["a.png"]})
     assert "a.png has no caption; write one into a.txt, or leave it out with --skip-bad" in refusal(lonely)
     assert f"--data {lonely}: nothing usable in it; --skip-bad left out all 1, the first because a.png has no caption" in refusal(
         lonely, skip_bad=True)
-    stray = make("stray", {"a.png": GOOD["a.png"], "b.pdf": b""}, ["x"])
-    assert "b.pdf is neither an image nor the caption of one; move it away, or leave it out" in refusal(stray)
-    assert open_(stray, skip_bad=True).skipped == ["b.pdf"]
-    (stray / "b.pdf").rename(stray / ".hidden")
+    stray = make("stray", {"a.png": GOOD["a.png"], "b.txt": b"y"}, ["x"])
+    assert "b.txt is the caption of no image; add its image or move it away, or leave it out" in refusal(stray)
+    assert open_(stray, skip_bad=True).skipped == ["b.txt"]
+    (stray / "b.txt").rename(stray / ".hidden.txt")
     (stray / ".cache").mkdir()
     (stray / ".cache" / "c.png").write_bytes(b"")
     (stray / "a.txt").write_text("x", encoding="utf-8-sig")            # Windows' Notepad begins a file with a mark
     assert open_(stray).captions == ["", "x"]
     (stray / "a.txt").write_bytes(b"\xff\xfe\xff")
     assert "a.png or its caption cannot be read ('utf-8'" in refusal(stray)
-    assert "has .txt captions and no columns" in refusal(stray, caption_column="text")
+    assert "--image-column x: " in refusal(stray, image_column="x") and "has no columns; leave it out" in refusal(stray, image_column="x")
+    assert "a.png has no caption; write one into a.json, long" in refusal(stray, caption_column="long")
 
 
 def test_metadata_that_names_nothing_or_what_is_not_there_is_named(tmp_path):
@@ -337,7 +643,7 @@ def test_a_torn_or_missing_shard_is_named_and_the_samples_before_the_tear_are_ke
         (tmp_path / "01.tar").write_bytes(whole[:cut])
         assert "01.tar cannot be read to its end (" in refusal(path), cut
         dataset = open_(path, skip_bad=True)
-        assert dataset.row_captions[:2] == [1, 2] and dataset.skipped[-1] == "01.tar", cut
+        assert dataset.row_captions[:2] == [1, 2] and dataset.skipped[0] == "01.tar", cut
     (tmp_path / "01.tar").write_bytes(b"")
     assert open_(path, skip_bad=True).size == 2
     (tmp_path / "01.tar").unlink()
@@ -350,10 +656,12 @@ def test_a_shard_s_sample_without_an_image_or_with_a_caption_that_is_not_text_is
     odd = [("a.txt", b"no image"), ("b.jpg", JPEG), ("b.txt", b"\xff"), ("c.jpg", JPEG), ("c.json", b"{torn"), ("d.jpg", JPEG),
            ("d.txt", b"x")]
     shard = write_tar(tmp_path / "x.tar", odd)
-    assert "x.tar: a has no image (bmp, jpeg, jpg, png, webp); add one, or leave it out with --skip-bad" in refusal(shard)
+    lost = "x.tar: a.txt has no image (.avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); add it or remove the caption, or leave it"
+    assert "x.tar: b.jpg or its caption cannot be read ('utf-8'" in refusal(shard)
+    assert lost in refusal(write_tar(tmp_path / "x.tar", [odd[0], *odd[-2:]]))
     assert "x.tar: b.jpg or its caption cannot be read ('utf-8'" in refusal(write_tar(tmp_path / "x.tar", odd[1:]))
     dataset = open_(write_tar(tmp_path / "x.tar", odd), skip_bad=True)
-    assert dataset.skipped == ["x.tar: a", "x.tar: b.jpg", "x.tar: c.jpg"] and dataset.captions == ["", "x"]
+    assert dataset.skipped == ["x.tar: b.jpg", "x.tar: c.jpg", "x.tar: a.txt"] and dataset.captions == ["", "x"]
 
 
 def test_a_table_s_cell_may_name_a_file_and_an_empty_one_is_named(tmp_path):
@@ -400,12 +708,23 @@ def test_a_checked_dataset_is_not_checked_again_until_it_changes(tmp_path, tmp_p
     decoded.clear()
     again = open_(path, skip_bad=True, checked=checked)
     assert not decoded and again.skipped == first.skipped and len(first.skipped) == 1 and again.size == 2
-    assert "or its caption cannot be read (not an image)" in refusal(path, checked=checked) and not decoded
+    assert "or its caption cannot be read (not an image to Pillow" in refusal(path, checked=checked) and not decoded
     write(tmp_path, files | {"b.png": GOOD["b.png"]}, CAPTIONS[:3])
     assert open_(path, checked=checked).size == 3 and len(decoded) == 3
     decoded.clear()
     checked.write_text("torn")
     assert open_(path, checked=checked).size == 3 and len(decoded) == 3 and json.loads(checked.read_text())["bad"] == []
+
+
+def test_what_is_remembered_of_a_dataset_changes_with_what_reads_it(tmp_path, decoded, monkeypatch):
+    """Another Pillow may read more kinds of files: they are checked again. Other pixels of the same files: another key."""
+    path, checked = write_txt(tmp_path, GOOD, CAPTIONS), tmp_path / ".checked.json"
+    first = open_(path, checked=checked)
+    assert len(decoded) == 4 and open_(path, checked=checked).key == first.key and len(decoded) == 4
+    monkeypatch.setattr(PIL, "__version__", "99")
+    assert open_(path, checked=checked).key == first.key and len(decoded) == 8
+    monkeypatch.setattr(data, "DECODING", data.DECODING + 1)
+    assert open_(path, checked=checked).key != first.key and len(decoded) == 8
 
 
 def test_many_images_are_checked_to_the_last(tmp_path, monkeypatch, capsys):
@@ -508,7 +827,9 @@ def test_a_kill_half_way_loses_one_shard_at_most(tmp_path, solve):
     with pytest.raises(KeyboardInterrupt):
         data.cached(tmp_path, 16, SETTINGS, killed, shard=4)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
-    (tmp_path / "00002.safetensors.part").write_bytes(b"half")          # as if it had been killed while writing
+    stale = tmp_path / ".00002.safetensors.7-0123abcd.part"
+    stale.write_bytes(b"half")                                          # as if it had been killed while writing,
+    os.utime(stale, (0, 0))                                             # long ago
     assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
     solve.made.clear()
     check(data.cached(tmp_path, 16, SETTINGS, solve, shard=4), list(range(16)))
@@ -565,3 +886,138 @@ def test_a_full_disk_is_one_line_and_the_old_shard_stays(tmp_path, solve, monkey
     assert len(load_file(tmp_path / "00000.safetensors")["z"]) == 3 and not list(tmp_path.glob("*.part"))
     monkeypatch.setattr(data, "save_file", save_file)
     check(data.cached(tmp_path, 4, SETTINGS, solve, shard=4), [3, 0])
+
+
+# ---- several processes, and power cuts ----
+
+
+def share_a_cache(folder, count, barrier):
+    """One of two processes. Each shard is half written by both at once before either goes on."""
+    save = data.save_file
+
+    def save_slowly(tensors, part, metadata):
+        save(tensors, part, metadata)
+        content = part.read_bytes()
+        part.write_bytes(content[:len(content) // 2])
+        barrier.wait(300)
+        part.write_bytes(content)
+        barrier.wait(300)
+    data.save_file = save_slowly
+    rows = data.cached(folder, count, SETTINGS, lambda numbers: {"caption": torch.tensor(list(numbers)) * 7}, shard=4)
+    assert torch.equal(rows[range(count)]["caption"], torch.arange(count) * 7)
+
+
+def test_two_processes_that_share_a_cache_both_end_with_whole_parts(tmp_path):
+    barrier = FORKS.Barrier(2)
+    processes = [FORKS.Process(target=share_a_cache, args=(tmp_path, 10, barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "00000.safetensors", "00001.safetensors", "00002.safetensors", "manifest.json"]
+    assert len(load_file(tmp_path / "00002.safetensors")["caption"]) == 2
+
+
+def claim_a_cache(folder, settings, saw_nothing, others_turn, result):
+    """One of two processes that both find no manifest: it writes its own only after others_turn."""
+    write = data.write_atomically
+
+    def write_late(target, *args, **options):
+        if target.name == "manifest.json":
+            saw_nothing.set()
+            others_turn.wait(300)
+        write(target, *args, **options)
+    data.write_atomically = write_late
+    try:
+        data.cached(folder, 4, settings, lambda numbers: {"caption": torch.full((len(numbers),), settings["value"])})
+        result.put(settings["value"])
+    except UserError as error:
+        result.put(str(error))
+
+
+def test_of_two_processes_with_other_settings_only_the_first_gets_the_cache(tmp_path):
+    first_saw, second_saw, first_done, result = FORKS.Event(), FORKS.Event(), FORKS.Event(), FORKS.Queue()
+    second = FORKS.Process(target=claim_a_cache, args=(tmp_path, {"value": 2}, second_saw, first_done, result))
+    second.start()
+    assert second_saw.wait(300)
+    first = FORKS.Process(target=claim_a_cache, args=(tmp_path, {"value": 1}, first_saw, second_saw, result))
+    first.start()
+    assert result.get(timeout=300) == 1
+    first_done.set()
+    assert "made with other settings (there, here): {'value': (1, 2)}; choose another folder" in str(result.get(timeout=300))
+    for process in (first, second):
+        process.join(300)
+    assert load_file(tmp_path / "00000.safetensors")["caption"].tolist() == [1] * 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000.safetensors", "manifest.json"]
+
+
+def test_a_cache_on_a_disk_without_hard_links_and_a_truncated_manifest(tmp_path, solve, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", refuse)
+    check(data.cached(tmp_path / "c", 3, SETTINGS, solve), [2, 0])
+    (tmp_path / "c" / "manifest.json").write_text('{"teacher')
+    with pytest.raises(UserError, match="manifest.json is truncated; delete the folder"):
+        data.cached(tmp_path / "c", 3, SETTINGS, solve)
+
+
+def test_a_longer_shard_that_another_process_made_meanwhile_stays(tmp_path, solve):
+    def late(numbers):
+        data.cached(tmp_path, 4, SETTINGS, solve, shard=4)
+        return solve(numbers)
+    rows = data.cached(tmp_path, 2, SETTINGS, late, shard=4)
+    assert len(rows) == 2 and len(load_file(tmp_path / "00000.safetensors")["z"]) == 4
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_renamed_is_on_the_disk_first_and_the_name_after(tmp_path, monkeypatch, kind):
+    """After a power cut a name never stands for content that was not written: everything is synchronized before the rename, the
+    folder that holds the name after it. An old target is whole until then."""
+    events, sync, replace, target = [], os.fsync, os.replace, tmp_path / "target"
+
+    def write(part):
+        if kind == "folder":
+            (part / "sub").mkdir(parents=True)
+            (part / "sub" / "a").write_text("new")
+        else:
+            part.write_text("new")
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    for _ in range(2):                                     # the second time over an old one
+        events.clear()
+        data.write_atomically(target, write)
+        at = events.index("rename")
+        before = [os.path.basename(event) for event in events[:at]]
+        assert len(before) == (3 if kind == "folder" else 1) and before[-1].endswith(".part") and events[at + 1:] == [str(tmp_path)]
+        assert kind == "file" or set(before[:2]) == {"sub", "a"}
+        assert (target / "sub" / "a" if kind == "folder" else target).read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error"), RuntimeError("x")], ids=lambda error: type(error).__name__)
+def test_an_error_while_writing_leaves_the_old_target_and_nothing_else(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+    target = tmp_path / "target"
+    data.write_atomically(target, lambda part: (part.mkdir(), (part / "a").write_text("old")))
+    for where in ("fsync", "replace", None):
+        with monkeypatch.context() as patched, pytest.raises(type(error)):
+            if where:
+                patched.setattr(os, where, fail)
+            data.write_atomically(target, lambda part: (part.mkdir(), where or fail()))
+        assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target], where
+
+
+def test_only_what_no_process_can_be_writing_any_more_is_cleaned_away(tmp_path):
+    kept, gone = [".x.safetensors.1-00000000.part", "photo.jpg.part", ".x.part", ".y.1-0000000g.part"], [
+        ".x.safetensors.99-89abcdef.part", ".folder.3-12345678.part"]
+    for name in (*kept, *gone):
+        (tmp_path / name).mkdir() if "folder" in name else (tmp_path / name).write_text("")
+    (tmp_path / gone[1] / "a").write_text("")
+    old = os.stat(tmp_path).st_mtime - 2 * data.STALE
+    for path in (*map(tmp_path.joinpath, [*kept[1:], *gone]), tmp_path / gone[1] / "a"):
+        os.utime(path, (old, old))
+    os.utime(tmp_path / gone[1], (old, old))
+    data.write_atomically(tmp_path / "x", lambda part: part.write_text(""))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "x"])
