@@ -397,7 +397,8 @@ class Evaluator:
             "DDIM steps", straightness=f"mean square of u minus the chord's, {STRAIGHTNESS_STEPS} steps a window",
             chord_error="root mean square of u minus that of the teacher's chord, at its start",
             corrected=f"grouped jackknife, {metrics.GROUPS} groups of generated and of real images",
-            interval="95%, of the corrected distance, over the choice of generated and of real images; not over training", batch=min(c.batch, SHARD),
+            interval="95%, of the corrected distance, over the choice of generated and real images, not over training",
+            batch=min(c.batch, SHARD),
             seconds_per_image="wall time of text, sampling and decoding at this batch size, on one process", note=protocol.note,
             commit=code["commit"], versions={**code["versions"], "transformers": transformers.__version__, "pillow": PIL.__version__})
 
@@ -419,7 +420,8 @@ def main(c):
     run = Path(c.run)
     if not c.run or not run.is_dir():
         raise UserError(f"{c.run or 'no run'}: give the folder that train.py wrote, e.g. python eval.py runs/demo")
-    students = sorted(run.rglob("student-*/reflow.json"), key=lambda file: (in_order(name_of_run(file, run)), -int(file.parent.name.split("-")[1])))
+    students = sorted(run.rglob("student-*/reflow.json"),
+                      key=lambda file: (in_order(name_of_run(file, run)), -int(file.parent.name.split("-")[1])))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
     infos = [sampler.read_about(file.parent, "teacher", "method", "windows") for file in students]

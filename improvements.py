@@ -232,7 +232,7 @@ FRESH_NOISE = 2_000_000                              # seed of the first image, 
 def best_of_both(lab):
     """ProReflow's curriculum with which of Simple ReFlow's improvements is best at 1, 2, 4 and 9 evaluations?"""
     budget = lab.evaluations(f"{CURRICULUM} --steps {lab.updates(400, 4)} {lab.cached(0, 1024)}")
-    # some seeds of training and some noises choose; others, which had no say, judge: what is chosen as the lowest of many is low by luck too
+    # some seeds of training and some noise choose; others, which had no say, judge: the lowest of many is low by luck too
     choice = range(min(3, lab.c.seeds))
     fresh = range(len(choice), len(choice) + lab.c.seeds)
     options, runs = {}, {}
@@ -268,7 +268,8 @@ def best_of_both(lab):
         ask(dict(arms.values()))
         order = sorted(arms, key=lambda name: mean_interval(score(arms[name][0]))[0])
         for name in order:
-            rounds.append([len(CANDIDATES) - len(left) + 1, name, *line(arms[name][0], chosen_by), change(score(arms[name][0]), score(best))])
+            arm = arms[name][0]
+            rounds.append([len(CANDIDATES) - len(left) + 1, name, *line(arm, chosen_by), change(score(arm), score(best))])
         if mean_interval(score(arms[order[0]][0]))[0] >= mean_interval(score(best))[0]:
             break
         best, chosen = arms[order[0]]
@@ -294,7 +295,8 @@ def best_of_both(lab):
     plain_numbers(axis, list(COUNTS))
     axis.legend(frameon=False, fontsize=8)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD at 1, 2, 4 and 9 evaluations of the student of one window; {len(fresh)} seeds of training that had no say in the choice (mean ± 95%)",
+        (f"FD at 1, 2, 4 and 9 evaluations of the student of one window; {len(fresh)} seeds of training that had no say in the choice "
+         "(mean ± 95%)",
          ["method", "updates", "evaluations (1000)", *heads], lines),
         (f"Added greedily to the curriculum by the mean FD over the counts, {len(choice)} seeds; the first of a round is kept if it helps",
          ["round", "added", *heads, "mean FD against the round before"], rounds)])

@@ -25,7 +25,7 @@ class Config:
     results: str = "results/studies"  # folder of the studies' tables and figures
     embedded: str = "results/tiny.json"  # results.json of eval.py for the embedded default; the page says so if it is not there
     out: str = "results/report.html"  # the page
-    readme: str = ""            # a README whose tables, between <!-- NAME --> and <!-- /NAME -->, are written anew; and NAME.md of each study
+    readme: str = ""            # a README whose tables (<!-- NAME --> to <!-- /NAME -->) are written anew, as is NAME.md of each study
 
 
 # ---- what the papers report -----------------------------------------------------------------------------------------

@@ -170,12 +170,14 @@ def direction_weight(lab):
             for (space, alpha, s), name in names.items()}
     folders = lab.train(runs)
     rows = dict(zip(runs, lab.measure([dict(folder=folders[name] / "student-4", steps=4) for name in runs])))
-    values = {(space, alpha): {column: [rows[names[space, alpha, s]][column] for s in seeds] for column in ("fd_corrected", "endpoint_error", "clip")}
+    columns = ("fd_corrected", "endpoint_error", "clip")
+    values = {(space, alpha): {column: [rows[names[space, alpha, s]][column] for s in seeds] for column in columns}
               for space in alphas for alpha in alphas[space]}
     lines = [[space, f"{alpha:g}", shown(v["fd_corrected"]), shown(v["endpoint_error"], 4), shown(v["clip"], 1)]
              for (space, alpha), v in values.items()]
     comparisons = [Comparison(f"Cosine on {space}, alpha {alpha:g} against 0", values[space, alpha][column], values[space, 0][column], unit)
-                   for space in alphas for alpha in alphas[space][1:] for column, unit in (("fd_corrected", "FD"), ("endpoint_error", "endpoint error"))]
+                   for space in alphas for alpha in alphas[space][1:]
+                   for column, unit in (("fd_corrected", "FD"), ("endpoint_error", "endpoint error"))]
     tests = judge(comparisons)
     verdict = [f"Every weight against none: {counted(comparisons)}.", *map(str, comparisons), tests]
     figure, panels = axes(2)
@@ -250,13 +252,13 @@ def baselines(lab):
     comparisons = []
     for steps in counts:
         first, second = sorted((name for name in methods if (name, steps) in rows), key=lambda name: rows[name, steps]["fd_corrected"])[:2]
-        comparisons.append(Comparison(f"At {steps} step{'s' * (steps > 1)}, lowest {first} ({rows[first, steps]['fd_corrected']:.2f}), then "
-                                      f"{second} ({rows[second, steps]['fd_corrected']:.2f})",
+        label = ", then ".join(f"{name} ({rows[name, steps]['fd_corrected']:.2f})" for name in (first, second))
+        comparisons.append(Comparison(f"At {steps} step{'s' * (steps > 1)}, lowest {label}",
                                       *(rows[name, steps]["fd_groups"] for name in (first, second)), pairs="groups of images"))
     tests = judge(comparisons)
     verdict = [*map(str, comparisons), f"{tests} Which are the two is read off the same images, and each is one seed of training: a lead "
                "that is shown here may still be that seed's."]
-    verdict.append(f"The teacher at 32 steps of DDIM has {top['fd_corrected']:.2f} ({top['fd_interval'][0]:.2f} to {top['fd_interval'][1]:.2f}).")
+    verdict.append("The teacher at 32 steps of DDIM has {:.2f} ({:.2f} to {:.2f}).".format(top["fd_corrected"], *top["fd_interval"]))
     figure, (axis,) = axes(height=4.4)
     styles = [(colour, marker) for marker in "os^" for colour in (BLUE, VERMILION, GREEN, PINK)]
     for name, (colour, marker) in zip(methods, styles):
@@ -383,8 +385,9 @@ def noise(lab):
     lines = [["none", "0", f"{clean['fd_corrected']:.2f}", f"{clean['clip']:.1f}"]]
     lines += [[kind, f"{size:g}", f"{row['fd_corrected']:.2f}", f"{row['clip']:.1f}"] for (kind, size), row in rows.items()]
     worse = {size: rows["direction", size]["fd_corrected"] - rows["magnitude", size]["fd_corrected"] for size in sizes}
-    verdict = [f"An error of {size:g} |u| at every step raises FD by {rows['direction', size]['fd_corrected'] - clean['fd_corrected']:.2f} if it turns the "
-               f"velocity and by {rows['magnitude', size]['fd_corrected'] - clean['fd_corrected']:.2f} if it stretches it." for size in sizes]
+    raised = {key: row["fd_corrected"] - clean["fd_corrected"] for key, row in rows.items()}
+    verdict = [f"An error of {size:g} |u| at every step raises FD by {raised['direction', size]:.2f} if it turns the velocity and by "
+               f"{raised['magnitude', size]:.2f} if it stretches it." for size in sizes]
     comparisons = [Comparison(f"An error of {size:g} |u| in direction against one in magnitude", rows["direction", size]["fd_groups"],
                               rows["magnitude", size]["fd_groups"], pairs="groups of images") for size in sizes]
     tests = judge(comparisons)
@@ -418,8 +421,9 @@ def guidance(lab):
              for scale in scales]
     verdict, comparisons = [], []
     for steps in counts:
-        best = {column: pick(scales, key=lambda scale: rows[steps, scale][column]) for column, pick in (("fd_corrected", min), ("clip", max))}
-        verdict.append(f"At {steps} steps FD is lowest at guidance {best['fd_corrected']:g} ({rows[steps, best['fd_corrected']]['fd_corrected']:.2f}), CLIP score "
+        best = {name: pick(scales, key=lambda scale: rows[steps, scale][column])
+                for name, column, pick in (("fd", "fd_corrected", min), ("clip", "clip", max))}
+        verdict.append(f"At {steps} steps FD is lowest at guidance {best['fd']:g} ({rows[steps, best['fd']]['fd_corrected']:.2f}), CLIP score "
                        f"highest at {best['clip']:g} ({rows[steps, best['clip']]['clip']:.1f}).")
         comparisons += [Comparison(f"At {steps} steps, guidance {scale:g} against {scales[0]:g}", rows[steps, scale]["fd_groups"],
                                    rows[steps, scales[0]]["fd_groups"], pairs="groups of images") for scale in scales[1:]]
@@ -456,8 +460,8 @@ def pairs(lab):
     for other, name in (("data", "images and the teacher"), ("student", "images and the previous student")):
         for k in stages[1:]:
             for column, unit in (("fd_corrected", "FD"), ("endpoint_error", "endpoint error")):
-                comparisons.setdefault(name, []).append(Comparison(
-                    f"{k} windows, the teacher's trajectories against {name}", values["trajectory", k][column], values[other, k][column], unit))
+                comparisons.setdefault(name, []).append(Comparison(f"{k} windows, the teacher's trajectories against {name}",
+                                                                   *(values[source, k][column] for source in ("trajectory", other)), unit))
     tests = judge([each for asked in comparisons.values() for each in asked])
     summary = [f"The teacher's own trajectories against {name}: {counted(asked)}." for name, asked in comparisons.items()]
     verdict = [*(str(each) for asked in comparisons.values() for each in asked), tests]
@@ -515,8 +519,8 @@ def one_step(lab):
     axis.minorticks_off()
     axis.legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD (multiple of the teacher's {top['fd_corrected']:.2f} at 32 steps); CLIP score (the teacher's: {top['clip']:.1f}); {updates} updates, "
-         "one seed", ["student", "1 step", "2 steps", "4 steps"], lines)])
+        (f"FD (multiple of the teacher's {top['fd_corrected']:.2f} at 32 steps); CLIP score (the teacher's: {top['clip']:.1f}); "
+         f"{updates} updates, one seed", ["student", "1 step", "2 steps", "4 steps"], lines)])
 
 
 # ---- what a study leaves ---------------------------------------------------------------------------------------------
@@ -570,8 +574,8 @@ def main(c):
         plt.close(figure)
         shared = evaluator(c)
         result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python eval.py --study {name}", **found,
-                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features, corrected for the bias of so few "
-                               f"images. Commit {export.versions()['commit']}.",
+                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features, corrected for the bias of so "
+                               f"few images. Commit {export.versions()['commit']}.",
                       runs=lab.commands, seconds=time.time() - start, **export.versions())
         data.write_atomically(results / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         data.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))
