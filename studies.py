@@ -423,8 +423,8 @@ def guidance(lab):
     for steps in counts:
         best = {name: pick(scales, key=lambda scale: rows[steps, scale][column])
                 for name, column, pick in (("fd", "fd_corrected", min), ("clip", "clip", max))}
-        verdict.append(f"At {steps} steps FD is lowest at guidance {best['fd']:g} ({rows[steps, best['fd']]['fd_corrected']:.2f}), CLIP score "
-                       f"highest at {best['clip']:g} ({rows[steps, best['clip']]['clip']:.1f}).")
+        verdict.append(f"At {steps} steps FD is lowest at guidance {best['fd']:g} ({rows[steps, best['fd']]['fd_corrected']:.2f}), CLIP "
+                       f"score highest at {best['clip']:g} ({rows[steps, best['clip']]['clip']:.1f}).")
         comparisons += [Comparison(f"At {steps} steps, guidance {scale:g} against {scales[0]:g}", rows[steps, scale]["fd_groups"],
                                    rows[steps, scales[0]]["fd_groups"], pairs="groups of images") for scale in scales[1:]]
     tests = judge(comparisons)
@@ -574,8 +574,8 @@ def main(c):
         plt.close(figure)
         shared = evaluator(c)
         result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python eval.py --study {name}", **found,
-                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features, corrected for the bias of so "
-                               f"few images. Commit {export.versions()['commit']}.",
+                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features, corrected for the bias of "
+                               f"so few images. Commit {export.versions()['commit']}.",
                       runs=lab.commands, seconds=time.time() - start, **export.versions())
         data.write_atomically(results / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         data.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))

