@@ -145,7 +145,7 @@ def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
                  "a guided pair is 2, in the column beside it 1", "guidance: 1.5", "scheduler: the model's own schedule", "solver: DDIM",
                  "solvers: ddim, heun", "seeds: 1000000 to 1000013", "dtype: fp32", "weights: running average (EMA 0.999)",
                  f"teacher: {small_models[kind]}", "commit: ", f"versions: torch {torch.__version__}, diffusers ", ", transformers ",
-                 "unknown", "noise fd two teacher halves: ", "trajectories: first 5 seeds", "endpoint error: root mean square"]:
+                 "unknown", "corrected: grouped jackknife", "trajectories: first 5 seeds", "endpoint error: root mean square"]:
         assert item in text, item
     sizes = [Image.open(file).size for file in (tmp_path / "images").rglob("*.png")]
     assert len(sizes) == 16 + 4 * 14 and set(sizes) == {(256, 256) if protocol == "coco2014-30k" else (32, 32)}
