@@ -151,8 +151,10 @@ def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
     assert len(sizes) == 16 + 4 * 14 and set(sizes) == {(256, 256) if protocol == "coco2014-30k" else (32, 32)}
     assert len(result["image_and_caption_ids"].split()) == 14 and result["image_and_caption_ids"].split()[0].count("/") == 1
     printed = capsys.readouterr().out
-    assert (run / "results.md").read_text() in printed and text in printed and (run / "grid.png").stat().st_size > 1000
-    assert "| teacher | - | 4 | 8 | 4 | " in printed and "FD (95%)" in printed and "(not FID)" in printed       # stand-in, not Inception
+    whole = (run / "results.md").read_text()
+    assert evaluation.table(result, brief=True) in printed and whole == evaluation.table(result) and text in whole
+    assert (run / "grid.png").stat().st_size > 1000 and "| teacher | - | 4 | 8 | 4 | " in whole
+    assert "FD corrected (95%)" in printed and "(not FID)" in printed                       # stand-in, not Inception
 
 
 def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_anew(random_sd, parts, tmp_path, monkeypatch):
