@@ -15,7 +15,7 @@ $(VENV)/ready: requirements.lock
 
 # progressive reflow 8 -> 4 -> 2 -> 1, and straight to one window with as many updates; then both against the teacher
 demo: $(VENV)/ready
-	$(DEMO) --name proreflow --out runs/demo
+	$(DEMO) --out runs/demo
 	$(DEMO) --recipe reflow --out runs/demo/reflow
 	$(RUN) eval.py runs/demo
 

@@ -11,7 +11,8 @@ in 8, 4, 2, 1 steps), and every student found under the run. --protocol says wit
 Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated is kept under --cache.
 
 FID is the Frechet distance on features of Inception. The protocols tiny and pixel have the features of the repository's own small
-CLIP, and real images nobody trained on: that is called FD here, and compares with no published number.
+CLIP, and real images nobody trained on: that is called FD here, and compares with no published number. Either is too high on average, by
+c / N: the corrected one is not (metrics.frechet_groups), and has the interval. Published FIDs are plain.
 """
 import dataclasses
 import functools
@@ -40,7 +41,7 @@ import sprites
 import teacher
 import train
 from config import UserError
-from metrics import Clip, Inception, clip_score, cmmd, frechet_distance, frechet_interval, kernel_distance, moments
+from metrics import Clip, Inception, clip_score, cmmd, frechet_distance, frechet_groups, kernel_distance, mean_interval, moments
 
 GRID_PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green", "animal on yellow", "food",
                 "on purple")
@@ -209,7 +210,6 @@ class Evaluator:
         settings = dict(split=protocol.split, images=key, real=c.real, size=protocol.fid_size or c.size, **self.networks)
         rows = self.store("reference", c.real, settings, lambda part, name: self.look(reference(part), part, name), SHARD)[range(c.real)]
         self.reference = {key: value.to(self.device) for key, value in rows.items()}
-        self.reference_moments = moments(self.reference[protocol.network])
         self.read, self.opened = {}, (None, None)
         self.teacher_path = self.path()
         self.teacher_rows = self.features(c.teacher, c.teacher_steps)
@@ -340,17 +340,6 @@ class Evaluator:
         """Of its own samples, (n, dim)."""
         return self.teacher_rows[range(self.c.n)][self.protocol.network].to(self.device)
 
-    @functools.cached_property
-    def noise(self):
-        """What FD cannot tell: of the two halves of the teacher's images, the difference of their FDs to the reference, and the FD between
-        them.  Returns: dict(between_fds, between_halves); None where a half has no more images than features."""
-        half = self.c.n // 2
-        if half < metrics.least_images(self.network.dim):
-            return dict(between_fds=None, between_halves=None)
-        a, b = (moments(part) for part in (self.teacher_features[:half], self.teacher_features[half:2 * half]))
-        to_a, to_b = (frechet_distance(part, self.reference_moments) for part in (a, b))
-        return dict(between_fds=abs(to_a - to_b), between_halves=frechet_distance(a, b))
-
     def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, kernels=True):
         """Every column of a row of results.json, made where missing. folder: a model; guidance: default --guidance; edit: as for Asked, its
         name stands for it in the cache; kernels: KID and CMMD too, which take longer than a small model's images.
@@ -362,17 +351,19 @@ class Evaluator:
             return {}
         info, rows, paths = self.about(str(folder))[0], rows[range(c.n)], paths[range(len(paths))]
         features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt) for prompt in self.prompts])
-        found, reference = moments(features), self.reference_moments
-        kernel_columns = {}
+        reference, kernel_columns = self.reference[network], {}
+        groups = frechet_groups(features, reference)
+        corrected, half = mean_interval(groups)
         if kernels:
-            kid, kid_std = kernel_distance(rows[network], self.reference[network].cpu())
+            kid, kid_std = kernel_distance(rows[network], reference.cpu())
             kernel_columns = dict(kid=kid, kid_std=kid_std, cmmd=cmmd(rows["clip"].to(self.device), self.reference["clip"]))
         evaluations, chord = rows["evaluations"].mean().item(), paths["chord"].mean(0).sqrt()
         return dict(
             method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps, solver=solver, guidance=guidance,
             nfe=round(evaluations * (1 if guidance in (0, 1) else 2)), nfe_pairs_as_one=round(evaluations),
-            fd=frechet_distance(found, reference), fd_interval=list(frechet_interval(features, reference)),
-            fd_teacher=frechet_distance(found, moments(self.teacher_features)), **kernel_columns,
+            fd_corrected=corrected, fd_interval=[corrected - half, corrected + half], fd_groups=groups,
+            fd=frechet_distance(moments(features), moments(reference)),
+            fd_teacher_corrected=mean_interval(frechet_groups(features, self.teacher_features))[0], **kernel_columns,
             clip=clip_score(rows["clip"][captioned], self.texts[captioned]),
             endpoint_error=paths["endpoint"].mean().sqrt().item(), straightness=paths["straightness"].mean(0).tolist(),
             chord_error=None if chord.isnan().any() else chord.tolist(), seconds_per_image=rows["seconds"].mean().item())
@@ -405,8 +396,9 @@ class Evaluator:
             trajectories=f"first {min(c.paths, c.n)} seeds", endpoint_error=f"root mean square distance to the teacher's {c.teacher_steps} "
             "DDIM steps", straightness=f"mean square of u minus the chord's, {STRAIGHTNESS_STEPS} steps a window",
             chord_error="root mean square of u minus that of the teacher's chord, at its start",
-            noise_fd_two_teacher_halves=self.noise["between_halves"], noise_fds_of_two_teacher_halves=self.noise["between_fds"],
-            interval="95%, basic bootstrap over the generated images", batch=min(c.batch, SHARD),
+            corrected=f"grouped jackknife, {metrics.GROUPS} groups of generated and of real images",
+            interval="95%, of the corrected distance, over the choice of generated and real images, not over training",
+            batch=min(c.batch, SHARD),
             seconds_per_image="wall time of text, sampling and decoding at this batch size, on one process", note=protocol.note,
             commit=code["commit"], versions={**code["versions"], "transformers": transformers.__version__, "pillow": PIL.__version__})
 
@@ -428,7 +420,8 @@ def main(c):
     run = Path(c.run)
     if not c.run or not run.is_dir():
         raise UserError(f"{c.run or 'no run'}: give the folder that train.py wrote, e.g. python eval.py runs/demo")
-    students = sorted(run.rglob("student-*/reflow.json"), key=lambda file: (len(file.parts), -int(file.parent.name.split("-")[1])))
+    students = sorted(run.rglob("student-*/reflow.json"),
+                      key=lambda file: (in_order(name_of_run(file, run)), -int(file.parent.name.split("-")[1])))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
     infos = [sampler.read_about(file.parent, "teacher", "method", "windows") for file in students]
@@ -439,33 +432,43 @@ def main(c):
     rank, world, _ = train.start_processes(SimpleNamespace(device=c.device, shard=False))
     evaluator = Evaluator(c, rank, world, dist.barrier if world > 1 else lambda: None)
 
-    # rows: (method, windows, steps, folder, solver)
-    plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim")]
-    plan += [(solver, None, steps, c.teacher, solver) for solver in c.solvers for steps in c.ddim_steps]
-    found = [(info["method"], info["windows"], steps, str(file.parent), c.solver) for file, info in zip(students, infos)
-             for steps in c.steps if steps >= info["windows"]]
+    # rows: (method, windows, steps, folder, solver, run)
+    plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim", "")]
+    plan += [(solver, None, steps, c.teacher, solver, "") for solver in c.solvers for steps in c.ddim_steps]
+    found = [(info["method"], info["windows"], steps, str(file.parent), c.solver, name_of_run(file, run))
+             for file, info in zip(students, infos) for steps in c.steps if steps >= info["windows"]]
     plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))        # one step per window first; stable otherwise
-    for _, _, steps, folder, solver in plan:
+    for _, _, steps, folder, solver, _ in plan:
         evaluator.features(folder, steps, solver)
         evaluator.trajectories(folder, steps, solver)
     if rank > 0:
         return None
     evaluator.processes = 0, 1, lambda: None                   # the others are done; distances take longer than they would wait
-    rows = [evaluator.row(folder, steps, method, solver) for method, _, steps, folder, solver in plan]
+    rows = [dict(run=name, **evaluator.row(folder, steps, method, solver)) for method, _, steps, folder, solver, name in plan]
     result = dict(protocol=evaluator.describe(infos), rows=rows)
     if evaluator.ids:                                          # one string: a line each would be 30,000 lines
         result["image_and_caption_ids"] = " ".join(f"{image}/{caption}" for image, caption in evaluator.ids)
     data.write_atomically(run / "results.json", lambda part: part.write_text(json.dumps(result, indent=1)))
     text = table(result)
     data.write_atomically(run / "results.md", lambda part: part.write_text(text))
-    print(text)
+    print(table(result, brief=True))
     picture(evaluator, plan, run / "grid.png")
-    print(f"{run}/results.json, results.md, grid.png")
+    print(f"All columns and the protocol: {run}/results.json, results.md. Pictures: {run}/grid.png")
     return result
 
 
-def table(result):
-    """results as a Markdown table, with what they have of these columns."""
+def name_of_run(file, run):
+    """Where under the folder `run` the run lies that left RUN/student-K/reflow.json: "" for itself, else its path, "seed-1"."""
+    return file.parent.parent.relative_to(run).as_posix().removeprefix(".")
+
+
+def in_order(name):
+    """A key by which seed-2 comes before seed-10, and "" before all."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def table(result, brief=False):
+    """results as a Markdown table, with what they have of these columns. brief: six of them, for a terminal, and no protocol."""
     protocol, rows = result["protocol"], result["rows"]
     fd, kd = ("FID", "KID") if protocol.get("distance") == "FID" else ("FD", "KD")
 
@@ -474,25 +477,32 @@ def table(result):
 
     def numbers(digits):
         return lambda values: "-" if values is None else " ".join(map(number(digits), values))
+    # results of before the correction have the plain distance alone, with the interval beside it
+    leading = "fd_corrected" if "fd_corrected" in rows[0] else "fd"
     columns = {
         "method": ("method", str), "windows": ("windows", number(0)), "steps": ("steps", number(0)), "nfe": ("NFE", number(0)),
-        "nfe_pairs_as_one": ("NFE, pairs as 1", number(0)), "fd": (f"{fd} (95%)", number(2)), "fd_teacher": (f"{fd} to teacher", number(2)),
+        "nfe_pairs_as_one": ("NFE, pairs as 1", number(0)), "fd_corrected": (f"{fd} corrected", number(2)), "fd": (fd, number(2)),
+        "fd_teacher": (f"{fd} to teacher", number(2)), "fd_teacher_corrected": (f"{fd} to teacher, corrected", number(2)),
         "kid": (f"{kd} x 1000", number(2, 1000)), "cmmd": ("CMMD", number(3)), "clip": ("CLIP score", number(1)),
         "endpoint_error": ("endpoint error", number(3)), "straightness": ("straightness", numbers(3)),
         "chord_error": ("chord error", numbers(3)), "seconds_per_image": ("s/image", number(4))}
-    columns = {key: column for key, column in columns.items() if key in rows[0]}
+    columns[leading] = f"{columns[leading][0]} (95%)", columns[leading][1]
+    # a FID as published beside the corrected one; elsewhere nobody compares with the plain one, and time is of interest
+    last = "fd" if fd == "FID" and leading != "fd" else "seconds_per_image"
+    columns = {key: column for key, column in columns.items()
+               if key in rows[0] and (not brief or key in ("method", "windows", "steps", leading, "clip", last))}
     lines = [f"| {' | '.join(title for title, _ in columns.values())} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = {key: said(row[key]) for key, (_, said) in columns.items()}
-        cells["fd"] += f" ({row['fd_interval'][0]:.2f} to {row['fd_interval'][1]:.2f})"
+        cells[leading] += f" ({row['fd_interval'][0]:.2f} to {row['fd_interval'][1]:.2f})"
+        if row.get("run", "") not in ("", row["method"]):
+            cells["method"] += f" ({row['run']})"
         lines.append(f"| {' | '.join(cells.values())} |")
-    halves, fds = (number(2)(protocol.get(key)) for key in ("noise_fd_two_teacher_halves", "noise_fds_of_two_teacher_halves"))
-    lines += ["", f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}; N = {protocol['n']} against "
+    bias = "corrected for the bias of so few images" if leading != "fd" else "not corrected for the bias of so few images"
+    lines += ["", f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}, {bias}; N = {protocol['n']} against "
               f"{protocol['real']} real images; seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}; guidance {protocol['guidance']:g}"
-              + (f" by {protocol['guide']}" if "guide" in protocol else "") + "; "
-              f"{protocol['solver']}; two halves of the teacher's samples differ by {halves}"
-              + f" ({fd} between them), their {fd}s to the real images by {fds}" * ("text" in protocol) + f". Commit {protocol['commit']}."]
-    lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol else []
+              + (f" by {protocol['guide']}" if "guide" in protocol else "") + f"; {protocol['solver']}. Commit {protocol['commit']}."]
+    lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol and not brief else []
     return "\n".join(lines) + "\n"
 
 
@@ -501,23 +511,22 @@ def picture(evaluator, plan, file, least=96):
     c = evaluator.c
     own = [prompt for prompt in dict.fromkeys(evaluator.prompts) if prompt][:len(GRID_PROMPTS)]
     prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else own
-    trained = [(windows, method) for method, windows, *_ in plan if windows]
-    progressive = next((method for windows, method in trained if windows > 1), trained[0][1])
+    trained = [row for row in plan if row[1]]
+    shown = next((row for row in trained if row[1] > 1), trained[0])        # one run: the first that is progressive, or the first
     plain = [row for row in plan if row[0] in c.solvers]
-    students = [row for row in plan if row[0] == progressive and row[1] in (row[2], 1)]
+    students = [row for row in trained if (row[0], row[5]) == (shown[0], shown[5]) and row[1] in (row[2], 1)]
     columns = [row for row in plan if row[0] == "teacher"]
     for rows in (plain, [row for row in students if row[1] == row[2]] or students):
         columns += sorted([row for row in rows if row[2] in (4, 2, 1)] or rows, key=lambda row: -row[2])
     pictures = []
-    for _, _, steps, folder, solver in columns:
+    for _, _, steps, folder, solver, _ in columns:
         pipeline, model, info = evaluator.open(folder)
         solve, spacing = sampler.parse_solver(solver)
         times = sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
         z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch, size=c.size, solver=solve)
         drawn = sampler.to_pil(teacher.decode(pipeline, z), -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))
         pictures.append([image if image.width <= 256 else coco.square(image, 256) for image in drawn])
-    titles = [f"{method.split('/')[0] if method != progressive else 'reflow'}\n{steps} step{'s' * (steps > 1)}"
-              for method, _, steps, *_ in columns]
+    titles = [f"{method.split('/')[0]}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
     labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]
     sampler.grid(list(zip(*pictures)), titles, labels).save(file)
 

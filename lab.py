@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ import eval as evaluation
 import teacher
 import train
 from config import UserError
+from metrics import mean_interval
 
 
 @dataclass
@@ -112,15 +114,17 @@ class Lab:
             raise UserError(f"{name}: {command} ended with status {done.returncode}: {reason}")
 
     def measure(self, requests):
-        """requests: dicts of Evaluator.row's arguments, `folder` and `steps` at least.  Returns: their rows, in order."""
+        """requests: dicts of Evaluator.row's arguments, `folder` and `steps` at least; `seed`, of the first image, where other noise than
+        eval.py's is asked for.  Returns: their rows, in order."""
         files = [self.row_file(request) for request in requests]
         missing = {file: request for file, request in zip(files, requests) if not file.is_file()}
         if missing:
-            evaluator(self.c)                               # what all rows share is made before the workers ask for it
+            for seed in {request.get("seed", evaluation.Config.seed) for request in missing.values()}:
+                evaluator(self.c, seed)                     # what all rows share is made before the workers ask for it
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.c,))
             with pool, tqdm(total=len(missing), desc="rows") as bar:
-                for file, row in zip(missing, pool.map(measure_row, missing.values())):
+                for file, row in zip(missing, pool.map(partial(measure_row, self.c), missing.values())):
                     file.parent.mkdir(parents=True, exist_ok=True)
                     data.write_atomically(file, lambda part: part.write_text(json.dumps(row, indent=1)))
                     bar.update()
@@ -130,7 +134,7 @@ class Lab:
         """Where a row is kept: named after everything it depends on."""
         edit = request.get("edit")
         key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]), "age": evaluation.file_age(str(request["folder"])),
-               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model]}
+               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model], "distance": "grouped jackknife"}
         return self.out / "rows" / f"{data.digest(json.dumps(key, sort_keys=True))}.json"
 
     def costs(self, options):
@@ -155,35 +159,27 @@ class Lab:
         return f"{options} --steps {max(8, round((budget * self.c.scale - trajectories) / update))}"
 
 
-EVALUATOR = []                # of this process, once it has one
+EVALUATORS = {}               # of this process: --seed of the first image -> Evaluator
 
 
-def evaluator(c):
-    if not EVALUATOR:
-        EVALUATOR.append(evaluation.Evaluator(evaluation.Config(
-            n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device, cache=f"{c.out}/eval")))
-    return EVALUATOR[0]
+def evaluator(c, seed=evaluation.Config.seed):
+    if seed not in EVALUATORS:
+        EVALUATORS[seed] = evaluation.Evaluator(evaluation.Config(
+            n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device, cache=f"{c.out}/eval", seed=seed))
+    return EVALUATORS[seed]
 
 
 def start_worker(c):
     if teacher.pick_device(c.device) == "cpu":
         torch.set_num_threads(1)
-    evaluator(c)
 
 
-def measure_row(request):
-    return EVALUATOR[0].row(**request, kernels=False)
+def measure_row(c, request):
+    request = dict(request)
+    return evaluator(c, request.pop("seed", evaluation.Config.seed)).row(**request, kernels=False)
 
 
 # ---- statistics and words -------------------------------------------------------------------------------------------
-
-
-def mean_interval(values):
-    """Mean and half the width of its 95% interval by Student's t; infinite for one value."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        return values.mean().item(), math.inf
-    return values.mean().item(), stats.t.ppf(0.975, len(values) - 1) * (values.std() / len(values) ** 0.5).item()
 
 
 def shown(values, digits=2):
@@ -197,22 +193,50 @@ def paired(a, b):
     return *mean_interval(difference), float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 else math.nan
 
 
-def outcome(a, b):
-    """better, worse, or neither: of the paired difference a - b of something that should be low, by its 95% interval."""
-    mean, half, _ = paired(a, b)
-    return "no difference is shown" if not abs(mean) > half else "better" if mean < 0 else "worse"
+def holm(ps):
+    """p-values adjusted for as many tests as there are (Holm 1979): below 0.05 in a study in which nothing is different, one or more comes
+    out at most once in twenty studies. NaN where there was no test, which does not count as one.  Returns: list, in the same order."""
+    order, adjusted, largest = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p)), [math.nan] * len(ps), 0.0
+    for k, (p, i) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - k) * p))
+        adjusted[i] = largest
+    return adjusted
 
 
-def counted(outcomes):
+@dataclass
+class Comparison:
+    """Of a, one value per seed (or group of images: what), with b, for something that should be low."""
+    label: str
+    a: list
+    b: list
+    unit: str = "FD"
+    pairs: str = "seeds"        # of training; or groups of images, of one seed of training each
+    p: float = math.nan         # adjusted for all comparisons of the study: judge()
+
+    @property
+    def outcome(self):
+        """better, worse, or neither."""
+        return "no difference is shown" if not self.p < 0.05 else "better" if paired(self.a, self.b)[0] < 0 else "worse"
+
+    def __str__(self):
+        mean, half, _ = paired(self.a, self.b)
+        if not math.isfinite(half):
+            return f"{self.label}: {mean:+.3f} {self.unit} (one seed)."
+        return (f"{self.label}: {self.outcome} ({mean:+.3f} {self.unit}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}, "
+                f"p = {self.p:.2g}, {len(self.a)} {self.pairs}).")
+
+
+def judge(comparisons):
+    """Gives all Comparisons of a study their adjusted p.  Returns: the sentence that says so."""
+    raw = [paired(each.a, each.b)[2] for each in comparisons]
+    for each, p in zip(comparisons, holm(raw)):
+        each.p = p
+    return (f"Paired t-tests, p adjusted by Holm's method for the {sum(not math.isnan(p) for p in raw)} comparisons of this study; a "
+            "difference is shown where it is below 0.05. Intervals are of one comparison alone.")
+
+
+def counted(comparisons):
     """How often each outcome came out, in words."""
+    outcomes = [each.outcome for each in comparisons]
     return ", ".join(f"{word} in {outcomes.count(word)}" for word in ("better", "worse", "no difference is shown") if word in outcomes) \
         + f" of {len(outcomes)} comparisons"
-
-
-def told(what, a, b, unit="FD"):
-    """A sentence on a paired difference a - b of something that should be low."""
-    mean, half, p = paired(a, b)
-    if not math.isfinite(half):
-        return f"{what}: {mean:+.3f} {unit} (one seed)."
-    return (f"{what}: {outcome(a, b)} ({mean:+.3f} {unit}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}, p = {p:.2g}, "
-            f"{len(a)} seeds).")

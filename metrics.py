@@ -10,11 +10,13 @@ None of these numbers means anything without the network's name and the number o
     python metrics.py          # each distance where its value is known
 """
 import hashlib
+import itertools
 import math
 import warnings
 from pathlib import Path
 
 import torch
+from scipy import stats
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
@@ -26,13 +28,17 @@ from config import UserError
 # ---- feature networks: .name, .dim, .images(images) -> (N, dim) ------------------------------------------------------
 
 
-def pixels(images):
-    """What a PNG would hold. images: float (N, 3, H, W) in [-1, 1].  Returns: uint8, the same shape. Raises UserError on a NaN, which
-    would be black."""
+def finite(images):
+    """images (N, ...) as they are. Raises UserError if one has a NaN, which would be drawn black and make every distance NaN."""
     broken = len(images) - images.isfinite().flatten(1).all(1).sum().item()
     if broken:
         raise UserError(f"{broken} of {len(images)} images are not finite: the model that made them has diverged; measure an earlier one")
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return images
+
+
+def pixels(images):
+    """What a PNG would hold. images: float (N, 3, H, W) in [-1, 1].  Returns: uint8, the same shape."""
+    return ((finite(images).float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 class Clip:
@@ -70,7 +76,7 @@ class Clip:
         if self.processor is None and images.shape[-2:] != (size, size):
             raise UserError(f"images of {tuple(images.shape[-2:])} pixels: this CLIP takes {size} x {size}; give another --clip")
         rows = []
-        for chunk in images.split(batch):
+        for chunk in finite(images).split(batch):
             if self.processor is not None:
                 chunk = self.processor(list(pixels(chunk).cpu()), input_data_format="channels_first", return_tensors="pt")["pixel_values"]
             pooled = self.model.vision_model(pixel_values=chunk.to(self.device, torch.float32)).pooler_output
@@ -134,15 +140,29 @@ class Inception:
 # ---- distances between two sets of features ------------------------------------------------------------------------------
 
 
+GROUPS = 20                      # of images, each left out once, for the correction of a Frechet distance and its interval
+
+
 def least_images(dim):
-    """The fewest images that a Frechet distance is reported from: the covariance of dim of them is singular. With few more the estimate is
-    far too high (its bias falls as 1 / N), so it goes nowhere without its N, and compares only at equal N."""
-    return dim + 1
+    """The fewest images that a Frechet distance is reported from: the covariance of dim of them is singular, and so many have to be left
+    when a group is taken out. With few more the plain estimate is far too high, so it goes nowhere without its N."""
+    return next(n for n in itertools.count(dim + 2) if n - -(-n // GROUPS) > dim)
 
 
 def moments(features):
     """Mean (D,) and covariance (D, D) of features (N, D), float64."""
     return features.double().mean(0), torch.cov(features.double().T)
+
+
+def moments_without(features, groups):
+    """moments of features (N, D) without every groups-th row, from the first on, then from the second on, and so on: from sums, so that
+    all of them cost what one does.  Yields: (mean, covariance), `groups` times."""
+    center = features.double().mean(0)                      # sums of squares about it lose no digits
+    rows = features.double() - center
+    total, squares = rows.sum(0), rows.T @ rows
+    for part in (rows[g::groups] for g in range(groups)):
+        n, left = len(rows) - len(part), total - part.sum(0)
+        yield center + left / n, (squares - part.T @ part - torch.outer(left, left) / n) / (n - 1)
 
 
 def covariance_root(covariance):
@@ -151,26 +171,40 @@ def covariance_root(covariance):
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
-def frechet_distance(a, b, root=None):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two pairs (mean, covariance), as moments gives them. root: covariance_root(C_b),
-    for who has it. 0 for equal Gaussians. The trace of the root is the sum of the roots of the eigenvalues of C_b^(1/2) C_a C_b^(1/2)."""
+def frechet_distance(a, b):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two pairs (mean, covariance), as moments gives them. 0 for equal Gaussians.
+    The trace of the root is the sum of the roots of the eigenvalues of C_b^(1/2) C_a C_b^(1/2). Of N images it is too high on average, by
+    some c / N: real images against other real ones are not at 0. See frechet_groups."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    root = covariance_root(cov_b) if root is None else root
+    root = covariance_root(cov_b)
     cross = torch.linalg.eigvalsh(root @ cov_a @ root).clamp_min(0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp_min(0).item()                     # rounding can leave -1e-12
 
 
-def frechet_interval(features, reference, resamples=100):
-    """95% interval of the distance of features (N, D) to the moments `reference`, by basic bootstrap over the N images
-    (which also corrects the estimator's own upward bias to first order: where N is a few times D, all of it lies below the estimate).
-    Returns: (low, high)."""
-    n, root = len(features), covariance_root(reference[1])  # one root for all: taking it is most of a distance
-    value = frechet_distance(moments(features), reference, root)
-    draws = [frechet_distance(moments(features[torch.randint(n, (n,), generator=data.generator(0, "bootstrap", i))]), reference, root)
-             for i in range(resamples)]
-    low, high = torch.tensor(draws, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return 2 * value - high, 2 * value - low
+def frechet_groups(features, reference, groups=GROUPS):
+    """The Frechet distance without its bias, and what is needed for its error: pseudo-values of the grouped jackknife (Quenouille 1956,
+    Tukey 1958), G F - (G - 1) F_g, where F is the distance of all images and F_g that without every G-th image and every G-th of the
+    reference. Both sets shrink alike, so the bias c / N + c' / M of both goes; what remains is of order 1 / N^2.
+    features, reference: (N, D), (M, D); the same images' rows in both are left out together, so sets that share noise are paired.
+    Returns: list of min(G, N, M) floats. Their mean is the corrected distance, about 0 for equal distributions and then often negative;
+    mean_interval of them its 95% interval over the images of both sets; a difference of two such lists, group by group, belongs to the
+    difference of two models that share captions, noise and reference. Raises ValueError on fewer than least_images."""
+    least = least_images(features.shape[1])
+    if min(len(features), len(reference)) < least:
+        raise ValueError(f"{len(features)} and {len(reference)} images: {features.shape[1]} features need {least} of each")
+    groups = min(groups, len(features), len(reference))
+    whole = frechet_distance(moments(features), moments(reference))
+    left = map(frechet_distance, moments_without(features, groups), moments_without(reference, groups))
+    return [groups * whole - (groups - 1) * value for value in left]
+
+
+def mean_interval(values):
+    """Mean and half the width of its 95% interval by Student's t; infinite for one value."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if len(values) < 2:
+        return values.mean().item(), math.inf
+    return values.mean().item(), stats.t.ppf(0.975, len(values) - 1) * (values.std() / len(values) ** 0.5).item()
 
 
 def kernel_distance(a, b, seed=0, subset_size=1000):
@@ -266,9 +300,10 @@ def demo(n=4000, dim=8):
 
     exact = dim * (0.5 ** 2 + (2 - 1) ** 2)                           # |m_a - m_b|^2 + sum of (s_a - s_b)^2
     same, other = (frechet_distance(moments(a), moments(x)) for x in (again, b))
-    low, high = frechet_interval(b, (torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)))
-    print(f"Frechet distance: N(0, 1) twice {same:.3f}, N(0, 1) and N(0.5, 4) {other:.2f} ({low:.2f} to {high:.2f}); exact 0 and {exact:g}")
-    assert frechet_distance(moments(a), moments(a)) < 1e-9 and same < 0.05 and abs(other - exact) < 0.5 and low < exact < high
+    (zero, near), (mean, half) = (mean_interval(frechet_groups(a, x)) for x in (again, b))
+    print(f"Frechet distance: N(0, 1) twice {same:.3f}, N(0, 1) and N(0.5, 4) {other:.2f}; corrected {zero:.3f} ± {near:.3f} and "
+          f"{mean:.2f} ± {half:.2f}; exact 0 and {exact:g}")
+    assert frechet_distance(moments(a), moments(a)) < 1e-9 and same < 0.05 and abs(zero) < near and abs(mean - exact) < half
 
     same, other = (kernel_distance(a[:500], x[:500])[0] for x in (again, b))
     print(f"kernel distance (KID): N(0, 1) twice {same:.4f}, N(0, 1) and N(0.5, 4) {other:.2f}; 0 is expected of the first")

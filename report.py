@@ -1,5 +1,7 @@
 """The results of the studies as one page: python report.py
 
+    python report.py --readme README.md    # and the tables of the README and results/studies/*.md, from the same files
+
 Collects what `python eval.py --study ...` left (NAME.json and NAME.png, see studies.py) into one HTML file that needs no
 network, no server and no script: pictures are inlined. What has not been run yet is named at the end of the page.
 """
@@ -15,7 +17,7 @@ import config
 import data
 import eval as evaluation
 from config import UserError
-from studies import STUDIES
+from studies import STUDIES, markdown, overview, tables
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Config:
     results: str = "results/studies"  # folder of the studies' tables and figures
     embedded: str = "results/tiny.json"  # results.json of eval.py for the embedded default; the page says so if it is not there
     out: str = "results/report.html"  # the page
+    readme: str = ""            # a README whose tables (<!-- NAME --> to <!-- /NAME -->) are written anew, as is NAME.md of each study
 
 
 # ---- what the papers report -----------------------------------------------------------------------------------------
@@ -335,6 +338,36 @@ def page(studies, embedded, missing):
         embedded=embedded, paper=PAPER, missing=missing)
 
 
+# ---- the README --------------------------------------------------------------------------------------------------------
+
+# the studies whose tables the README shows: name of the block -> (study, how many of its tables)
+SHOWN = {"ablation": ("ablation", 2), "baselines": ("baselines", 1), "onestep": ("one-step", 1), "simple": ("simple-reflow", 1),
+         "both": ("best-of-both", 1)}
+
+
+def blocks(studies, folder):
+    """What stands between the marks of the README. studies: name -> read_study; folder: of tiny.json and demo.json.
+    Returns: name of the block -> Markdown; without those whose files are not there."""
+    found = {"overview": overview([studies[name] for name in STUDIES if name in studies])}
+    found |= {name: tables(dict(tables=studies[study]["tables"][:count])) for name, (study, count) in SHOWN.items() if study in studies}
+    files = {name: folder / f"{name}.json" for name in ("tiny", "demo")}
+    return found | {name: evaluation.table(read_json(file, ("protocol", "rows")), brief=True).strip()
+                    for name, file in files.items() if file.is_file()}
+
+
+def write_readme(file, found):
+    """Writes each block into its marks in the file.  Raises UserError where the file or marks are missing."""
+    if not file.is_file():
+        raise UserError(f"--readme {file}: no such file; give one with the marks <!-- NAME --> and <!-- /NAME -->")
+    text = file.read_text(encoding="utf-8")
+    for name, block in found.items():
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise UserError(f"--readme {file}: has no marks {start.strip()} and {end.strip()}; put each on a line of its own, once")
+        text = text[:text.index(start) + len(start)] + block + text[text.index(end):]
+    data.write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def main(c):
     results, embedded, out = Path(c.results), Path(c.embedded), Path(c.out)
     if out.is_dir() or not out.parent.is_dir():
@@ -348,6 +381,10 @@ def main(c):
         missing.append((f"The embedded default, as {embedded}", "python eval.py runs/train"))
     text = page([found[name] for name in order], read_embedded(embedded) if embedded.is_file() else None, missing)
     data.write_atomically(out, lambda part: part.write_text(text, encoding="utf-8"))
+    if c.readme:
+        write_readme(Path(c.readme), blocks(found, embedded.parent))
+        for name, study in found.items():
+            data.write_atomically(results / f"{name}.md", lambda part, study=study: part.write_text(markdown(study), encoding="utf-8"))
     print(f"{out}: {len(found)} studies, {out.stat().st_size / 1e6:.1f} MB"
           + (f"; missing: {'; '.join(dict(missing).values())}" if missing else ""))
 

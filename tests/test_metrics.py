@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import Gaussian
+from conftest import ROOT, Gaussian
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -74,34 +74,49 @@ def test_moments_of_float32_features_are_taken_in_float64():
     assert np.allclose(covariance, exact, rtol=1e-12) and np.allclose(mean, features.double().numpy().mean(0), rtol=1e-15)
 
 
-def test_least_images_are_the_first_whose_covariance_has_full_rank():
-    features = gaussian_set(9, torch.zeros(8), 1.0, 0)
-    assert metrics.least_images(8) == 9
-    assert torch.linalg.matrix_rank(metrics.moments(features)[1]) == 8 and torch.linalg.matrix_rank(metrics.moments(features[:8])[1]) == 7
+def test_least_images_are_the_first_whose_covariance_has_full_rank_without_any_group():
+    for dim in (2, 6, 8, 64):
+        features = gaussian_set(metrics.least_images(dim), torch.zeros(dim), 1.0, 0)
+        for rows, full in ((features, True), (features[1:], False)):
+            ranks = [torch.linalg.matrix_rank(cov).item() for _, cov in metrics.moments_without(rows, min(metrics.GROUPS, len(rows)))]
+            assert (min(ranks) == dim) == full, (dim, ranks)
+            if not full:
+                with pytest.raises(ValueError, match=f"need {metrics.least_images(dim)} of each"):
+                    metrics.frechet_groups(rows, features)
 
 
-def test_the_root_of_a_covariance_may_be_given():
-    features = [gaussian_set(500, torch.randn(5, generator=torch.Generator().manual_seed(i)), 1.0 + i, i) for i in range(2)]
-    a, b = map(metrics.moments, features)
-    root = metrics.covariance_root(b[1])
-    assert torch.allclose(root @ root, b[1], atol=1e-12) and torch.allclose(root, root.T, atol=1e-12)
-    assert metrics.frechet_distance(a, b, root) == metrics.frechet_distance(a, b)
-    assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a), rel=1e-12)
+def test_the_root_of_a_covariance_is_symmetric():
+    covariance = metrics.moments(gaussian_set(50, torch.zeros(5), 2.0, 0))[1]
+    root = metrics.covariance_root(covariance)
+    assert torch.allclose(root @ root, covariance, atol=1e-12) and torch.allclose(root, root.T, atol=1e-12)
 
 
-def test_the_interval_covers_the_true_distance():
-    mean, std = torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    reference = (torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64))       # true distance: 4 x 0.25 = 1
-    intervals = (metrics.frechet_interval(gaussian_set(400, mean, std, seed), reference) for seed in range(20))
-    assert sum(low < 1 < high for low, high in intervals) >= 16
+def test_moments_without_a_group_are_those_of_the_other_rows():
+    features = 1000 + gaussian_set(53, torch.zeros(5), 2.0, 0)       # far from 0, and no multiple of the groups
+    for g, (mean, covariance) in enumerate(metrics.moments_without(features, 7)):
+        expected = metrics.moments(features[[i for i in range(53) if i % 7 != g]])
+        assert torch.allclose(mean, expected[0], rtol=1e-12) and torch.allclose(covariance, expected[1], rtol=1e-9, atol=1e-12)
 
 
-def test_the_interval_covers_the_true_distance_where_the_estimate_is_far_above_it():
-    reference = (torch.zeros(32, dtype=torch.float64), torch.eye(32, dtype=torch.float64))
-    features = gaussian_set(80, torch.full((32,), 0.1), 1.2, 0)      # N = 2.5 D; true distance: 32 x (0.1^2 + 0.2^2)
-    low, high = metrics.frechet_interval(features, reference)
-    assert low < 32 * 0.05 < high < metrics.frechet_distance(metrics.moments(features), reference)
-    assert (low, high) == metrics.frechet_interval(features, reference)
+@pytest.mark.parametrize("shift, exact", [(0.0, 0.0), (0.25, 32 * 2 * 0.25 ** 2)])
+def test_a_corrected_distance_has_no_bias_and_its_interval_holds_the_truth_and_itself(shift, exact):
+    """60 pairs of sets of 256 and 1,024 rows of 32 features: the plain distance is far too high in all of them."""
+    plain, corrected, holds, itself = [], [], 0, 0
+    for trial in range(60):
+        a = gaussian_set(256, torch.full((32,), shift), 1 + shift, 2 * trial)
+        b = gaussian_set(1024, torch.zeros(32), 1.0, 2 * trial + 1)
+        plain.append(metrics.frechet_distance(metrics.moments(a), metrics.moments(b)))
+        mean, half = metrics.mean_interval(metrics.frechet_groups(a, b))
+        corrected.append(mean)
+        holds, itself = holds + (abs(mean - exact) < half), itself + (mean - half < mean < mean + half)
+    assert sum(plain) / 60 - exact > 1 and min(plain) > exact
+    assert abs(sum(corrected) / 60 - exact) < 0.1
+    assert itself == 60 and holds >= 54                              # at 0 the interval is too wide: a difference of equals is of 2nd order
+
+
+def test_a_corrected_distance_pairs_the_rows_of_both_sets():
+    rows = gaussian_set(400, torch.zeros(4), 1.0, 0)
+    assert metrics.frechet_groups(rows, rows) == pytest.approx([0] * metrics.GROUPS, abs=1e-9)
 
 
 # ---- kernel distances ----------------------------------------------------------------------------------------------
@@ -337,6 +352,8 @@ def test_images_that_are_not_finite_are_refused_not_drawn_black(stand_in):
     images[1, 0, 2, 2], images[2, 1, 0, 0] = float("nan"), float("inf")
     with pytest.raises(UserError, match="2 of 3 images are not finite"):
         metrics.Inception(stand_in).images(images)
+    with pytest.raises(UserError, match="1 of 1 images are not finite"):                     # a CLIP that takes tensors as they are too
+        metrics.Clip(ROOT / "assets" / "tiny-clip").images(torch.full((1, 3, 32, 32), float("nan")))
 
 
 def test_inception_is_named_by_what_it_is(stand_in, monkeypatch):

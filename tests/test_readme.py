@@ -10,7 +10,9 @@ from conftest import ROOT, run_python, torchrun
 from test_eval import parts  # noqa: F401  a fixture
 
 import eval as evaluation
-import studies
+import reflow
+import report
+from config import UserError
 
 README = (ROOT / "README.md").read_text()
 EMBEDDED, OWN = ([line for block in re.findall(r"```bash\n(.*?)```", part, re.S) for line in block.splitlines()]
@@ -65,9 +67,31 @@ def test_every_command_runs(tmp_path, small_models, parts, commands, files):  # 
 
 
 def test_tables_are_the_files(tmp_path):
-    """The README's tables are what eval.py prints for the committed results."""
+    """The README's tables and the studies' pages are what `python report.py --readme README.md` writes from the committed results."""
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    emptied = re.sub(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", r"\1\3", README, flags=re.S)
+    assert len(emptied) < 0.8 * len(README)
+    (tmp_path / "README.md").write_text(emptied)
+    for file in (tmp_path / "results" / "studies").glob("*.md"):
+        file.write_text("old")
+    report.main(report.Config(str(tmp_path / "results" / "studies"), str(tmp_path / "results" / "tiny.json"), str(tmp_path / "report.html"),
+                              str(tmp_path / "README.md")))
+    assert (tmp_path / "README.md").read_text() == README
+    for file in (tmp_path / "results" / "studies").glob("*.md"):
+        assert file.read_text() == (ROOT / "results" / "studies" / file.name).read_text(), file.name
+    (tmp_path / "README.md").write_text(emptied.replace("<!-- /tiny -->", ""))
+    with pytest.raises(UserError, match="has no marks <!-- tiny --> and <!-- /tiny -->"):
+        report.write_readme(tmp_path / "README.md", dict(tiny="x"))
+
+
+def test_one_name_one_meaning():
+    """What a table, a picture or a command calls proreflow is the recipe of that name; our default is called default."""
     for name in ("tiny", "demo"):
-        assert evaluation.table(json.loads((ROOT / "results" / f"{name}.json").read_text())).strip() in README, name
+        result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        assert {row["method"] for row in result["rows"] if row["windows"]} <= set(reflow.RECIPES), name
+        for row, command in ((row, command) for row in result["rows"] for command in result["protocol"]["students"]):
+            assert ("--recipe proreflow" in command) or row["method"] != "proreflow"
+    assert "--name" not in (ROOT / "Makefile").read_text()
 
 
 def test_the_pixel_models_table_is_the_files():
@@ -78,16 +102,6 @@ def test_the_pixel_models_table_is_the_files():
         best = fd["dpm2:0.5/sigmoid:10" if label == "teacher" else method, 9, "dpm2:0.5/sigmoid:10"]
         last = fd["teacher", 32, "ddim"] if label == "teacher" else "-"
         assert f"| {label} | {by[1]} | {by[2]} | {by[4]} | {best} | {last} |" in README, label
-
-
-def test_studies_are_the_files():
-    """What the README shows of the studies is what is in results/studies."""
-    results = {file.stem: json.loads(file.read_text()) for file in (ROOT / "results" / "studies").glob("*.json")}
-    assert studies.overview([results[name] for name in studies.STUDIES if name in results]) in README
-    for name, shown in {"ablation": 2, "baselines": 1, "one-step": 1, "simple-reflow": 1, "best-of-both": 1}.items():
-        assert studies.tables(dict(tables=results[name]["tables"][:shown])) in README, name
-    for name, result in results.items():
-        assert (ROOT / "results" / "studies" / f"{name}.md").read_text() == studies.markdown(result), name
 
 
 def test_links_and_files_exist():

@@ -3,6 +3,7 @@ verdict is known, and one end to end on a random model."""
 import dataclasses
 import json
 import math
+import re
 import zlib
 
 import numpy as np
@@ -40,12 +41,25 @@ def test_pairs_are_compared_pair_by_pair():
 
 
 @pytest.mark.parametrize("shift, word", [(-1.0, "better"), (1.0, "worse"), (0.0, "no difference is shown")])
-def test_words_follow_the_interval(shift, word):
+def test_words_follow_the_adjusted_p(shift, word):
     noise = [0.01, -0.01, 0.02, -0.02, 0.0]
-    sentence = laboratory.told("a against b", [5 + shift + e for e in noise], [5.0] * 5)
-    assert word in sentence and "5 seeds" in sentence
-    assert [other in sentence for other in ("better", "worse", "no difference is shown")].count(True) == 1
-    assert "one seed" in laboratory.told("a against b", [1.0], [2.0])
+    one = laboratory.Comparison("a against b", [5 + shift + e for e in noise], [5.0] * 5)
+    laboratory.judge([one])
+    assert word in str(one) and "5 seeds" in str(one)
+    assert [other in str(one) for other in ("better", "worse", "no difference is shown")].count(True) == 1
+    alone = laboratory.Comparison("a against b", [1.0], [2.0])
+    assert "for the 0 comparisons" in laboratory.judge([alone]) and "one seed" in str(alone) and alone.outcome == "no difference is shown"
+
+
+def test_p_values_are_adjusted_for_all_comparisons_of_a_study():
+    assert laboratory.holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)        # by hand
+    generator, false = torch.Generator().manual_seed(0), 0
+    for _ in range(200):                                              # studies of 20 comparisons in which nothing is different
+        a, b = torch.randn(2, 20, 5, generator=generator, dtype=torch.float64).tolist()
+        comparisons = [laboratory.Comparison("", x, y) for x, y in zip(a, b)]
+        laboratory.judge(comparisons)
+        false += any(each.outcome != "no difference is shown" for each in comparisons)
+    assert false <= 20                                                # 5% of 200 and chance; unadjusted, 64% of them
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -83,7 +97,7 @@ def test_trajectories_are_part_of_the_cost_and_of_the_budget(lab):
 def test_arms_of_the_ablation_cost_the_same(lab):
     runs = {}
     lab.train = lambda asked: runs.update(asked) or {name: lab.out / name for name in asked}
-    lab.measure = lambda requests: [dict(fd=1.0, endpoint_error=0.1, clip=60.0) for _ in requests]
+    lab.measure = lambda requests: [dict(fd_corrected=1.0, endpoint_error=0.1, clip=60.0) for _ in requests]
     studies.ablation(lab)
     costs = {name: lab.evaluations(options) for name, options in runs.items()}
     updates = {name: lab.parse(options).steps for name, options in runs.items()}
@@ -105,7 +119,8 @@ def made_up(request):
     name = str(request["folder"])
     fd = 2.0 + 1 / request["steps"] + 0.5 * ("8-4" in name or "progressive" in name) + zlib.crc32(f"{name} {request.get('solver')}".encode()) % 1000 * 1e-5
     fd += {"d": 0.3, "m": 0.1}.get((request.get("edit") or "x")[0][0], 0) + 0.1 * (request.get("guidance") or 1)
-    return dict(fd=fd, fd_interval=[fd - 0.1, fd + 0.1], endpoint_error=fd / 10, clip=60.0, chord_error=[0.1], straightness=[0.1])
+    noise = np.random.default_rng(zlib.crc32(f"{name} {request}".encode())).normal(0, 0.05, 20)
+    return dict(fd_corrected=fd, fd_groups=(fd + noise - noise.mean()).tolist(), fd_interval=[fd - 0.1, fd + 0.1], endpoint_error=fd / 10, clip=60.0, chord_error=[0.1], straightness=[0.1])
 
 
 @pytest.fixture
@@ -136,11 +151,12 @@ def test_a_study_is_whole(pretend, name, tmp_path):
 def test_verdicts_are_those_of_the_rows(pretend):
     ablation = studies.ablation(pretend)["verdict"]
     assert sum("progressive against direct" in s and "worse" in s for s in ablation) == sum("progressive against direct" in s for s in ablation) == 12
-    assert any("none of 100, 300" in sentence for sentence in studies.crossing(pretend)["verdict"])
+    assert re.match(r"Pairs from trajectory: 8→4→2 against straight to 2 windows by FD: worse at 100 \(by 0\.[45]\d\), 300 \(by 0\.[45]\d\), ",
+                    studies.crossing(pretend)["verdict"][0])
     assert studies.noise(pretend)["verdict"][0].startswith("Direction costs more at 4 of 4 sizes")
-    guided = studies.guidance(pretend)["verdict"]
+    guided = studies.guidance(pretend)["verdict"][:2]
     assert all("FD is lowest at guidance 1 " in sentence for sentence in guided)
-    pretend.measure = lambda requests: [dict(made_up(request), fd=2.0 if request["steps"] == 32 else 2.2) for request in requests]
+    pretend.measure = lambda requests: [dict(made_up(request), fd_corrected=2.0 if request["steps"] == 32 else 2.2) for request in requests]
     met = studies.one_step(pretend)["verdict"]
     assert "target 1.5 x is met" in met[0] and "target 1.2 x is met" in met[1] and "target 1 x is missed by 0.10" in met[2]
 
@@ -151,9 +167,13 @@ def test_verdicts_are_those_of_the_rows(pretend):
     ({"forward-pairs": -0.01, "loss-normalisation": 0, "time-law": -1, "high-pass": -1}, "curriculum", 4)])
 def test_what_gains_is_added_to_the_curriculum(pretend, gains, winner, rounds):
     pretend.c.seeds = 5
-    pretend.measure = lambda requests: [dict(clip=60.0, fd=2 - sum(gain for name, gain in gains.items() if name in str(request["folder"])))
-                                        for request in requests]
-    trained = {}
+    asked, trained = [], {}
+
+    def measure(requests):
+        asked.extend(requests)
+        return [dict(clip=60.0, fd_corrected=2 - sum(gain for name, gain in gains.items() if name in str(request["folder"])))
+                for request in requests]
+    pretend.measure = measure
     pretend.train = lambda runs: trained.update(runs) or {name: pretend.out / name for name in runs}
     found = improvements.best_of_both(pretend)
     assert found["verdict"][0].startswith(f"The winner is {winner}: ") and len(found["tables"][1][2]) == rounds
@@ -162,10 +182,28 @@ def test_what_gains_is_added_to_the_curriculum(pretend, gains, winner, rounds):
     assert all((option in kept) == (name in winner) for name, option in improvements.CANDIDATES.items())
     costs = {name: pretend.evaluations(options) for name, options in trained.items()}
     assert max(costs.values()) < 1.02 * min(costs.values()), costs
-    # two seeds had no say in the choice: the final arms alone are trained with them
-    assert {name[:-3] for name in trained if name.endswith(("-s3", "-s4"))} == {name[:-3] for name in trained if name.startswith((
+    # what judges had no say in the choice: neither its seeds of training nor its noise
+    noises = {}
+    for request in asked:
+        noises.setdefault(request.get("seed"), set()).add(int(request["folder"].parent.name[-1]))
+    assert noises == {None: {0, 1, 2}, improvements.FRESH_NOISE: {3, 4, 5, 6, 7}}
+    assert {name[:-3] for name in trained if name[-1] in "34567"} == {name[:-3] for name in trained if name.startswith((
         "best-of-both/proreflow", "best-of-both/simple-reflow", "best-of-both/curriculum-s", kept_name))}
-    assert " 5 seeds of training" in found["tables"][0][0] and "3 seeds" in found["tables"][1][0]
+    assert " 5 seeds of training that had no say" in found["tables"][0][0] and "3 seeds" in found["tables"][1][0]
+
+
+def test_a_lead_within_the_noise_is_called_no_difference(pretend):
+    """In the studies of one seed: the groups of images say what the noise is."""
+    def close(request):
+        row = made_up(request)
+        lead = 0.02 * ("progressive" in str(request["folder"]) or (request.get("edit") or "x")[0][0] == "d")
+        return dict(row, fd_corrected=2.0 - lead, fd_groups=[value - row["fd_corrected"] + 2.0 - lead for value in row["fd_groups"]])
+    pretend.measure = lambda requests: [close(request) for request in requests]
+    for sentence in studies.crossing(pretend)["verdict"][:-1]:
+        assert "no difference is shown at 100" in sentence and "better" not in sentence and "worse" not in sentence
+    for name in ("baselines", "guidance", "noise"):
+        compared = [sentence for sentence in studies.STUDIES[name](pretend)["verdict"] if "groups of images)" in sentence]
+        assert compared and all("no difference is shown" in sentence for sentence in compared), name
 
 
 def test_the_recipe_both_is_the_winner_of_its_study():
@@ -232,7 +270,7 @@ def small_clip(tmp_path_factory):
 
 
 def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(laboratory, "EVALUATOR", [])
+    monkeypatch.setattr(laboratory, "EVALUATORS", {})
     c = laboratory.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="sprites", n=80, real=80, paths=4,
                           out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_clip), workers=1, device="cpu")
     monkeypatch.setattr(studies, "SCALES", (1, 2))
