@@ -126,7 +126,7 @@ def trained_weights(folder, lora):
     """What the student in `folder` was trained in, under the names the trainer gives it: name -> tensor."""
     if not lora:
         kind = teacher.unet_class(json.loads((folder / "unet" / "config.json").read_text()))
-        return kind.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
+        return teacher.load_whole(kind, folder / "unet", use_safetensors=True).state_dict()
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
     return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value for name, value in load_file(folder / LORA_FILE).items()}
 

@@ -322,7 +322,8 @@ def load_whole(kind, folder, **options):
     network, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise UserError(f"not a whole {kind.__name__}: its files lack {sorted(info['missing_keys'])[0]} and "
-                        f"{len(info['missing_keys']) - 1} more tensors that its config.json names; export or download it again")
+                        f"{len(info['missing_keys']) - 1} more tensors that its config.json names; export or download "
+                        "it again")
     if info["unexpected_keys"]:
         warnings.warn(f"{folder}: {len(info['unexpected_keys'])} tensors are not used, as its config.json does not name them: "
                       f"{sorted(info['unexpected_keys'])[0]}, ...", stacklevel=2)

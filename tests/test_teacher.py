@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 import reflow
 import sampler
 import teacher
@@ -799,6 +800,14 @@ def test_what_is_not_finite_is_refused_where_it_arose(model, tmp_path, part, nam
     with pytest.raises(UserError, match=message):
         sampler.main(sampler.Config(prompt=["fox", "cat"], seed=7, steps=1, out=str(tmp_path / "a.png"), model=str(model), dtype=dtype))
     assert not (tmp_path / "a.png").exists()
+
+
+def test_rows_that_are_not_finite_are_not_kept(tmp_path):
+    def solve(numbers):
+        return {"z": torch.ones(len(numbers), 2) / torch.tensor([[float(k != 5)] for k in numbers]), "label": torch.tensor([*numbers])}
+    with pytest.raises(UserError, match="z of rows 4 to 7 is not finite"):
+        data.cached(tmp_path / "cache", 8, {}, solve, shard=4)
+    assert [file.name for file in tmp_path.glob("cache/*.safetensors")] == ["00000.safetensors"]
 
 
 def test_an_autoencoder_that_overflows_in_half_precision_gives_no_black_picture(model):
