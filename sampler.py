@@ -370,8 +370,8 @@ def default_model(runs=Path("runs")):
 @torch.no_grad()
 def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None, size=None, solver="ddim"):
     """Latents for prompts[i] from noise seeds[i]. times: from time_grid; size: as for latent_shape; solver: a row of SOLVERS,
-    or a function like them.  Returns: float32 (N, C, h, w), CPU. progress: a tqdm to advance by images. Raises UserError on
-    a latent that is not finite, after the batch that it is in."""
+    or a function like them.  Returns: float32 (N, C, h, w), CPU. progress: a tqdm to advance by images.
+    Raises UserError on a latent that is not finite, after the batch that it is in."""
     solve = config.choose("--solver", solver, SOLVERS) if isinstance(solver, str) else solver
     shape = latent_shape(pipeline, size)
     pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
@@ -390,8 +390,8 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
         z = solve(model, z, times, cond, guidance, uncond, callback, own)
         results.append(z.cpu())
         names = [f"seed {seed}, prompt {prompt!r}" for seed, prompt in zip(seeds[part], prompts[part])]
-        teacher.check_finite(results[-1], names, "its latents are not finite: the network has diverged, or overflows in its "
-                             "dtype; use an earlier checkpoint, --dtype bf16 or fp32, or less guidance")
+        teacher.check_finite(results[-1], names, "its latents are not finite: the network has diverged, or "
+                             "overflows in its dtype; use an earlier checkpoint, --dtype bf16 or fp32, or less guidance")
         if progress is not None:
             progress.update(len(z))
     return torch.cat(results)

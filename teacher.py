@@ -34,8 +34,8 @@ from transformers.utils import logging as transformers_logging
 import config
 from config import UserError
 
-# Their bars per file and notes on absent optional parts would bury ours; what they raise still comes through, and load_whole
-# says what else matters: tensors that a file lacks.
+# Their bars per file and notes on absent optional parts would bury ours. What they raise still comes through, and what
+# they only log and matters, load_whole says: tensors that a file lacks.
 for library in (diffusers_logging, transformers_logging):
     library.set_verbosity(library.CRITICAL)
     library.disable_progress_bar()
@@ -55,24 +55,25 @@ PREDICTIONS = {
     "sample": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),
 }
-# Config fields that would change what a model means and are not followed here: the values we take (the first where a config lacks
-# the field), and what others say. All other fields are read here, act inside the network or matter to a solver alone; a test
-# lists them, so that a field of a new diffusers is noticed.
+# Config fields that would change what a model means and are not followed: the values that are taken (the first where
+# a config lacks the field), and what others mean. All other fields are read in this file, act inside the network or
+# matter to a solver alone; a test lists them, so that a field of a new diffusers is noticed.
+GIVE = "give a Stable Diffusion 1.x, 2.x or XL model"
 SUPPORTED = {
     "scheduler": {
-        "use_flow_sigmas": ((False, None), "it has no schedule of betas (flow matching); give a Stable Diffusion 1.x, 2.x or XL model"),
-        "snr_shift_scale": ((None, 1), "its schedule is shifted, as video models' is; give a Stable Diffusion 1.x, 2.x or XL model"),
+        "use_flow_sigmas": ((False, None), f"it has no schedule of betas (flow matching); {GIVE}"),
+        "snr_shift_scale": ((None, 1), f"its schedule is shifted, as video models' is; {GIVE}"),
     },
     "pipeline": {
-        "requires_aesthetics_score": ((False, None), "it is conditioned on an aesthetic score, as SDXL's refiner is; give the base model"),
+        "requires_aesthetics_score": ((False, None), f"it takes an aesthetic score, as SDXL's refiner does; {GIVE}"),
     },
     "UNet2DConditionModel": {
-        "class_embed_type": ((None,), "it is conditioned on classes besides the text; give a text-to-image model"),
-        "num_class_embeds": ((None,), "it is conditioned on classes besides the text; give a text-to-image model"),
-        "time_cond_proj_dim": ((None,), "it takes the guidance scale as an input, as already distilled models do; give their teacher"),
-        "encoder_hid_dim_type": ((None,), "it is conditioned in a way we do not know; give a Stable Diffusion 1.x, 2.x or XL model"),
-        "addition_embed_type": ((None, "text_time"), "it is conditioned in a way we do not know; give a Stable Diffusion 1.x, 2.x or XL "
-                                                     "model"),
+        "class_embed_type": ((None,), f"it is conditioned on classes besides the text; {GIVE}"),
+        "num_class_embeds": ((None,), f"it is conditioned on classes besides the text; {GIVE}"),
+        "time_cond_proj_dim": ((None,), "it takes the guidance scale as an input, as already distilled models do; "
+                                        "give their teacher"),
+        "encoder_hid_dim_type": ((None,), f"it is conditioned in a way we do not know; {GIVE}"),
+        "addition_embed_type": ((None, "text_time"), f"it is conditioned in a way we do not know; {GIVE}"),
     },
     "UNet2DModel": {
         "class_embed_type": ((None,), "it takes a vector for its class; give one with numbered classes"),
@@ -80,6 +81,9 @@ SUPPORTED = {
         "time_embedding_type": (("positional",), "give one whose time_embedding_type is positional"),
     },
 }
+# of a scheduler with betas, what says more than how it steps
+SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+                   "prediction_type", "rescale_betas_zero_snr")
 
 
 def pick_device(name):
@@ -305,7 +309,8 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
 
 
 def download(source, **given):
-    """The folder, in the hub's cache, of a hub id's files: of variant fp16 where a network comes in no other.  Raises as diffusers."""
+    """The folder, in the hub's cache, of a hub id's files: of variant fp16 where they come in no other.
+    given: as for from_pretrained; ready parts are not downloaded.  Raises what diffusers does."""
     def get(**variant):
         return Path(DiffusionPipeline.download(source, use_safetensors=True, **variant, **given))
     try:
@@ -317,36 +322,37 @@ def download(source, **given):
 
 
 def load_whole(kind, folder, **options):
-    """kind.from_pretrained(folder, **options), a class of diffusers or transformers. Both leave a tensor that the files lack random or
-    without memory, and only log it.  Raises UserError naming it, whatever else they raise; warns of tensors that kind does not know."""
+    """kind.from_pretrained(folder, **options), for a network of diffusers or transformers. Both leave a tensor that the
+    files lack random or without memory, and only log it.  Raises UserError naming it, and whatever else they raise;
+    warns of tensors that the network does not know."""
     network, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    if info["missing_keys"]:
-        raise UserError(f"not a whole {kind.__name__}: its files lack {sorted(info['missing_keys'])[0]} and "
-                        f"{len(info['missing_keys']) - 1} more tensors that its config.json names; export or download "
-                        "it again")
-    if info["unexpected_keys"]:
-        warnings.warn(f"{folder}: {len(info['unexpected_keys'])} tensors are not used, as its config.json does not name them: "
-                      f"{sorted(info['unexpected_keys'])[0]}, ...", stacklevel=2)
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise UserError(f"not a whole {kind.__name__}: its files lack {missing[0]} and {len(missing) - 1} more tensors "
+                        "that its config.json names; export or download it again")
+    if unknown:
+        warnings.warn(f"{folder}: {unknown[0]} and {len(unknown) - 1} more tensors are not used: its config.json does "
+                      "not name them", stacklevel=2)
     return network
 
 
 def variant_of(folder):
-    """What stands before .safetensors in the names of a network's files ("fp16") where none goes without; else None."""
-    found = {(file.name.split(".")[1:-1] or [""])[0].split("-")[0] for file in folder.glob("*model*.safetensors")}
-    return None if "" in found or not found else "fp16" if "fp16" in found else min(found)
+    """None, or what stands before .safetensors ("fp16") where all of a network's files have such a thing."""
+    names = (file.name.split(".") for file in folder.glob("*model*.safetensors"))     # model.fp16-00001-of-00002.safetensors
+    found = {name[1].split("-")[0] if len(name) > 2 else None for name in names} or {None}
+    return None if None in found else "fp16" if "fp16" in found else min(found)
 
 
 def load_parts(folder, dtype, random_init, seed, parts):
-    """parts, and each network of the folder that is not among them: whole, or the same architecture with random weights.
-    Raises UserError."""
-    import architectures  # late: it brings every class of diffusers and transformers that we name
+    """parts, and each network of the folder that is not among them: as its files have it, or the same architecture with
+    random weights.  Raises UserError."""
     index, parts = read_json(folder / "model_index.json"), dict(parts)
     for part in NETWORKS:
         library, kind = index.get(part) or (None, None)
         if part in parts or library is None:
             continue
         if library not in ("diffusers", "transformers"):
-            raise UserError(f"its {part} cannot be loaded: {kind} is of {library}, and only networks of diffusers and transformers are")
+            raise UserError(f"its {part} cannot be loaded: {library}.{kind} is not of diffusers or transformers")
         kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
         where = folder / part if (folder / part).is_dir() else folder      # ddpm-* have it beside
 
@@ -355,9 +361,10 @@ def load_parts(folder, dtype, random_init, seed, parts):
                 return kind.from_config(kind.load_config(where))
             return kind(kind.config_class.from_pretrained(where))
         if random_init:
+            import architectures  # late: it brings every class of diffusers and transformers that we name
             parts[part] = architectures.random_part(make, part, dtype, seed)
             continue
-        named = "torch_dtype" if library == "diffusers" else "dtype"        # diffusers < 0.36 and transformers 5 know one each
+        named = "torch_dtype" if library == "diffusers" else "dtype"       # the word that all their versions know
         try:
             parts[part] = load_whole(kind, where, use_safetensors=True, variant=variant_of(where), **{named: dtype})
         except UserError as error:
@@ -366,45 +373,47 @@ def load_parts(folder, dtype, random_init, seed, parts):
 
 
 def load_single_file(path, dtype, model_config, parts):
-    """The pipeline in a checkpoint of the original (LDM) layout. SD or SDXL is read off its keys, and what it predicts off the keys
-    and metadata by which ComfyUI and sd-scripts know it, where it has them; else that is as in model_config. Raises UserError."""
+    """The pipeline in a checkpoint of the original (LDM) layout. SD or SDXL is read off its keys; what it predicts, off the
+    keys and metadata by which ComfyUI and sd-scripts know it, or else model_config's scheduler.  Raises UserError."""
     with safe_open(path, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata() or {}
         edm = {key: file.get_tensor(key).flatten().tolist() for key in keys if key.startswith("edm_")}
     if "model.diffusion_model.input_blocks.0.0.weight" not in keys:
-        raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model.input_blocks in it); LoRAs and other "
-                        "families cannot be loaded")
+        raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model.input_blocks in it); LoRAs "
+                        "and other families cannot be loaded")
     v_pred = "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
+    v_768 = v_pred or metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v"
     xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
     preset = "sdxl" if xl else "sd21" if any(key.startswith("cond_stage_model.model.") for key in keys) else "sd15"
-    if preset == "sd21" and not (model_config or v_pred or metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v"):
-        raise UserError("this file of Stable Diffusion 2 does not say whether it is of the 768 px v_prediction models or of the 512 px "
-                        "epsilon ones; give --model-config FOLDER, the diffusers folder of one")
+    if preset == "sd21" and not (model_config or v_768):
+        raise UserError("this file of Stable Diffusion 2 does not say whether it is of the 768 px v_prediction models or "
+                        "of the 512 px epsilon ones; give --model-config FOLDER, the diffusers folder of one")
     if not xl:
         parts = {part: value for part, value in parts.items() if not part.endswith("_2")}
     kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     plain = {} if xl else dict(safety_checker=None, requires_safety_checker=False)
+    remedy = "download it again, or give --model-config FOLDER, of the same architecture"
     try:
         pipeline = kind.from_single_file(str(path), torch_dtype=dtype, config=model_config or PRESETS[preset][0],
                                          local_files_only=bool(model_config), **plain, **parts)
-    except NotImplementedError as error:                    # of torch: tensors without memory are not moved
-        raise UserError("not a whole checkpoint: it lacks tensors of its UNet or autoencoder that the config names; download it again, "
-                        "or give --model-config FOLDER, of the same architecture") from error
+    except NotImplementedError as error:                    # torch moves no tensor without memory
+        raise UserError("not a whole checkpoint: it lacks tensors of its UNet or autoencoder that the config names; "
+                        f"{remedy}") from error
     for part in {*NETWORKS} - {*parts}:
         state = getattr(pipeline, part).state_dict() if getattr(pipeline, part, None) is not None else {}
         for name in (name for name, value in state.items() if value.is_meta):
-            raise UserError(f"not a whole checkpoint: it lacks the {part}'s {name}, which the config names; download it again, or give "
-                            "--model-config FOLDER, of the same architecture")
+            raise UserError(f"not a whole checkpoint: it lacks the {part}'s {name}, which the config names; {remedy}")
     if "scheduler" in parts:
         return pipeline
     if "edm_vpred.sigma_max" in edm:                        # CosXL
-        pipeline.scheduler = EDMEulerScheduler(edm.get("edm_vpred.sigma_min", [0.002])[0], edm["edm_vpred.sigma_max"][0], 1.0,
-                                               prediction_type="v_prediction")
+        low, high = edm.get("edm_vpred.sigma_min", [0.002])[0], edm["edm_vpred.sigma_max"][0]
+        pipeline.scheduler = EDMEulerScheduler(low, high, sigma_data=1.0, prediction_type="v_prediction")
     elif "edm_mean" in edm:                                 # Playground 2.5
         pipeline.scheduler = EDMDPMSolverMultistepScheduler()
         if pipeline.vae is not None:
-            pipeline.vae.register_to_config(scaling_factor=0.5, latents_mean=edm["edm_mean"], latents_std=edm["edm_std"])
-    elif v_pred or "ztsnr" in keys:
+            statistics = dict(latents_mean=edm["edm_mean"], latents_std=edm["edm_std"])
+            pipeline.vae.register_to_config(scaling_factor=0.5, **statistics)
+    elif v_pred or "ztsnr" in keys:                         # NoobAI and others
         said = dict(prediction_type="v_prediction") if v_pred else {}
         said |= dict(rescale_betas_zero_snr=True) if "ztsnr" in keys else {}
         pipeline.scheduler = as_ddim(pipeline.scheduler, clip_sample=False, **said)
@@ -420,7 +429,7 @@ def read_json(file):
 
 
 def check_fields(part, settings):
-    """Raises UserError on a config's field that would change what the model means and is not followed. part: a key of SUPPORTED."""
+    """Raises UserError on a field of a config that SUPPORTED refuses. part: a key of it; settings: the config."""
     for field, (known, meaning) in SUPPORTED[part].items():
         if settings.get(field, known[0]) not in known:
             raise UserError(f"{field} of its {part} is {settings[field]!r}: {meaning}")
@@ -472,7 +481,7 @@ def check_unet(pipeline):
     check_fields("UNet2DConditionModel", c)
     if (c.addition_embed_type == "text_time") != hasattr(pipeline, "text_encoder_2"):
         raise UserError(f"addition_embed_type of its UNet is {c.addition_embed_type!r} in a {type(pipeline).__name__}: "
-                        "text_time goes with two text encoders, as in SDXL; give a Stable Diffusion 1.x, 2.x or XL model")
+                        f"text_time goes with two text encoders, as in SDXL; {GIVE}")
 
 
 def read_schedule(scheduler):
@@ -487,15 +496,14 @@ def read_schedule(scheduler):
         raise UserError("DDIMPipeline has put a DDIM scheduler in the place of its EDM scheduler; name DDPMPipeline in model_index.json, "
                         "which keeps it")
     if "beta_schedule" not in scheduler.config:
-        raise UserError(f"{type(scheduler).__name__} has no schedule of betas (flow matching?); give a Stable Diffusion 1.x, 2.x or "
-                        "XL model")
+        raise UserError(f"{type(scheduler).__name__} has no schedule of betas (flow matching?); {GIVE}")
     check_fields("scheduler", scheduler.config)
     discrete = as_ddim(scheduler)
     prediction = discrete.config.prediction_type
     if scheduler.config.get("timestep_type") == "continuous" and prediction == "v_prediction":
         raise UserError(f"timestep_type of its {type(scheduler).__name__} is 'continuous': its network reads "
-                        "ln(sigma) / 4 as the time; name EDMEulerScheduler in model_index.json instead, with sigma_data "
-                        "1 and its sigma_min and sigma_max, which says the same")
+                        "ln(sigma) / 4 as the time; name EDMEulerScheduler in model_index.json instead, with "
+                        "sigma_data 1 and its sigma_min and sigma_max, which says the same")
     if prediction not in PREDICTIONS:
         raise UserError(f"prediction type {prediction!r} is not one of: {', '.join(PREDICTIONS)}")
     if prediction == "epsilon" and discrete.alphas_cumprod[-1] == 0:
@@ -504,14 +512,10 @@ def read_schedule(scheduler):
     return Schedule(discrete.alphas_cumprod), prediction
 
 
-SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
-                   "rescale_betas_zero_snr")
-
-
 def as_ddim(scheduler, **options):
     """The DDIM scheduler of the same noise schedule and prediction type as another scheduler with betas."""
     c = scheduler.config
-    # by name: from_config takes DDIM's own defaults for what the other's files leave to its defaults (LCM's betas are not DDIM's)
+    # by name: from_config takes DDIM's own defaults for what the other left to its defaults (LCM's betas are not DDIM's)
     own = {key: c[key] for key in SCHEDULE_FIELDS if key in c}
     if c.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         own["trained_betas"] = scheduler.betas.tolist()      # sigmoid, laplace, exp: DDIM knows no formula
@@ -604,11 +608,12 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu
         chunk, outputs = texts[start:start + batch], []
         for tokenizer, encoder in towers:
             # without model_max_length in its files, a tokenizer says 1e30
-            length = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", math.inf))
+            positions = getattr(encoder.config, "max_position_embeddings", math.inf)
+            length = min(tokenizer.model_max_length, positions)
             tokens = tokenizer(chunk, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
             whole = [text for text, mask in zip(chunk, tokens.attention_mask) if mask.all()]        # no padding: perhaps cut
             cut += [(text, len(ids) - length) for text, ids in zip(whole, tokenizer(whole).input_ids if whole else []) if len(ids) > length]
-            masked = not xl and getattr(encoder.config, "use_attention_mask", False)           # as diffusers' pipelines do
+            masked = not xl and getattr(encoder.config, "use_attention_mask", False)       # as in diffusers' pipelines
             outputs.append(encoder(tokens.input_ids.to(encoder.device), output_hidden_states=xl,
                                    attention_mask=tokens.attention_mask.to(encoder.device) if masked else None))
         # SDXL: both encoders' last layer but one, side by side, and the second's pooled output
@@ -620,8 +625,8 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu
                       "its end" + f"; so are {others} more" * (others > 0), stacklevel=3)      # 2 is no_grad
     table = dict(zip(("encoder_hidden_states", "text_embeds"), map(torch.cat, zip(*rows))))
     for value in table.values():
-        check_finite(value, [f"prompt {text!r}" for text in texts], "its text embedding is not finite; use --dtype bf16 or fp32, or "
-                     "another text encoder")
+        check_finite(value, [f"prompt {text!r}" for text in texts], "its text embedding is not finite; use --dtype bf16 "
+                     "or fp32, or another text encoder")
     if null == "zeros":
         dropped = torch.tensor([prompt is None for prompt in prompts]).to(device)
         for value in table.values():
@@ -636,7 +641,7 @@ def native_size(pipeline):
     """(H, W) in pixels the UNet was made for.  Raises UserError if its config does not say."""
     size = pipeline.unet.config.sample_size
     if size is None:
-        raise UserError("its UNet's config.json has no sample_size: give --size, or write there what it was made for")
+        raise UserError("its UNet's config.json has no sample_size: give --size, or write it there")
     return tuple(side * pipeline.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
 
 
@@ -645,15 +650,15 @@ PIXELS = 2 ** 18
 
 
 def check_finite(values, names, meaning):
-    """Raises UserError with the name of the first of values (N, ...) that is not finite everywhere. names: N strings; meaning: what has
-    happened. Only on the CPU: on a GPU, looking would stop it."""
+    """Raises UserError with the name of the first of values (N, ...) that is not finite everywhere.
+    names: N strings; meaning: what has happened. Only on the CPU: on a GPU, looking would stop it."""
     if values.device.type == "cpu" and not values.isfinite().all():
         raise UserError(f"{names[(~values.isfinite().flatten(1).all(1)).nonzero()[0].item()]}: {meaning}")
 
 
 def latent_statistics(vae):
-    """(factor, shift, std): z = (latent - shift) factor / std, from the autoencoder's config. shift and std: numbers, or
-    (1, C, 1, 1) as in Playground 2.5, whose latents are normalised per channel."""
+    """(factor, shift, std) of an autoencoder, with z = (latent - shift) factor / std. shift and std: numbers, or
+    (1, C, 1, 1) as in Playground 2.5, whose latents are normalized per channel."""
     c = vae.config
     mean, std = (torch.tensor(c[key]).view(1, -1, 1, 1) if c.get(key) else default
                  for key, default in (("latents_mean", 0), ("latents_std", 1)))
@@ -663,7 +668,8 @@ def latent_statistics(vae):
 @torch.no_grad()
 def decode(pipeline, z, batch=64):
     """Latents to pictures. z: (B, C, h, w), scaled as the UNet sees it.  Returns: float32 (B, 3, H, W) in [-1, 1], CPU.
-    A pixel model's latents are the pixels; gray ones are shown as RGB.  Raises UserError on pictures that are not finite."""
+    A pixel model's latents are the pixels; gray ones are shown as RGB.
+    Raises UserError on a picture that is not finite."""
     numbers = [f"picture {i + 1} of {len(z)}" for i in range(len(z))]
     if in_pixels(pipeline):
         images = z.float().clamp(-1, 1).cpu().expand(-1, 3, -1, -1)
@@ -686,7 +692,8 @@ def decode(pipeline, z, batch=64):
 @torch.no_grad()
 def encode(pipeline, images, batch=64):
     """Pictures to latents, the autoencoder's mean. images: (B, 3, H, W) in [-1, 1].  Returns: float32 (B, C, h, w), on its device.
-    A pixel model's latents are the pixels, or their luma (ITU-R BT.601, as PIL's gray) if it is gray.  Raises as check_finite."""
+    A pixel model's latents are the pixels, or their luma (ITU-R BT.601, as PIL's gray) if it is gray.
+    Raises UserError as check_finite does."""
     if in_pixels(pipeline):
         pixels = images.to(pipeline.unet.device, torch.float32)
         if pipeline.unet.config.in_channels == 3:

@@ -452,6 +452,8 @@ UNSUITABLE = [      # (file of the folder, its changes, what is said); read with
     ("unet/config.json", dict(class_embed_type="timestep"), "conditioned on classes"),
     ("unet/config.json", dict(time_cond_proj_dim=8), "guidance scale as an input"),
     ("unet/config.json", dict(addition_embed_type="text", addition_embed_type_num_heads=2), "conditioned in a way we do not know"),
+    ("unet/config.json", dict(encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "conditioned in a way we do not know"),
+    ("scheduler/scheduler_config.json", dict(snr_shift_scale=3.0), "schedule is shifted"),
     ("scheduler/scheduler_config.json", dict(prediction_type="flow_prediction"), "prediction type 'flow_prediction' is not one of"),
     ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "zero terminal SNR .* says nothing about the picture"),
     ("scheduler/scheduler_config.json", dict(use_flow_sigmas=True), "no schedule of betas"),
@@ -469,6 +471,19 @@ def test_an_unsuitable_model_is_refused_with_the_reason(model, file, changes, me
     edit(model, file, **changes)
     with pytest.raises(UserError, match=f"--model {model}: .*{message}"):
         teacher.load_pipeline(str(model), random_init=True)
+
+
+def test_a_pipeline_that_is_conditioned_on_more_is_refused(small_models, tmp_path):
+    folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
+    edit(folder, "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)
+    with pytest.raises(UserError, match="requires_aesthetics_score of its pipeline is True: it takes an aesthetic score"):
+        teacher.load_pipeline(str(folder))
+    edit(folder, "model_index.json", requires_aesthetics_score=False)
+    teacher.load_pipeline(str(folder))
+    shutil.copytree(small_models["sd15"], folder, dirs_exist_ok=True)                      # SDXL's UNet without its text encoders
+    edit(folder, "unet/config.json", **json.loads((small_models["sdxl"] / "unet" / "config.json").read_text()))
+    with pytest.raises(UserError, match="addition_embed_type .* text_time goes with two text encoders"):
+        teacher.load_pipeline(str(folder), random_init=True)
 
 
 def test_flow_matching_is_refused_and_v_prediction_at_zero_snr_is_not(model):
@@ -550,7 +565,7 @@ def test_text_encoders_are_whole_under_both_names_of_their_tensors(small, tmp_pa
 def test_tensors_that_are_not_used_are_said(model):
     weights = load_file(weights_file(model, "unet"))
     save_file({**weights, "extra.weight": torch.zeros(1)}, weights_file(model, "unet"), {"format": "pt"})
-    with pytest.warns(UserWarning, match="model/unet: 1 tensors are not used, .* extra.weight"):
+    with pytest.warns(UserWarning, match="model/unet: extra.weight and 0 more tensors are not used"):
         teacher.load_pipeline(str(model))
 
 
