@@ -226,11 +226,13 @@ class Model:
 
 
 def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):
-    """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a single-file .safetensors checkpoint
-    of SD or SDXL, whose configs and tokenizer come from model_config (a diffusers folder), else from the hub: sd15's, sd21's
-    (768 px, v) or sdxl's by its keys. random_init: a preset or a folder with random weights from seed; nothing is downloaded.
+    """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a single-file .safetensors
+    checkpoint of SD or SDXL, whose configs and tokenizer come from model_config (a diffusers folder), else from the hub:
+    sd15's or sdxl's by its keys, sd21's (768 px, v) if it says that, too.
+    random_init: a preset or a folder with random weights from seed; nothing is downloaded.
     parts: ready components, or None to leave one out: neither is read, and what is given is not touched.
-    Only safetensors are read, no code comes with a model, safety checkers are not loaded.
+    Only safetensors are read, no code comes with a model, safety checkers are not loaded. Every network is whole: all of its
+    tensors come from its files, those of variant fp16 where there are no others.
     A pixel model's classes are named by labels.json in its folder (a list; class i is name i): pipeline.labels, None without it.
     Raises UserError if it is missing, broken, or neither a latent text-to-image model with a UNet and a schedule we know, nor
     such a UNet alone, of pixels."""
