@@ -674,7 +674,7 @@ def test_every_config_field_is_read_refused_or_harmless():
 
 
 @pytest.mark.parametrize("kind, changes", [
-    (diffusers.DDPMScheduler, dict(beta_schedule="sigmoid")), (diffusers.DDPMScheduler, dict(beta_schedule="laplace")),
+    (diffusers.DDPMScheduler, dict(beta_schedule="sigmoid")),
     (diffusers.HeunDiscreteScheduler, dict(beta_schedule="exp")), (diffusers.LCMScheduler, dict()), (diffusers.UnCLIPScheduler, dict()),
     (diffusers.EulerDiscreteScheduler, dict(beta_schedule="squaredcos_cap_v2")),
     (diffusers.PNDMScheduler, dict(trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3)),
@@ -703,21 +703,44 @@ def test_a_clock_that_is_not_followed_is_refused_and_its_remedy_means_the_same()
     teacher.read_schedule(diffusers.EulerDiscreteScheduler(timestep_type="continuous"))             # means nothing with epsilon
 
 
-@pytest.mark.parametrize("statistics", [dict(), dict(latents_mean=[-1.6, 2.3, 0.4, -0.1], latents_std=[8.4, 5.1, 4.0, 9.2])],
-                         ids=["plain", "per channel"])
-def test_pictures_equal_diffusers_own_whatever_the_autoencoders_statistics(small_models, tmp_path, monkeypatch, statistics):
+PER_CHANNEL = dict(latents_mean=[-1.6, 2.3, 0.4, -0.1], latents_std=[8.4, 5.1, 4.0, 9.2])
+EDM = dict(_class_name="EDMDPMSolverMultistepScheduler", sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+
+
+@pytest.mark.parametrize("vae, noise", [
+    (dict(), dict()), (PER_CHANNEL, dict()), (dict(PER_CHANNEL, scaling_factor=0.5), EDM),
+    (dict(), dict(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
+    (dict(), dict(prediction_type="sample", beta_schedule="squaredcos_cap_v2"))],
+    ids=["sdxl", "latents per channel", "playground 2.5", "v at zero SNR", "cosine"])
+def test_pictures_equal_diffusers_own_for_every_family(small_models, tmp_path, vae, noise):
+    folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
+    edit(folder, "vae/config.json", **vae)
+    edit(folder, "scheduler/scheduler_config.json", **noise)
+    if noise is EDM:
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(EDM))
+        edit(folder, "model_index.json", scheduler=["diffusers", EDM["_class_name"]])
+    ours, theirs = teacher.load_pipeline(str(folder)), diffusers.DiffusionPipeline.from_pretrained(folder)
+    if noise is EDM:
+        theirs.scheduler = diffusers.EDMEulerScheduler.from_config(theirs.scheduler.config)
+    else:
+        theirs = stock(folder)
+    theirs.set_progress_bar_config(disable=True)
+    model, z = teacher.as_model(ours), sampler.noise([5, 6], (4, 8, 8))
+    times = sampler.time_grid(4, spacing=sampler.edm_grid if noise is EDM else sampler.uniform_grid, schedule=model.schedule)
+    found = teacher.decode(ours, sampler.generate(ours, model, ["fox", "heart"], [5, 6], times, 3.0))
+    expected = theirs(["fox", "heart"], num_inference_steps=4, guidance_scale=3.0, latents=z, output_type="pt", height=32, width=32)
+    assert ((found + 1) / 2 - expected.images).abs().max() <= 1e-4 and found.std() > 0.05
+
+
+@pytest.mark.parametrize("statistics", [dict(), PER_CHANNEL], ids=["plain", "per channel"])
+def test_latents_equal_diffusers_own_whatever_the_autoencoders_statistics(small_models, tmp_path, monkeypatch, statistics):
     folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
     edit(folder, "vae/config.json", **statistics)
-    ours, theirs = teacher.load_pipeline(str(folder)), stock(folder)
-    found = teacher.decode(ours, sampler.generate(ours, teacher.as_model(ours), ["fox", "heart"], [5, 6], sampler.time_grid(2), 3.0))
-    z = sampler.noise([5, 6], (4, 8, 8))
-    expected = theirs(["fox", "heart"], num_inference_steps=2, guidance_scale=3.0, latents=z, output_type="pt", height=32, width=32).images
-    assert ((found + 1) / 2 - expected).abs().max() <= 1e-4
-    images = torch.rand(2, 3, 32, 32) * 2 - 1
-    to_latents = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components)
+    ours, theirs, images = teacher.load_pipeline(str(folder)), stock(folder), torch.rand(2, 3, 32, 32) * 2 - 1
+    theirs = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components)
     mean = ours.vae.encode(images).latent_dist.mean                          # which is what we take; diffusers draws a sample
-    monkeypatch.setattr(to_latents.vae, "encode", lambda images: types.SimpleNamespace(latents=mean))
-    expected = to_latents.prepare_latents(images, None, 2, 1, torch.float32, "cpu", add_noise=False)
+    monkeypatch.setattr(theirs.vae, "encode", lambda images: types.SimpleNamespace(latents=mean))
+    expected = theirs.prepare_latents(images, None, 2, 1, torch.float32, "cpu", add_noise=False)
     assert torch.allclose(teacher.encode(ours, images), expected, atol=1e-5)
 
 
