@@ -683,7 +683,8 @@ class Joined:
 def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc=""):
     """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill at any moment, and shared by every
     run that asks with the same settings. settings: dict that says how rows are made; a folder made otherwise is refused.
-    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers.  Returns: Rows.  Raises UserError."""
+    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers.  Returns: Rows.
+    Raises UserError, also on rows that are not finite: they would stop the training, long after they were made."""
     folder = Path(folder)
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))                  # as the file gives it back: tuples become lists
@@ -708,6 +709,10 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
             made = {name: value.contiguous() for name, value in solve(numbers).items()}
+            for name, value in made.items():
+                if not value.isfinite().all():
+                    raise UserError(f"--cache {folder}: {name} of rows {numbers.start} to {numbers.stop - 1} is not finite: "
+                                    "the model that makes them has diverged or overflows; they were not kept")
             if rows_in(file, numbers.start) < len(numbers):  # another run may have made it meanwhile, and longer
                 write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
             bar.update(len(numbers))

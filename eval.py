@@ -302,8 +302,8 @@ class Evaluator:
 
     def trajectories(self, folder, steps, solver="ddim", guidance=None, edit=None):
         """Squared endpoint error of a model's trajectories, () each; straightness and squared chord error in K windows, (K,) each, the
-        mean of their batch. K is the student's; for a teacher, what its steps have in common with 8. The chord error is NaN where the
-        teacher's steps do not stop at every boundary.  Returns: data.Rows."""
+        mean of their batch. K is the student's; for a teacher, what its steps have in common with 8. There is no chord error where
+        the teacher's steps do not stop at every boundary.  Returns: data.Rows."""
         c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
         info, count = self.about(folder)[0], min(c.paths, c.n)
         windows = info.get("windows") or math.gcd(steps, 8)
@@ -317,12 +317,12 @@ class Evaluator:
             if guidance != 1:
                 uncond = teacher.encode_text(self.open(folder)[0], [None] * len(part), size=size, device=self.device)
             straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows, STRAIGHTNESS_STEPS, guidance, uncond)
-            chord = [math.nan] * windows
+            found = {"straightness": torch.tensor(straight, dtype=torch.float64)}
             if c.teacher_steps % windows == 0:
                 chord = metrics.chord_error(model, path.to(self.device), cond, windows, guidance, uncond)
-            per_window = torch.tensor([straight, chord], dtype=torch.float64).expand(len(part), 2, windows)
-            return {"endpoint": (end - path[:, -1]).double().square().flatten(1).mean(1), "straightness": per_window[:, 0],
-                    "chord": per_window[:, 1].square()}
+                found["chord"] = torch.tensor(chord, dtype=torch.float64).square()
+            return {"endpoint": (end - path[:, -1]).double().square().flatten(1).mean(1),
+                    **{name: value.expand(len(part), windows) for name, value in found.items()}}
         settings = self.settings(folder, steps, solver, guidance, edit, count) | dict(
             measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS,
             teacher=self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count))
@@ -357,7 +357,7 @@ class Evaluator:
         if kernels:
             kid, kid_std = kernel_distance(rows[network], reference.cpu())
             kernel_columns = dict(kid=kid, kid_std=kid_std, cmmd=cmmd(rows["clip"].to(self.device), self.reference["clip"]))
-        evaluations, chord = rows["evaluations"].mean().item(), paths["chord"].mean(0).sqrt()
+        evaluations = rows["evaluations"].mean().item()
         return dict(
             method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps, solver=solver, guidance=guidance,
             nfe=round(evaluations * (1 if guidance in (0, 1) else 2)), nfe_pairs_as_one=round(evaluations),
@@ -366,7 +366,7 @@ class Evaluator:
             fd_teacher_corrected=mean_interval(frechet_groups(features, self.teacher_features))[0], **kernel_columns,
             clip=clip_score(rows["clip"][captioned], self.texts[captioned]),
             endpoint_error=paths["endpoint"].mean().sqrt().item(), straightness=paths["straightness"].mean(0).tolist(),
-            chord_error=None if chord.isnan().any() else chord.tolist(), seconds_per_image=rows["seconds"].mean().item())
+            chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None, seconds_per_image=rows["seconds"].mean().item())
 
     def describe(self, students):
         """The protocol of a table, item by item. students: their reflow.json.  Returns: dict; `text` says all of it in one string."""

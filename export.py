@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers import DDIMPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -103,7 +103,7 @@ def export(folder, weights, unet_config, info):
 def write_pipeline(folder, pipeline, info, lora=None):
     if not teacher.is_edm(pipeline.scheduler):
         stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False, steps_offset=1)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **stock)
+        pipeline.scheduler = teacher.as_ddim(pipeline.scheduler, **stock)
         if teacher.in_pixels(pipeline):                     # a DDPMPipeline, or another: this one takes a DDIM scheduler's steps
             labels, pipeline = pipeline.labels, DDIMPipeline(pipeline.unet, pipeline.scheduler)
             pipeline.labels = labels
@@ -126,7 +126,7 @@ def trained_weights(folder, lora):
     """What the student in `folder` was trained in, under the names the trainer gives it: name -> tensor."""
     if not lora:
         kind = teacher.unet_class(json.loads((folder / "unet" / "config.json").read_text()))
-        return kind.from_pretrained(folder / "unet", use_safetensors=True).state_dict()
+        return teacher.load_whole(kind, folder / "unet", use_safetensors=True).state_dict()
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
     return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value for name, value in load_file(folder / LORA_FILE).items()}
 

@@ -23,6 +23,7 @@ from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 import data
 import reflow
 import sampler
+import teacher
 from config import UserError
 
 # ---- feature networks: .name, .dim, .images(images) -> (N, dim) ------------------------------------------------------
@@ -52,18 +53,18 @@ class Clip:
         if local and not (path / "config.json").is_file():
             raise UserError(f"--clip {folder}: no CLIPModel folder there (config.json is missing)")
         try:
-            model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=local, output_loading_info=True)
+            model = teacher.load_whole(CLIPModel, folder, dtype=torch.float32, local_files_only=local)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=local)
             # backend: Pillow resizes, as for CLIP's own training; torchvision's result differs a little, and is not needed
             self.processor = None if local and not (path / "preprocessor_config.json").is_file() else AutoImageProcessor.from_pretrained(
                 folder, backend="pil", local_files_only=local)
+        except UserError as error:
+            raise UserError(f"--clip {folder}: {error}") from error
         except Exception as error:                          # files break, and hubs refuse, in more ways than can be listed
             remedy = ("re-download the folder" if local else
                       "check the spelling and the network, or download it elsewhere and give the folder")
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"--clip {folder}: cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
-        if info["missing_keys"]:                            # they would be random, and so the features
-            raise UserError(f"--clip {folder}: not a whole CLIPModel ({sorted(info['missing_keys'])[0]} is missing); give another")
         self.model = model.eval().requires_grad_(False).to(device)
         self.name = path.absolute().name if local else str(folder)
         self.dim = self.model.config.projection_dim

@@ -370,7 +370,8 @@ def default_model(runs=Path("runs")):
 @torch.no_grad()
 def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, callback=None, progress=None, size=None, solver="ddim"):
     """Latents for prompts[i] from noise seeds[i]. times: from time_grid; size: as for latent_shape; solver: a row of SOLVERS,
-    or a function like them.  Returns: float32 (N, C, h, w), CPU. progress: a tqdm to advance by images."""
+    or a function like them.  Returns: float32 (N, C, h, w), CPU. progress: a tqdm to advance by images.
+    Raises UserError on a latent that is not finite, after the batch that it is in."""
     solve = config.choose("--solver", solver, SOLVERS) if isinstance(solver, str) else solver
     shape = latent_shape(pipeline, size)
     pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
@@ -388,6 +389,9 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
         z = torch.stack([torch.randn(shape, generator=generator) for generator in own]).to(device)
         z = solve(model, z, times, cond, guidance, uncond, callback, own)
         results.append(z.cpu())
+        names = [f"seed {seed}, prompt {prompt!r}" for seed, prompt in zip(seeds[part], prompts[part])]
+        teacher.check_finite(results[-1], names, "its latents are not finite: the network has diverged, or "
+                             "overflows in its dtype; use an earlier checkpoint, --dtype bf16 or fp32, or less guidance")
         if progress is not None:
             progress.update(len(z))
     return torch.cat(results)
@@ -438,7 +442,7 @@ def warn_unknown_words(name, pipeline, prompts):
     file = Path(teacher.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
     if not file.is_file():
         return
-    known = set(json.loads(file.read_text()))
+    known = set(teacher.read_json(file))
     unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
     if unknown:
         warnings.warn(f"this model has never seen: {', '.join(unknown)}. It knows: {' '.join(sorted(known))}", stacklevel=2)

@@ -301,7 +301,7 @@ def test_a_clip_that_cannot_be_loaded_is_one_line_with_a_remedy(clip_folders, tm
     save_file({name: value for name, value in weights.items() if "visual_projection" not in name}, tmp_path / "model.safetensors",
               {"format": "pt"})
     tiny.make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not a whole CLIPModel .visual_projection.weight is missing"):
+    with pytest.raises(UserError, match="not a whole CLIPModel: .* lack visual_projection.weight"):
         metrics.Clip(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="--clip nobody/no-such-clip: cannot be loaded .*; check the spelling and the network"):

@@ -154,14 +154,13 @@ def test_what_needs_a_null_class_is_refused_where_there_is_none(models, tmp_path
 def test_labels_that_do_not_fit_are_refused(tmp_path, text, reason):
     folder = save(tmp_path / "m", num_class_embeds=9)
     (folder / "labels.json").write_text(text)
-    with pytest.raises(UserError, match=f"--model .*: labels.json .*{reason}"):
+    with pytest.raises(UserError, match=f"--model .*labels.json .*{reason}"):
         teacher.load_pipeline(str(folder))
 
 
 @pytest.mark.parametrize("changes, reason", [
     (dict(out_channels=6), "takes 3 channels and gives 6"), (dict(in_channels=4, out_channels=4), "takes 4 channels"),
-    (dict(class_embed_type="timestep"), "class_embed_type timestep"), (dict(time_embedding_type="fourier"), "embedding is fourier"),
-    (dict(sample_size=None), "no sample_size")])
+    (dict(class_embed_type="timestep"), "class_embed_type .* 'timestep'"), (dict(time_embedding_type="fourier"), "embedding_type .* 'fourier'")])
 def test_a_unet_that_is_asked_otherwise_is_refused(tmp_path, changes, reason):
     with pytest.raises(UserError, match=f"--model .*: .*{reason}"):
         teacher.load_pipeline(str(save(tmp_path / "m", **changes)))

@@ -1,14 +1,19 @@
 """Identities of teacher.py and the solver: schedule, conversions, guidance, the clock, closed-form flows, diffusers."""
 import copy
+import inspect
 import json
+import re
 import shutil
+import types
+import warnings
 
 import diffusers
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import data
 import reflow
 import sampler
 import teacher
@@ -406,16 +411,21 @@ def ldm_clip(encoder, prefix):
     return {f"{prefix}text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.state_dict().items()}
 
 
-@pytest.fixture
-def single(small, tmp_path):
-    """The sibling as one .safetensors in the original layout."""
-    p = teacher.load_pipeline(str(small))
+def original_layout(folder):
+    """The weights of a sibling's folder in the original layout: name -> tensor."""
+    p = teacher.load_pipeline(str(folder))
     text = {"sd15": lambda: ldm_clip(p.text_encoder, "cond_stage_model.transformer."),
             "sd21": lambda: ldm_openclip(p.text_encoder, "cond_stage_model.model."),
             "sdxl": lambda: {**ldm_clip(p.text_encoder, "conditioner.embedders.0.transformer."),
-                             **ldm_openclip(p.text_encoder_2, "conditioner.embedders.1.model.")}}[small.name]()
+                             **ldm_openclip(p.text_encoder_2, "conditioner.embedders.1.model.")}}[folder.name]()
     weights = {**ldm_unet(p.unet), **ldm_vae(p.vae), **text}
-    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / f"{small.name}.safetensors")
+    return {name: value.contiguous() for name, value in weights.items()}
+
+
+@pytest.fixture
+def single(small, tmp_path):
+    """The sibling as one .safetensors in the original layout."""
+    save_file(original_layout(small), tmp_path / f"{small.name}.safetensors")
     return tmp_path / f"{small.name}.safetensors"
 
 
@@ -442,6 +452,8 @@ UNSUITABLE = [      # (file of the folder, its changes, what is said); read with
     ("unet/config.json", dict(class_embed_type="timestep"), "conditioned on classes"),
     ("unet/config.json", dict(time_cond_proj_dim=8), "guidance scale as an input"),
     ("unet/config.json", dict(addition_embed_type="text", addition_embed_type_num_heads=2), "conditioned in a way we do not know"),
+    ("unet/config.json", dict(encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "conditioned in a way we do not know"),
+    ("scheduler/scheduler_config.json", dict(snr_shift_scale=3.0), "schedule is shifted"),
     ("scheduler/scheduler_config.json", dict(prediction_type="flow_prediction"), "prediction type 'flow_prediction' is not one of"),
     ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "zero terminal SNR .* says nothing about the picture"),
     ("scheduler/scheduler_config.json", dict(use_flow_sigmas=True), "no schedule of betas"),
@@ -459,6 +471,19 @@ def test_an_unsuitable_model_is_refused_with_the_reason(model, file, changes, me
     edit(model, file, **changes)
     with pytest.raises(UserError, match=f"--model {model}: .*{message}"):
         teacher.load_pipeline(str(model), random_init=True)
+
+
+def test_a_pipeline_that_is_conditioned_on_more_is_refused(small_models, tmp_path):
+    folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
+    edit(folder, "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)
+    with pytest.raises(UserError, match="requires_aesthetics_score of its pipeline is True: it takes an aesthetic score"):
+        teacher.load_pipeline(str(folder))
+    edit(folder, "model_index.json", requires_aesthetics_score=False)
+    teacher.load_pipeline(str(folder))
+    shutil.copytree(small_models["sd15"], folder, dirs_exist_ok=True)                      # SDXL's UNet without its text encoders
+    edit(folder, "unet/config.json", **json.loads((small_models["sdxl"] / "unet" / "config.json").read_text()))
+    with pytest.raises(UserError, match="addition_embed_type .* text_time goes with two text encoders"):
+        teacher.load_pipeline(str(folder), random_init=True)
 
 
 def test_flow_matching_is_refused_and_v_prediction_at_zero_snr_is_not(model):
@@ -497,6 +522,346 @@ def test_what_cannot_be_loaded_is_one_line_with_a_remedy(model, tmp_path, monkey
     with pytest.raises(UserError, match="cannot be loaded"):                       # a pickle beside its config is not read either
         teacher.load_pipeline(str(model))
     assert capfd.readouterr().err == ""
+
+
+# ---- everything that is loaded is whole --------------------------------------------------------------------------
+
+
+def weights_file(folder, part):
+    return next((folder / part).glob("*.safetensors"))
+
+
+def without(file, name):
+    """Rewrites a .safetensors file without one of its tensors."""
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_what_is_loaded_is_whole_or_refused_by_name(small, tmp_path):
+    for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+        folder = shutil.copytree(small, tmp_path / part)
+        names = sorted(load_file(weights_file(folder, part)))
+        for lost in (names[len(names) // 2], names[0]):
+            without(weights_file(folder, part), lost)
+            with pytest.raises(UserError, match=f"--model .*{part}: its {part} is not a whole .* lack {re.escape(lost)}"):
+                teacher.load_pipeline(str(folder))
+        teacher.load_pipeline(str(folder), random_init=True)
+
+
+def test_text_encoders_are_whole_under_both_names_of_their_tensors(small, tmp_path):
+    """transformers 5.6 and later write CLIPTextModel without the prefix text_model., all others with it."""
+    expected, folder = teacher.encode_text(teacher.load_pipeline(str(small)), ["fox"]), shutil.copytree(small, tmp_path / "model")
+    plain = {name.removeprefix("text_model."): value for name, value in load_file(weights_file(folder, "text_encoder")).items()}
+    plain["embeddings.position_ids"] = torch.arange(77)[None]                # old versions wrote that too, and it is no weight
+    for prefix in ("", "text_model."):
+        save_file({prefix + name: value for name, value in plain.items()}, weights_file(folder, "text_encoder"), {"format": "pt"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = teacher.encode_text(teacher.load_pipeline(str(folder)), ["fox"])
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_tensors_that_are_not_used_are_said(model):
+    weights = load_file(weights_file(model, "unet"))
+    save_file({**weights, "extra.weight": torch.zeros(1)}, weights_file(model, "unet"), {"format": "pt"})
+    with pytest.warns(UserWarning, match="model/unet: extra.weight and 0 more tensors are not used"):
+        teacher.load_pipeline(str(model))
+
+
+def test_a_single_file_is_whole_or_refused(small, single):
+    whole = load_file(single)
+    text = sorted(name for name in whole if not name.startswith(("model.diffusion_model.", "first_stage_model.")))
+    for lost, message in (("model.diffusion_model.out.2.weight", "lacks tensors of its UNet or autoencoder"),
+                          ("first_stage_model.decoder.conv_out.bias", "lacks tensors of its UNet or autoencoder"),
+                          ("first_stage_model.quant_conv.weight", "lacks tensors of its UNet or autoencoder"),
+                          (next(name for name in text if "norm2.weight" in name or "ln_2.weight" in name), "lacks the text_encoder's .*norm2"),
+                          (next(name for name in text if "final" in name), "lacks the text_encoder(_2)?'s .*final_layer_norm")):
+        save_file({name: value for name, value in whole.items() if name != lost}, single)
+        with pytest.raises(UserError, match=f"not a whole checkpoint: it {message}"):
+            teacher.load_pipeline(str(single), model_config=str(small))
+
+
+@pytest.mark.parametrize("shards", [dict(), dict(max_shard_size="40KB")], ids=["whole", "sharded"])
+def test_weights_that_come_in_one_variant_only_are_loaded(small, tmp_path, monkeypatch, shards):
+    expected = teacher.load_pipeline(str(small))
+    stock(small).save_pretrained(tmp_path / "model", variant="fp16", **shards)
+    assert list(tmp_path.glob("model/*/*.fp16*.safetensors")) and not list(tmp_path.glob("model/*/*model.safetensors"))
+    asked = []
+
+    def download(source, variant=None, **more):
+        asked.append((source, variant))
+        if variant is None:
+            raise OSError("Could not find the necessary `safetensors` weights in {...} (variant=None)")
+        return tmp_path / "model"
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    for name in (str(tmp_path / "model"), "somebody/model"):
+        found = teacher.load_pipeline(name)
+        for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+            ours, theirs = getattr(found, part).state_dict(), getattr(expected, part).state_dict()
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert asked == [("somebody/model", None), ("somebody/model", "fp16")]
+    shutil.copy(weights_file(small, "unet"), tmp_path / "model" / "unet")               # with both there, the plain one is it
+    assert teacher.variant_of(tmp_path / "model" / "unet") is None
+
+
+# ---- every field of a config -------------------------------------------------------------------------------------
+# Fields that teacher.py reads, and those that act inside the network or matter to a solver only. The others must be in
+# teacher.SUPPORTED, which refuses what they could mean. A field that a new version brings fails here: sort it in.
+
+READ = {
+    "scheduler": "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr timestep_type "
+                 "sigma_min sigma_max sigma_data",
+    "vae": "scaling_factor shift_factor latents_mean latents_std force_upcast block_out_channels",
+    "UNet2DConditionModel": "sample_size in_channels out_channels block_out_channels",
+    "UNet2DModel": "sample_size in_channels out_channels block_out_channels num_class_embeds",
+    "text_encoder": "max_position_embeddings use_attention_mask",
+    "pipeline": "force_zeros_for_empty_prompt",
+}
+HARMLESS = {
+    # of a scheduler: how it steps and spaces its steps, and what it clips
+    "scheduler": "algorithm_type clip_sample clip_sample_range corrector_order disable_corrector dynamic_thresholding_ratio eta "
+                 "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final original_inference_steps "
+                 "predict_x0 predictor_order rho sample_max_value set_alpha_to_one sigma_schedule skip_prk_steps solver_order solver_p "
+                 "solver_type steps_offset tau_func thresholding timestep_scaling timestep_spacing use_beta_sigmas use_exponential_sigmas "
+                 "use_karras_sigmas use_lu_lambdas variance_type kwargs "
+                 "flow_shift shift_terminal time_shift_type use_dynamic_shifting",      # of flows, which use_flow_sigmas announces
+    "vae": "in_channels out_channels down_block_types up_block_types layers_per_block act_fn latent_channels norm_num_groups sample_size "
+           "use_quant_conv use_post_quant_conv mid_block_add_attention encoder_block_out_channels decoder_block_out_channels upsample_fn "
+           "upsampling_scaling_factor num_encoder_blocks num_decoder_blocks latent_magnitude latent_shift down_block_out_channels "
+           "layers_per_down_block up_block_out_channels layers_per_up_block",
+    "UNet2DConditionModel": "center_input_sample flip_sin_to_cos freq_shift down_block_types mid_block_type up_block_types "
+                            "only_cross_attention layers_per_block downsample_padding mid_block_scale_factor dropout act_fn norm_num_groups "
+                            "norm_eps cross_attention_dim transformer_layers_per_block reverse_transformer_layers_per_block "
+                            "attention_head_dim num_attention_heads dual_cross_attention use_linear_projection addition_time_embed_dim "
+                            "upcast_attention resnet_time_scale_shift resnet_skip_time_act resnet_out_scale_factor time_embedding_type "
+                            "time_embedding_dim time_embedding_act_fn timestep_post_act conv_in_kernel conv_out_kernel "
+                            "projection_class_embeddings_input_dim attention_type class_embeddings_concat mid_block_only_cross_attention "
+                            "cross_attention_norm addition_embed_type_num_heads "
+                            "encoder_hid_dim",                                          # which sets encoder_hid_dim_type
+    "UNet2DModel": "center_input_sample time_embedding_dim freq_shift flip_sin_to_cos down_block_types mid_block_type up_block_types "
+                   "layers_per_block mid_block_scale_factor downsample_padding downsample_type upsample_type dropout act_fn "
+                   "attention_head_dim norm_num_groups attn_norm_num_groups norm_eps resnet_time_scale_shift add_attention "
+                   "num_train_timesteps",                                               # of time_embedding_type learned
+    "text_encoder": "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads hidden_act "
+                    "layer_norm_eps attention_dropout initializer_range initializer_factor pad_token_id bos_token_id eos_token_id",
+    "pipeline": "vae text_encoder text_encoder_2 tokenizer tokenizer_2 unet scheduler safety_checker feature_extractor image_encoder "
+                "requires_safety_checker add_watermarker",
+}
+
+
+def fields(kind):
+    return set(inspect.signature(kind.__init__).parameters) - {"self"}
+
+
+def test_every_config_field_is_read_refused_or_harmless():
+    schedulers = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")]
+    schedulers = [kind for kind in schedulers if "beta_schedule" in fields(kind) or kind.__name__.startswith("EDM")]
+    assert len(schedulers) >= 20 and diffusers.EulerDiscreteScheduler in schedulers
+    from transformers import CLIPTextConfig, PretrainedConfig
+    used = {
+        "scheduler": set().union(*map(fields, schedulers)),
+        "vae": fields(diffusers.AutoencoderKL) | fields(diffusers.AutoencoderTiny) | fields(diffusers.AsymmetricAutoencoderKL),
+        "UNet2DConditionModel": fields(diffusers.UNet2DConditionModel), "UNet2DModel": fields(diffusers.UNet2DModel),
+        "text_encoder": set(CLIPTextConfig().to_dict()) - set(PretrainedConfig().to_dict()) - {"model_type"},
+        "pipeline": fields(diffusers.StableDiffusionPipeline) | fields(diffusers.StableDiffusionXLPipeline)
+        | fields(diffusers.DDPMPipeline) | fields(diffusers.DDIMPipeline),
+    }
+    for part, names in used.items():
+        known = {**dict.fromkeys(READ[part].split()), **dict.fromkeys(HARMLESS[part].split()), **teacher.SUPPORTED.get(part, {})}
+        assert not names - set(known), f"{part}: new fields"
+        assert not set(READ[part].split()) & set(HARMLESS[part].split())
+
+
+@pytest.mark.parametrize("kind, changes", [
+    (diffusers.DDPMScheduler, dict(beta_schedule="sigmoid")),
+    (diffusers.HeunDiscreteScheduler, dict(beta_schedule="exp")), (diffusers.LCMScheduler, dict()), (diffusers.UnCLIPScheduler, dict()),
+    (diffusers.EulerDiscreteScheduler, dict(beta_schedule="squaredcos_cap_v2")),
+    (diffusers.PNDMScheduler, dict(trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3)),
+    (diffusers.DDIMScheduler, dict(rescale_betas_zero_snr=True, prediction_type="v_prediction")),
+    (diffusers.DPMSolverMultistepScheduler, dict(beta_schedule="scaled_linear", use_karras_sigmas=True))],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value))
+def test_every_curve_of_betas_is_read_as_its_own_scheduler_has_it(kind, changes):
+    scheduler = kind(**changes)
+    schedule, prediction = teacher.read_schedule(scheduler)
+    assert torch.equal(schedule.alpha[1:], scheduler.alphas_cumprod.double().sqrt()) and prediction == scheduler.config.prediction_type
+    assert torch.equal(teacher.as_ddim(scheduler).alphas_cumprod, scheduler.alphas_cumprod)         # what a student is written with
+
+
+def test_a_clock_that_is_not_followed_is_refused_and_its_remedy_means_the_same():
+    sigma, data = torch.tensor([0.5, 7.0]), dict(prediction_type="v_prediction")
+    euler = diffusers.EulerDiscreteScheduler(timestep_type="continuous", **data)
+    with pytest.raises(UserError, match="timestep_type .* name EDMEulerScheduler .* sigma_data 1"):
+        teacher.read_schedule(euler)
+    euler.set_timesteps(5)
+    edm = diffusers.EDMEulerScheduler(sigma_data=1.0, sigma_min=euler.sigmas[-2].item(), sigma_max=euler.sigmas[0].item(), **data)
+    assert torch.allclose(edm.precondition_noise(euler.sigmas[:-1]), euler.timesteps, atol=1e-6)
+    sample, output = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
+    theirs = output * (-sigma / (sigma ** 2 + 1) ** 0.5) + sample / (sigma ** 2 + 1)                 # EulerDiscreteScheduler.step
+    ours = torch.stack([edm.precondition_outputs(sample[i], output[i], sigma[i]) for i in range(2)])
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    teacher.read_schedule(diffusers.EulerDiscreteScheduler(timestep_type="continuous"))             # means nothing with epsilon
+
+
+PER_CHANNEL = dict(latents_mean=[-1.6, 2.3, 0.4, -0.1], latents_std=[8.4, 5.1, 4.0, 9.2])
+EDM = dict(_class_name="EDMDPMSolverMultistepScheduler", sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+
+
+@pytest.mark.parametrize("vae, noise", [
+    (dict(), dict()), (PER_CHANNEL, dict()), (dict(PER_CHANNEL, scaling_factor=0.5), EDM),
+    (dict(), dict(prediction_type="v_prediction", rescale_betas_zero_snr=True)),
+    (dict(), dict(prediction_type="sample", beta_schedule="squaredcos_cap_v2"))],
+    ids=["sdxl", "latents per channel", "playground 2.5", "v at zero SNR", "cosine"])
+def test_pictures_equal_diffusers_own_for_every_family(small_models, tmp_path, vae, noise):
+    folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
+    edit(folder, "vae/config.json", **vae)
+    edit(folder, "scheduler/scheduler_config.json", **noise)
+    if noise is EDM:
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(EDM))
+        edit(folder, "model_index.json", scheduler=["diffusers", EDM["_class_name"]])
+    ours, theirs = teacher.load_pipeline(str(folder)), diffusers.DiffusionPipeline.from_pretrained(folder)
+    if noise is EDM:
+        theirs.scheduler = diffusers.EDMEulerScheduler.from_config(theirs.scheduler.config)
+    else:
+        theirs = stock(folder)
+    theirs.set_progress_bar_config(disable=True)
+    model, z = teacher.as_model(ours), sampler.noise([5, 6], (4, 8, 8))
+    times = sampler.time_grid(4, spacing=sampler.edm_grid if noise is EDM else sampler.uniform_grid, schedule=model.schedule)
+    found = teacher.decode(ours, sampler.generate(ours, model, ["fox", "heart"], [5, 6], times, 3.0))
+    expected = theirs(["fox", "heart"], num_inference_steps=4, guidance_scale=3.0, latents=z, output_type="pt", height=32, width=32)
+    assert ((found + 1) / 2 - expected.images).abs().max() <= 1e-4 and found.std() > 0.05
+
+
+@pytest.mark.parametrize("statistics", [dict(), PER_CHANNEL], ids=["plain", "per channel"])
+def test_latents_equal_diffusers_own_whatever_the_autoencoders_statistics(small_models, tmp_path, monkeypatch, statistics):
+    folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
+    edit(folder, "vae/config.json", **statistics)
+    ours, theirs, images = teacher.load_pipeline(str(folder)), stock(folder), torch.rand(2, 3, 32, 32) * 2 - 1
+    theirs = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components)
+    mean = ours.vae.encode(images).latent_dist.mean                          # which is what we take; diffusers draws a sample
+    monkeypatch.setattr(theirs.vae, "encode", lambda images: types.SimpleNamespace(latents=mean))
+    expected = theirs.prepare_latents(images, None, 2, 1, torch.float32, "cpu", add_noise=False)
+    assert torch.allclose(teacher.encode(ours, images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_text_is_masked_where_the_text_encoder_says_so(small_models, tmp_path, masked):
+    folder = shutil.copytree(small_models["sd15"], tmp_path / "model")
+    edit(folder, "text_encoder/config.json", use_attention_mask=masked)
+    ours, theirs = teacher.load_pipeline(str(folder)), stock(folder)
+    given, null = theirs.encode_prompt(["fox", LONG[:40]], "cpu", 1, True)
+    found = teacher.encode_text(ours, ["fox", LONG[:40], None])["encoder_hidden_states"]
+    assert torch.allclose(found, torch.cat([given, null[:1]]), atol=1e-5)
+
+
+def test_what_a_config_leaves_out_is_known_otherwise_or_named(small_models, tmp_path):
+    folder = shutil.copytree(small_models["sd15"], tmp_path / "model")
+    expected = teacher.encode_text(teacher.load_pipeline(str(folder)), ["fox"])
+    for absent in (None, 10 ** 30):
+        edit(folder, "tokenizer/tokenizer_config.json", model_max_length=absent)
+        found = teacher.encode_text(teacher.load_pipeline(str(folder)), ["fox"])
+        assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
+    edit(folder, "unet/config.json", sample_size=None)
+    pipeline = teacher.load_pipeline(str(folder))
+    with pytest.raises(UserError, match="no sample_size: give --size"):
+        sampler.latent_shape(pipeline)
+    assert sampler.latent_shape(pipeline, 32) == (4, 8, 8)
+
+
+@pytest.mark.parametrize("file, options", [("vocabulary.json", {}), ("labels.json", {}), ("vae/config.json", dict(vae=None)),
+                                           ("vae/config.json", {}), ("model_index.json", {}), ("unet/config.json", {})])
+def test_a_truncated_json_file_is_named(small_models, tmp_path, file, options):
+    source = teacher.ASSETS / "tiny-pixel" if file == "labels.json" else small_models["sd15"]
+    folder = shutil.copytree(source, tmp_path / "model")
+    (folder / file).write_text('["a", ')
+    with pytest.raises(UserError, match=file.rsplit("/", 1)[-1]):
+        sampler.warn_unknown_words(str(folder), teacher.load_pipeline(str(folder), **options), ["fox"])
+
+
+def test_a_single_file_says_what_it_predicts(small_models, tmp_path):
+    """By the keys and metadata that ComfyUI and sd-scripts know it by; the configs beside it are those of an epsilon model."""
+    edm = dict(edm_mean=torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1), edm_std=torch.full((1, 4, 1, 1), 5.0))
+    empty = torch.zeros(0)
+    for name in ("sd15", "sdxl"):
+        single, folder = tmp_path / f"{name}.safetensors", small_models[name]
+
+        def load(metadata=None, **keys):
+            save_file({**weights, **keys}, single, metadata)
+            pipeline = teacher.load_pipeline(str(single), model_config=str(folder))
+            return pipeline, *teacher.read_schedule(pipeline.scheduler)
+        weights = original_layout(folder)
+        _, plain, prediction = load()
+        assert prediction == "epsilon"
+        for said in (dict(v_pred=empty), dict(metadata={"modelspec.prediction_type": "v"})):
+            _, schedule, prediction = load(**said)
+            assert prediction == "v_prediction" and schedule.key == plain.key
+        pipeline, schedule, prediction = load(v_pred=empty, ztsnr=empty)
+        assert prediction == "v_prediction" and schedule.alpha[-1] == 0 and abs(schedule.alpha[1] - plain.alpha[1]) < 1e-6
+        assert load(v_pred=empty, metadata={"modelspec.prediction_type": "epsilon"})[2] == "v_prediction"
+        with pytest.raises(UserError, match="predicts epsilon at zero terminal SNR"):
+            load(ztsnr=empty)
+        _, schedule, prediction = load(**{"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.25)})
+        assert (schedule.key, prediction) == (("edm", 0.25, 120, 1), "v_prediction")
+    pipeline, schedule, prediction = load(**edm)
+    assert (schedule.key, prediction) == (("edm", 0.002, 80, 0.5), "epsilon")
+    assert teacher.latent_statistics(pipeline.vae)[0] == 0.5
+    assert [value.flatten().tolist() for value in teacher.latent_statistics(pipeline.vae)[1:]] == [[1, 2, 3, 4], [5] * 4]
+
+
+def test_a_single_file_of_sd2_is_not_taken_for_one_of_two_models(small_models, tmp_path, monkeypatch):
+    single, weights = tmp_path / "two.safetensors", original_layout(small_models["sd21"])
+    monkeypatch.setitem(teacher.PRESETS, "sd21", (str(small_models["sd21"]), ""))            # stands for the hub
+    for metadata in (None, {"modelspec.architecture": "stable-diffusion-v2-512"}):
+        save_file(weights, single, metadata)
+        with pytest.raises(UserError, match="does not say whether .* 768 px v_prediction .* 512 px epsilon .* give --model-config FOLDER"):
+            teacher.load_pipeline(str(single))
+    save_file(weights, single, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
+    assert teacher.read_schedule(teacher.load_pipeline(str(single)).scheduler)[1] == "v_prediction"
+
+
+# ---- what is passed on is finite ---------------------------------------------------------------------------------
+
+
+def spoil(folder, part, name, change):
+    """Rewrites one tensor of a network's file."""
+    weights = load_file(weights_file(folder, part))
+    weights[name] = change(weights[name])
+    save_file(weights, weights_file(folder, part), metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part, name, dtype, message", [
+    ("unet", "conv_out.bias", "fp32", "seed 7, prompt 'fox': its latents are not finite: .*--dtype"),
+    ("vae", "decoder.conv_out.bias", "fp32", "picture 1 of 2: .*autoencoder.* torch.float32"),
+    ("text_encoder", "final_layer_norm.bias", "fp32", "prompt 'fox': its text embedding is not finite")])
+def test_what_is_not_finite_is_refused_where_it_arose(model, tmp_path, part, name, dtype, message):
+    spoil(model, part, name, lambda value: value * float("nan"))
+    with pytest.raises(UserError, match=message):
+        sampler.main(sampler.Config(prompt=["fox", "cat"], seed=7, steps=1, out=str(tmp_path / "a.png"), model=str(model), dtype=dtype))
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_rows_that_are_not_finite_are_not_kept(tmp_path):
+    def solve(numbers):
+        return {"z": torch.ones(len(numbers), 2) / torch.tensor([[float(k != 5)] for k in numbers]), "label": torch.tensor([*numbers])}
+    with pytest.raises(UserError, match="z of rows 4 to 7 is not finite"):
+        data.cached(tmp_path / "cache", 8, {}, solve, shard=4)
+    assert [file.name for file in tmp_path.glob("cache/*.safetensors")] == ["00000.safetensors"]
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_gives_no_black_picture(model):
+    edit(model, "vae/config.json", force_upcast=False)
+    spoil(model, "vae", "decoder.conv_in.weight", lambda value: value * 1e6)
+    spoil(model, "vae", "encoder.conv_in.weight", lambda value: value * 1e6)
+    z, images = sampler.noise([0, 1, 2], (4, 8, 8)), torch.rand(2, 3, 32, 32)
+    half, whole = (teacher.load_pipeline(str(model), dtype) for dtype in (torch.float16, torch.float32))
+    assert teacher.decode(whole, z).isfinite().all() and teacher.encode(whole, images).isfinite().all()
+    with pytest.raises(UserError, match="picture 1 of 3: .* not finite in torch.float16; use bf16 or fp32"):
+        teacher.decode(half, z)
+    with pytest.raises(UserError, match="picture 1 of 2: .* not finite in torch.float16; use bf16 or fp32"):
+        teacher.encode(half, images)
+    z[1, 0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match="picture 2 of 3: its latents are not finite"):
+        teacher.decode(whole, z)
 
 
 def test_sampler_options_for_large_models(small_models, single, small, tmp_path, capsys):
