@@ -366,7 +366,8 @@ class Evaluator:
             fd_teacher_corrected=mean_interval(frechet_groups(features, self.teacher_features))[0], **kernel_columns,
             clip=clip_score(rows["clip"][captioned], self.texts[captioned]),
             endpoint_error=paths["endpoint"].mean().sqrt().item(), straightness=paths["straightness"].mean(0).tolist(),
-            chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None, seconds_per_image=rows["seconds"].mean().item())
+            chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None,
+            seconds_per_image=rows["seconds"].mean().item())
 
     def describe(self, students):
         """The protocol of a table, item by item. students: their reflow.json.  Returns: dict; `text` says all of it in one string."""
