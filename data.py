@@ -445,10 +445,11 @@ class Joined:
         return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
 
-def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc=""):
+def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc="", batch=None):
     """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill at any moment, and shared by every
     run that asks with the same settings. settings: dict that says how rows are made; a folder made otherwise is refused.
-    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers.  Returns: Rows.  Raises UserError."""
+    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers, at most `batch` of them at once (default: a
+    shard); the bar moves after each.  Returns: Rows.  Raises UserError."""
     folder = Path(folder)
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))                  # as the file gives it back: tuples become lists
@@ -469,9 +470,12 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     missing = [(file, numbers) for file, numbers in parts[rank::world] if rows_in(file, numbers.start) < len(numbers)]
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
-            made = {name: value.contiguous() for name, value in solve(numbers).items()}
+            parts_made = []
+            for first in range(0, len(numbers), batch or shard):
+                parts_made.append(solve(numbers[first:first + (batch or shard)]))
+                bar.update(len(numbers[first:first + (batch or shard)]))
+            made = {name: torch.cat([part[name] for part in parts_made]).contiguous() for name in parts_made[0]}
             write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
-            bar.update(len(numbers))
     barrier()
     return Rows([file for file, _ in parts], shard, count)
 

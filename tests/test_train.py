@@ -126,7 +126,7 @@ def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
     inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
     plain = unet(*inputs).sample.detach()
     c = train.Config(lora=2)
-    solver = student.Solver(c, unet, torch.device("cpu"))
+    solver = student.FrozenNetwork(c, unet, torch.device("cpu"))
     network = student.make_student(c, unet, torch.device("cpu"), 0.5)
     assert torch.equal(solver(*inputs).sample, plain) and network.training
     assert not torch.equal(network(*inputs).sample, plain)
@@ -304,13 +304,13 @@ def test_an_occupied_port_is_named(random_sd, tmp_path, run_file, monkeypatch):
 
 def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(random_sd, tmp_path, monkeypatch):
     found = {}
-    real = student.Solver.become
+    real = student.FrozenNetwork.become
 
     def become(self, weights, c):
         real(self, weights, c)
         found["networks"], found["solver"] = {id(self.student)}, self
         found["adapters"] = sorted(self.student.peft_config)
-    monkeypatch.setattr(student.Solver, "become", become)
+    monkeypatch.setattr(student.FrozenNetwork, "become", become)
     train.main(small(random_sd, tmp_path, lora=2, pairs="student", windows=[2, 1], steps=6, lr=1e-2))
     solver = found["solver"]
     assert found["adapters"] == ["previous", "student"] and not hasattr(solver, "copy")
