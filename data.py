@@ -470,11 +470,11 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     missing = [(file, numbers) for file, numbers in parts[rank::world] if rows_in(file, numbers.start) < len(numbers)]
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
-            parts_made = []
-            for first in range(0, len(numbers), batch or shard):
-                parts_made.append(solve(numbers[first:first + (batch or shard)]))
-                bar.update(len(numbers[first:first + (batch or shard)]))
-            made = {name: torch.cat([part[name] for part in parts_made]).contiguous() for name in parts_made[0]}
+            solved, size = [], batch or shard
+            for some in (numbers[first:first + size] for first in range(0, len(numbers), size)):
+                solved.append(solve(some))
+                bar.update(len(some))
+            made = {name: torch.cat([rows[name] for rows in solved]).contiguous() for name in solved[0]}
             write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
     barrier()
     return Rows([file for file, _ in parts], shard, count)
