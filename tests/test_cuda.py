@@ -49,7 +49,7 @@ def stopped_after(step, c):
 
 @pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), dict(pairs="student", normalisation="learnt", precision="bf16"),
                                      dict(pairs="student", lora=2, precision="bf16"),
-                                     dict(pairs="consistency", windows=[1], gradient_checkpointing=True)],
+                                     dict(pairs="consistency", windows=[1])],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
     """The device of every part is asserted by what fake_cuda refuses, and here of all that a resume restores."""
