@@ -680,10 +680,11 @@ class Joined:
         return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
 
-def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc=""):
+def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc="", batch=None):
     """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill at any moment, and shared by every
     run that asks with the same settings. settings: dict that says how rows are made; a folder made otherwise is refused.
-    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers.  Returns: Rows.
+    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers, at most `batch` of them at once (default: a
+    shard); the bar moves after each.  Returns: Rows.
     Raises UserError, also on rows that are not finite: they would stop the training, long after they were made."""
     folder = Path(folder)
     manifest = folder / "manifest.json"
@@ -708,14 +709,17 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     missing = [part for part in parts[rank::world] if rows_in(part[0], part[1].start) < len(part[1])]
     with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
-            made = {name: value.contiguous() for name, value in solve(numbers).items()}
+            solved, size = [], batch or shard
+            for some in (numbers[first:first + size] for first in range(0, len(numbers), size)):
+                solved.append(solve(some))
+                bar.update(len(some))
+            made = {name: torch.cat([rows[name] for rows in solved]).contiguous() for name in solved[0]}
             for name, value in made.items():
                 if not value.isfinite().all():
                     raise UserError(f"--cache {folder}: {name} of rows {numbers.start} to {numbers.stop - 1} is not finite: "
                                     "the model that makes them has diverged or overflows; they were not kept")
             if rows_in(file, numbers.start) < len(numbers):  # another run may have made it meanwhile, and longer
                 write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
-            bar.update(len(numbers))
     barrier()
     return Rows([file for file, _ in parts], shard, count)
 

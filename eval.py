@@ -27,7 +27,6 @@ from types import SimpleNamespace
 
 import PIL
 import torch
-import torch.distributed as dist
 import transformers
 
 import coco
@@ -430,8 +429,8 @@ def main(c):
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their runs one by one")
     c, _ = resolve(dataclasses.replace(c, teacher=c.teacher or names.pop()))
-    rank, world, _ = train.start_processes(SimpleNamespace(device=c.device, shard=False))
-    evaluator = Evaluator(c, rank, world, dist.barrier if world > 1 else lambda: None)
+    rank, world, _, barrier = train.start_processes(SimpleNamespace(device=c.device, shard=False))
+    evaluator = Evaluator(c, rank, world, barrier)
 
     # rows: (method, windows, steps, folder, solver, run)
     plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim", "")]

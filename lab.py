@@ -23,6 +23,7 @@ import teacher
 import train
 from config import UserError
 from metrics import mean_interval
+from pairs import trajectory_count
 
 
 @dataclass
@@ -84,7 +85,8 @@ class Lab:
                 jobs[name] = command
                 if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
                     needed = caches.setdefault(c.cache or str(folder), {})
-                    needed[c.trajectories, recipe.forward_rate, recipe.projection] = command.replace("train.py", "data.py cache", 1)
+                    key = trajectory_count(c, recipe), recipe.forward_rate, recipe.projection
+                    needed[key] = command.replace("train.py", "data.py cache", 1)
 
         def fill(cache):
             for command in caches[cache].values():          # they share its folder: one after the other
@@ -146,7 +148,7 @@ class Lab:
             pair = {"trajectory": 0, "consistency": 2}.get(recipe.pairs, solved // windows)
             total += share * c.batch * (3 + pair / recipe.reuse)
             solved = windows if recipe.pairs == "student" else solved
-        return c.trajectories * recipe.solver_steps * (recipe.pairs == "trajectory"), total / sum(recipe.shares)
+        return trajectory_count(c, recipe) * recipe.solver_steps * (recipe.pairs == "trajectory"), total / sum(recipe.shares)
 
     def evaluations(self, options):
         """What a run costs, trajectories included."""

@@ -106,27 +106,25 @@ class Pairs:
         times, keep = sampler.time_grid(recipe.solver_steps), recipe.solver_steps // windows
 
         def solve(walk, begin, numbers):
-            made = []
-            for first in range(0, len(numbers), c.micro_batch or c.batch):
-                part, visited = numbers[first:first + (c.micro_batch or c.batch)], []
-                cond = self.text([self.dataset.captions[i] for i in self.captions(part, "trajectory")], self.device)
-                z = begin(part)
-                with self.autocast():
-                    end = walk(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
-                               lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
-                path = torch.stack([*visited, end], 1)
-                made.append({"z": path if walk is sampler.ddim else path.flip(1), **cond})
-            return {key: torch.cat([part[key].cpu() for part in made]) for key in made[0]}
+            visited = []
+            cond = self.text([self.dataset.captions[i] for i in self.captions(numbers, "trajectory")], self.device)
+            z = begin(numbers)
+            with self.autocast():
+                end = walk(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
+                           lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
+            path = torch.stack([*visited, end], 1)
+            return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1), **cond}.items()}
         settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=recipe.solver_steps,
                         windows=windows, guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text,
                         size=self.pixels, seed=c.seed, precision=c.precision, data=c.data or c.prompts,
                         captions=data.digest(*self.dataset.captions))
-        stores, forward = [], round(recipe.forward_rate * c.trajectories)
-        for name, count, walk, begin, right in (("trajectories", c.trajectories - forward, sampler.ddim, self.noises, self.latents),
+        total = trajectory_count(c, recipe)
+        stores, forward = [], round(recipe.forward_rate * total)
+        for name, count, walk, begin, right in (("trajectories", total - forward, sampler.ddim, self.noises, self.latents),
                                                 ("inversions", forward, sampler.invert, self.latents, self.noises)):
             if count:
                 rows = data.cached(cache_folder(c) / name, count, settings, functools.partial(solve, walk, begin), 256, *self.processes,
-                                   desc=f"teacher {name}")
+                                   desc=f"teacher {name}", batch=c.micro_batch or c.batch)
                 if recipe.projection:
                     wrong = -1 if walk is sampler.ddim else 0
                     rows = data.cached(cache_folder(c) / f"projected-{name}", count, {**settings, "projection": recipe.projection},
@@ -262,6 +260,24 @@ def couple(cost, entropy, generator):
 
 def cache_folder(c):
     return Path(c.cache or Path(c.out) / "cache")
+
+
+def trajectory_count(c, recipe):
+    """Trajectories that are cached, for each pair to draw one of them at random: those asked for, yet no more than there are pairs."""
+    return min(c.trajectories, math.ceil(c.steps * c.batch / recipe.reuse))
+
+
+def cache_bytes(c, recipe, pipeline, dataset):
+    """What the rows that a run caches will take on disk: latents and one text each, all in float32."""
+    shape = sampler.latent_shape(pipeline, c.size)
+    pixels = shape[-1] * pipeline.vae_scale_factor
+    text = teacher.encode_text(pipeline, [dataset.captions[-1] or None], null=c.null_text, size=(pixels, pixels))
+    text = sum(value.nbytes for value in text.values())
+    if recipe.pairs == "trajectory":
+        ends = 2 * math.prod(shape) * 4 + text             # projected ones are kept beside those they were made of
+        row = (cache_windows(recipe) + 1) * math.prod(shape) * 4 + text + ends * (recipe.projection > 0)
+        return trajectory_count(c, recipe) * row
+    return (dataset.size or 0) * (math.prod(shape) * 4 + text) * c.cache_latents
 
 
 def cache_windows(recipe):

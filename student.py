@@ -1,7 +1,6 @@
 """The student: the teacher's own UNet made trainable, the frozen network that solves windows beside it, and how its state
 is kept on disk. Plain, with LoRA adapters, or sharded over processes (FSDP2): the loop does not know which.
 """
-import collections
 import copy
 import json
 import sys
@@ -42,27 +41,30 @@ def make_student(c, unet, device, dropout=0.0):
         unet.requires_grad_(True)
     if c.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)       # no gain on CPU
-    if c.shard:
-        shard(unet, device)
+    lay_out(c, unet, device)
     if c.compile:
         unet.compile()
     return unet.train()
 
 
-def shard(unet, device):
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
-        fully_shard(block, mesh=mesh)
+def lay_out(c, unet, device):
+    """Spread a network's weights over the processes, or order them as CUDA's convolutions read them fastest. Not both:
+    FSDP refuses weights that are not contiguous."""
+    if c.shard:
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+            # the outermost too, which FSDP would leave whole after a forward: between two forwards all weights are shards
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    elif device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)       # no gain on CPU
 
 
 def trained(unet):
-    """What the optimiser updates: name -> parameter."""
+    """What the optimizer updates: name -> parameter."""
     return {name: p for name, p in unet.named_parameters() if p.requires_grad}
 
 
-class Solver:
+class FrozenNetwork:
     """The frozen network that solves windows online: the teacher, and after a stage with pairs from the student, that
     stage's student. With LoRA it is the student's own network with the adapters off or set to another; otherwise a copy."""
 
@@ -70,8 +72,7 @@ class Solver:
         self.student, self.lora, self.adapter = student, c.lora, None
         if not c.lora:
             self.copy = copy.deepcopy(student).requires_grad_(False).eval().to(PRECISIONS[c.precision])
-            if c.shard:
-                shard(self.copy, device)
+            lay_out(c, self.copy, device)
 
     def parameters(self):
         return (self.student if self.lora else self.copy).parameters()
@@ -94,7 +95,7 @@ class Solver:
 
     @torch.no_grad()
     def become(self, weights, c):
-        """Answer as the student whose trained weights these are (name -> tensor)."""
+        """Answer as the student whose trained weights these are: name -> tensor, whole or sharded as the student's are."""
         if self.lora and not self.adapter:
             self.adapter = "previous"
             with warnings.catch_warnings():                # peft warns of a second adapter: it is meant
@@ -103,7 +104,7 @@ class Solver:
             self.student.set_adapter("student")
         own = dict((self.student if self.lora else self.copy).named_parameters())
         for name, value in weights.items():
-            assign(own[name.replace(".student.", f".{self.adapter}.") if self.lora else name], value)
+            copy_full_(own[name.replace(".student.", f".{self.adapter}.") if self.lora else name], value)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -111,22 +112,23 @@ class Solver:
 
 def checkpoints(out):
     """OUT's checkpoints, newest first."""
-    return sorted(out.glob("checkpoint-*.safetensors"), reverse=True)
+    return sorted(out.glob("checkpoint-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]), reverse=True)
 
 
 def states(student, normaliser, optimizer, ema):
-    """Everything that training changes: name -> {part: tensor}; of the normaliser there is no average."""
-    found = {name: {"student": p, "ema": average} for (name, p), average in zip(trained(student).items(), ema.shadow_params)}
-    found |= {f"normaliser.{name}": {"normaliser": p} for name, p in normaliser.named_parameters()}
-    return {name: {**parts, **optimizer.state[next(iter(parts.values()))]} for name, parts in found.items()}
+    """All trainable state by name, in the optimizer's order: name -> (parameter, {"student" or "normaliser": the parameter,
+    "ema": its running average, and what the optimizer keeps of it, once it has made a step}); the normaliser has no average."""
+    found = {name: (p, {"student": p, "ema": average}) for (name, p), average in zip(trained(student).items(), ema.shadow_params)}
+    found |= {f"normaliser.{name}": (p, {"normaliser": p}) for name, p in normaliser.named_parameters()}
+    return {name: (p, {**parts, **optimizer.state[p]}) for name, (p, parts) in found.items()}
 
 
 def save_checkpoint(out, rank, step, info, done, student, normaliser, optimizer, ema, keep):
-    """checkpoint-STEP.safetensors: the trained weights, their running average, the optimiser's state. Everything random
-    is a function of the step, so that nothing else is needed to go on. All processes call; the first one writes."""
-    tensors = {}
-    for name, parts in states(student, normaliser, optimizer, ema).items():
-        tensors |= {f"{part}:{name}": full(value) for part, value in parts.items()}
+    """checkpoint-STEP.safetensors: the trained weights, their running average, the optimizer's state. Everything random
+    is a function of the step, so that nothing else is needed to go on. All processes call; the first one writes.
+    Raises UserError on a state that is not finite: it never becomes a checkpoint."""
+    tensors = gather_full({f"{part}:{name}": value for name, (_, parts) in states(student, normaliser, optimizer, ema).items()
+                           for part, value in parts.items()}, rank)
     if rank == 0:
         metadata = {"info": json.dumps(info), "step": str(step), "done": str(done)}
         data.write_atomically(out / f"checkpoint-{step:06d}.safetensors", lambda part: save_file(tensors, part, metadata))
@@ -135,39 +137,37 @@ def save_checkpoint(out, rank, step, info, done, student, normaliser, optimizer,
 
 
 def newest_checkpoint(out, rank):
-    """(file, metadata) of the newest checkpoint that is whole, or (None, {}). A torn one is passed over, and said so."""
+    """(file, metadata) of the newest checkpoint that is whole, or (None, {}). A truncated one is passed over, and said so."""
     for file in checkpoints(out):
         try:
             with safe_open(file, "pt") as opened:
                 return file, opened.metadata()
         except (SafetensorError, OSError) as error:
             if rank == 0:
-                print(f"{file}: torn ({error}); going back to the one before", file=sys.stderr)
+                print(f"{file}: truncated ({error}); going back to the one before", file=sys.stderr)
     return None, {}
 
 
 def restore(file, done, student, normaliser, optimizer, ema):
-    """The inverse of save_checkpoint, `done` updates into its stage."""
+    """The inverse of save_checkpoint, `done` updates into its stage. What the optimizer keeps is handed to its own
+    load_state_dict, which knows where each part of it lives: a fused one wants `step` beside the parameter."""
     ema.optimization_step = done
+    kept = {}
     with safe_open(file, "pt") as saved:
-        stored = collections.defaultdict(list)
-        for key in saved.keys():
-            part, name = key.split(":")
-            stored[name].append(part)
-        for name, parts in states(student, normaliser, optimizer, ema).items():
-            p = next(iter(parts.values()))
-            for part in stored[name]:
-                value = saved.get_tensor(f"{part}:{name}")
-                if part in parts:
-                    assign(parts[part], value)
-                else:                                      # the optimiser's, which has none before its first step
-                    optimizer.state[p][part] = value if value.ndim == 0 else torch.zeros_like(p)
-                    if value.ndim:
-                        assign(optimizer.state[p][part], value)
+        stored = set(saved.keys())
+        for i, (name, (p, parts)) in enumerate(states(student, normaliser, optimizer, ema).items()):
+            for part, tensor in parts.items():
+                copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
+            moments = {part: torch.zeros_like(p) for part in ("exp_avg", "exp_avg_sq") if f"{part}:{name}" in stored}
+            for part, tensor in moments.items():           # in the parameter's own layout and shards
+                copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
+            if moments:
+                kept[i] = {**moments, "step": saved.get_tensor(f"step:{name}")}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
 
 
 @torch.no_grad()
-def swap(student, ema):
+def swap_ema_(student, ema):
     """Exchange the trained weights and their running average, tensor by tensor."""
     for p, average in zip(trained(student).values(), ema.shadow_params):
         before = p.detach().clone()
@@ -178,14 +178,25 @@ def swap(student, ema):
 # ---- sharded tensors and whole ones ------------------------------------------------------------------------------------
 
 
-def full(tensor):
-    """The whole of a tensor that may be sharded, contiguous on the CPU. A collective call if it is."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+def gather_full(tensors, rank):
+    """The whole of tensors that may be sharded, one at a time: name -> contiguous CPU tensor on the first process, which alone
+    keeps them; {} on the others. A collective call.  Raises UserError if one is not finite."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank == 0:
+            found[name] = whole.cpu().contiguous()
+            if not found[name].isfinite().all():
+                raise UserError(f"{name} is not finite: it is not kept, the last checkpoint is good; to train again, lower --lr and "
+                                "give another --out")
+    return found
 
 
-def assign(tensor, value):
-    """Write a whole tensor into one that may be sharded."""
-    if isinstance(tensor, DTensor):
+def copy_full_(tensor, value):
+    """Write a value, whole or sharded, into a tensor that may be sharded (alike, if both are). A collective call then."""
+    if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    elif isinstance(value, DTensor) and not isinstance(tensor, DTensor):
+        value = value.full_tensor()
     tensor.detach().copy_(value)

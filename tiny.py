@@ -13,6 +13,7 @@ what was built and writes the model card, assets/tiny-sd/README.md.
 autoencoder or text, given one of the eight groups of objects as its class; the domain of Simple ReFlow.
 """
 import argparse
+import datetime
 import json
 import math
 import os
@@ -238,7 +239,7 @@ def build(runs, pictures, clip_steps, autoencoder_steps, unet_steps):
     runs.mkdir(parents=True, exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))      # one process may work alone for hours
         torch.set_num_threads(max(1, os.cpu_count() // world))
     torch.manual_seed(0)
 

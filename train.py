@@ -7,10 +7,13 @@ checkpoint, on the same number of processes or another.
 import collections
 import contextlib
 import dataclasses
+import datetime
+import functools
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -33,8 +36,18 @@ import reflow
 import sampler
 import teacher
 from config import UserError
-from pairs import PRECISIONS, SOURCES, Pairs, cache_folder, cache_windows, drop_text_encoders
-from student import Solver, assign, full, make_student, newest_checkpoint, restore, save_checkpoint, swap, trained
+from pairs import (
+    PRECISIONS,
+    SOURCES,
+    Pairs,
+    cache_bytes,
+    cache_folder,
+    cache_windows,
+    drop_text_encoders,
+    encoders,
+    trajectory_count,
+)
+from student import FrozenNetwork, copy_full_, gather_full, make_student, newest_checkpoint, restore, save_checkpoint, swap_ema_, trained
 
 
 @dataclass
@@ -70,7 +83,7 @@ class Config:
     size: int | None = None          # pixels, square; default: what the model was made for
     out: str = "runs/train"          # students, checkpoints and log go here
     cache: str = ""                  # teacher trajectories and latents, shared by runs; default OUT/cache
-    trajectories: int = 6144         # how many to cache; each costs solver_steps evaluations
+    trajectories: int = 6144         # how many to cache, at most one per pair; each costs solver_steps evaluations
     cache_latents: bool = False      # for pairs from images: encode every image and caption once, before training
     steps: int = 3000                # updates over all stages
     batch: int = 64                  # samples per update, over all processes and micro-batches
@@ -96,8 +109,8 @@ class Config:
 
 RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe) if field.name not in ("stages", "shares"))
 # what may differ between two starts of one run
-FREE = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard",
-        "compile")
+MAY_CHANGE_ON_RESUME = ("resume", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch", "gradient_checkpointing",
+                        "shard", "compile")
 NULL_TEXTS = ("auto", "empty", "zeros")
 
 
@@ -157,7 +170,10 @@ def resolve_recipe(c):
 
 
 def start_processes(c):
-    """torchrun sets RANK and WORLD_SIZE, plain python does not.  Returns: (rank, world size, device).  Raises UserError."""
+    """torchrun sets RANK and WORLD_SIZE, plain python does not.  Returns: (rank, world size, device, barrier).  Raises UserError.
+    barrier() returns once all processes have called it, however long one of them has worked alone (decoding images, a shard
+    more of the cache, a download, a slow disk): it has a group and a timeout of its own. The collectives of an update keep
+    the backend's timeout (10 minutes on NCCL), which finds a dead machine; each is entered right after a barrier or an update."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = teacher.pick_device(c.device)
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
@@ -166,27 +182,28 @@ def start_processes(c):
         torch.set_float32_matmul_precision("high")
     if (world > 1 or c.shard) and not dist.is_initialized():
         try:
-            if world == 1:
-                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-            else:
-                dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            alone = dict(store=dist.HashStore(), rank=0, world_size=1) if world == 1 else {}
+            dist.init_process_group("nccl" if name == "cuda" else "gloo", **alone)
         except (dist.DistError, RuntimeError) as error:
             port = os.environ.get("MASTER_PORT", "?")
             raise UserError(f"the processes cannot meet at port {port} ({str(error).splitlines()[0][:120]}); if another run has it, "
                             f"give torchrun --master_port a free one") from error
-    return rank, world, device
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)) if world > 1 else None
+    barrier = functools.partial(dist.barrier, patient) if world > 1 else lambda: None
+    return rank, world, device, barrier
 
 
-class Alarm:
-    """Trouble on any process, known to all of them. On CUDA it is known one update late: the host reads what the device
-    said after the previous update while it still works on this one, and so never waits for it."""
+class StopFlags:
+    """All-reduce two flags (stop requested, state not finite). On CUDA the result lags one update, so the host never blocks;
+    where a checkpoint follows, asked for by `wait` or because of a stop, this update's flags are read as well: a state is
+    kept only if it is known to be finite."""
 
     def __init__(self, device, world):
         self.device, self.world, self.pending = device, world, collections.deque()
 
-    def __call__(self, told_to_stop, not_finite, wait=False):
-        """told_to_stop: bool; not_finite: bool tensor on the device.  Returns: (stop, not finite) of any process, bools."""
-        flags = torch.stack([torch.full((), float(told_to_stop), device=self.device), not_finite.float()])
+    def __call__(self, stop, not_finite, wait=False):
+        """stop: bool; not_finite: bool tensor on the device.  Returns: (stop, not finite) of any process, bools."""
+        flags = torch.stack([torch.full((), float(stop), device=self.device), not_finite.float()])
         if self.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         event = torch.cuda.Event() if self.device.type == "cuda" else None
@@ -195,7 +212,7 @@ class Alarm:
             event.record()
         self.pending.append((host, event))
         raised = [False, False]
-        while len(self.pending) > (event is not None and not wait):
+        while len(self.pending) > (event is not None and not wait and not raised[0]):
             host, event_before = self.pending.popleft()
             if event_before:
                 event_before.synchronize()
@@ -239,15 +256,17 @@ def open_pairs(c, recipe, device, processes):
     if rank == 0 and c.data and dataset.size and captions_only:
         print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or "
               "--forward-rate R uses its pictures")
+    if rank == 0:
+        print_inputs(c, recipe, device, processes[1], pipeline, dataset)
     return c, dataset, pipeline, Pairs(c, recipe, pipeline, dataset, processes)
 
 
 def make_cache(c):
     """What main(c) would cache, without training: python data.py cache."""
     recipe = resolve_recipe(c)
-    rank, world, device = start_processes(c)
+    rank, world, device, barrier = start_processes(c)
     c = dataclasses.replace(c, cache_latents=recipe.pairs != "trajectory")
-    *_, pairs = open_pairs(c, recipe, device, (rank, world, dist.barrier if world > 1 else lambda: None))
+    *_, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     if rank == 0:
         print(f"{cache_folder(c)}: {len(pairs.rows)} {'latents' if c.cache_latents else 'trajectories'}")
 
@@ -256,8 +275,7 @@ def main(c):
     """Train as the Config says.  Returns: the folder of the last student."""
     recipe = resolve_recipe(c)
     per_stage = reflow.stage_steps(recipe, c.steps)
-    rank, world, device = start_processes(c)
-    barrier = dist.barrier if world > 1 else lambda: None
+    rank, world, device, barrier = start_processes(c)
     share = c.batch // world                               # samples of this process in every update
     micro = min(c.micro_batch or share, share)
     for option, value, divisor, what in (("--batch", c.batch, world, "processes"),
@@ -268,7 +286,7 @@ def main(c):
 
     # what an earlier start of the same command left
     out = Path(c.out)
-    settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in FREE}
+    settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in MAY_CHANGE_ON_RESUME}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
@@ -288,6 +306,7 @@ def main(c):
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     shown = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4] or [""]
     shown_cond = {key: value.to(device) for key, value in pairs.text(shown).items()}
+    whole = sum(p.numel() for network in (pipeline.unet, *encoders(pipeline)) for p in network.parameters())
     if not pairs.online:
         drop_text_encoders(pipeline)
         if not c.grid_steps and not teacher.in_pixels(pipeline):
@@ -299,7 +318,7 @@ def main(c):
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     unet = pipeline.unet
-    solver = Solver(c, unet, device) if recipe.pairs != "trajectory" else None
+    solver = FrozenNetwork(c, unet, device) if recipe.pairs != "trajectory" else None
     student = make_student(c, unet, device, recipe.dropout)
     network = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving = teacher.as_model(pipeline, solver)
@@ -309,13 +328,14 @@ def main(c):
     checkpoint, saved = newest_checkpoint(out, rank)
     resumed = int(saved.get("step", 0))
     if rank == 0 and (out / "log.jsonl").exists():
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
         finished = sum(updates for updates, windows in zip(per_stage, recipe.stages) if (out / f"student-{windows}/reflow.json").exists())
-        kept = [line for line in lines if json.loads(line)["step"] <= max(resumed, finished)]
+        kept = [line for line, entry in read_log(out / "log.jsonl") if entry["step"] <= max(resumed, finished)]
         data.write_atomically(out / "log.jsonl", lambda part: part.write_text("".join(kept)))
+    if rank == 0:
+        print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
     stop = []
     handlers = {sig: signal.signal(sig, lambda number, frame: stop.append(number)) for sig in (signal.SIGINT, signal.SIGTERM)}
-    alarm = Alarm(device, world)
+    flags = StopFlags(device, world)
     bar = tqdm(total=c.steps, desc="reflow", unit="update", disable=rank > 0, mininterval=1)
     first = 0
     for stage, (windows, updates) in enumerate(zip(recipe.stages, per_stage)):
@@ -324,7 +344,7 @@ def main(c):
             if stage + 1 == len(recipe.stages) or not (out / f"student-{recipe.stages[stage + 1]}/reflow.json").exists():
                 weights = export.trained_weights(folder, c.lora)
                 for name, p in trained(student).items():
-                    assign(p, weights[name])
+                    copy_full_(p, weights[name])
                 if recipe.pairs == "student":
                     solver.become(weights, c)
                     solving, solver_windows = teacher.as_model(pipeline, solver, path, windows), windows
@@ -358,10 +378,10 @@ def main(c):
         for step in range(first + done, first + updates):
             # pictures of the running average; before any update, these are plain DDIM by the teacher
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
-                swap(student, ema)
+                swap_ema_(student, ema)
                 file = out / "grids" / f"{step:06d}.png" if rank == 0 else None
                 draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, file)
-                swap(student, ema)
+                swap_ema_(student, ema)
 
             # learning rate: warm-up, then cosine to a tenth, within the stage
             progress = (step - first) / updates
@@ -391,10 +411,10 @@ def main(c):
             ema.step(trained(student).values())
             bar.update()
 
-            # trouble: a loss that is not finite, a signal to stop
+            # a loss that is not finite, or a signal to stop, on any process
             logs, saves = (step + 1) % c.log_steps == 0, (step + 1) % c.checkpoint_steps == 0
             latest = torch.stack([norm, *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
-            stopped, not_finite = alarm(bool(stop), ~torch.isfinite(latest).all(), wait=logs or saves or step + 1 == first + updates)
+            stopped, not_finite = flags(bool(stop), ~torch.isfinite(latest).all(), wait=logs or saves or step + 1 == first + updates)
             if not_finite:
                 bar.close()
                 where = bad_sample(torch.cat(seen), step, share, world, windows) or f"gradient norm {norm.item()} at step {step}"
@@ -411,25 +431,26 @@ def main(c):
                 bar.set_postfix(windows=windows, loss=f"{line['loss']:.4f}")
                 seen, clock = [], time.time()
 
-            # checkpoint, regularly and when told to stop
+            # checkpoint, regularly and when stopped by a signal
             if saves or stopped:
                 save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, normaliser, optimizer, ema, c.keep)
+                barrier()                                  # a slow disk is no dead process
             if stopped:
                 bar.close()
                 print(f"\nstopped at step {step + 1}; the same command goes on from there", file=sys.stderr) if rank == 0 else None
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
         # the stage is done: its running average is the student
-        swap(student, ema)
+        swap_ema_(student, ema)
         del optimizer, ema
-        weights = {name: full(value) for name, value in student.state_dict().items()}
+        weights = gather_full(student.state_dict(), rank)
         if rank == 0:
             export.export(folder, weights, student.config, info)
+        del weights
         barrier()
         if recipe.pairs == "student" and folder != last:
-            solver.become({name: weights[name] for name in trained(student)}, c)
+            solver.become(trained(student), c)
             solving, solver_windows = teacher.as_model(pipeline, solver, path, windows), windows
-        del weights
         first += updates
     bar.close()
     board.close() if rank == 0 else None
@@ -437,10 +458,49 @@ def main(c):
         draw_grid(pipeline, plain, shown, shown_cond, pairs.shape, windows, out / "grids" / f"{c.steps:06d}.png" if rank == 0 else None)
     for sig, handler in handlers.items():
         signal.signal(sig, handler)
+    if rank == 0:
+        prompt = f" --prompt {shlex.quote(shown[0])}" * bool(shown[0])
+        print(f"{last}: the last student, a diffusers pipeline; sample it: python sampler.py --model {shlex.quote(str(last))}{prompt} "
+              f"--steps {recipe.stages[-1]}")
     return last
 
 
-# ---- what is told while it runs ------------------------------------------------------------------------------------
+# ---- logging -------------------------------------------------------------------------------------------------------
+
+
+def size(nbytes):
+    unit = next(unit for unit in (3, 2, 1) if nbytes >= 1024 ** unit or unit == 1)
+    return f"{nbytes / 1024 ** unit:.3g} {' KMG'[unit]}iB"
+
+
+def print_inputs(c, recipe, device, world, pipeline, dataset):
+    """What a run starts from, before anything takes time."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    weights = sum(p.numel() for p in pipeline.unet.parameters())
+    images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
+    count = f"{trajectory_count(c, recipe)} trajectories of {recipe.solver_steps} steps" if recipe.pairs == "trajectory" else recipe.pairs
+    print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on {name}, {c.precision}\n"
+          f"data: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} captions; pairs from {count}; "
+          f"cache: {size(cache_bytes(c, recipe, pipeline, dataset))} in {cache_folder(c)}")
+
+
+def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole):
+    """What a run will do and need. pipeline: with the student in it and what else stays in memory; solver: the frozen network
+    beside it, or None; whole: parameters of a whole pipeline, as it is exported."""
+    def nbytes(parameters):
+        return sum(p.nbytes for p in parameters)
+    student, trainable = pipeline.unet, nbytes(trained(pipeline.unet).values())
+    frozen = nbytes(solver.parameters()) if solver and not c.lora else 0
+    # gradients, two moments and the running average are as large as what is trained
+    memory = (nbytes(student.parameters()) + 4 * trainable + frozen) / (world if c.shard else 1)
+    memory += sum(nbytes(network.parameters()) for network in encoders(pipeline))
+    exported = len(recipe.stages) * whole * next(student.parameters()).element_size()
+    stages = ", ".join(f"{updates} with {windows} window{'s' * (windows > 1)}" for updates, windows in zip(per_stage, recipe.stages))
+    print(f"updates: {c.steps} of {c.batch} samples, {micro} at once on each process: {stages}"
+          + f"; going on from {resumed}" * bool(resumed))
+    print(f"memory: {size(memory)} on each process for weights, gradients, optimizer and average; activations come on top")
+    print(f"disk: {size(4 * trainable)} for each of {c.keep} checkpoints, {size(exported)} for {len(recipe.stages)} students; "
+          f"{size(shutil.disk_usage(c.out).free)} are free in {c.out}")
 
 
 def summary(rows, norm, world, windows):
@@ -451,8 +511,17 @@ def summary(rows, norm, world, windows):
         rows = torch.cat(everyone)
     window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
-    return dict(loss=loss, magnitude=magnitude, direction=direction, grad_norm=full(norm).item(),
+    return dict(loss=loss, magnitude=magnitude, direction=direction, grad_norm=norm.item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))})
+
+
+def read_log(file):
+    """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves zeros in its place."""
+    found = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append((line + "\n", json.loads(line)))
+    return found
 
 
 def write_log(file, board, line):

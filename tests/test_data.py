@@ -776,6 +776,14 @@ def test_rows_come_in_the_order_asked_from_files_left_on_disk(tmp_path, solve):
     assert json.loads((tmp_path / "c" / "manifest.json").read_text()) == {"teacher": "x", "steps": [32, 16]}
 
 
+def test_the_bar_moves_with_every_batch_that_is_solved(tmp_path, solve, monkeypatch):
+    moves, real = [], data.tqdm
+    monkeypatch.setattr(data, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
+    rows = data.cached(tmp_path, 21, SETTINGS, solve, shard=8, batch=3)
+    assert [len(numbers) for numbers in solve.made] == moves == [3, 3, 2, 3, 3, 2, 3, 2]
+    check(rows, list(range(21)))
+
+
 def test_a_row_costs_its_own_bytes_not_the_shard_s(tmp_path, monkeypatch):
     """500 rows of 36 kB in shards of 128: 64 random ones allocate 2.4 MB, and no file is opened again."""
     rows = data.cached(tmp_path, 500, {}, lambda numbers: {"z": torch.zeros(len(numbers), 9, 8, 8, 16)}, shard=128)

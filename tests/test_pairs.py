@@ -67,6 +67,13 @@ def test_reused_pairs_share_their_window_and_differ_in_time(make):
     assert 0.4 < (t == t_start).double().mean() < 0.6
 
 
+def test_trajectories_are_solved_a_micro_batch_at_a_time_and_the_bar_moves_with_each(make, monkeypatch):
+    moves, real = [], data.tqdm
+    monkeypatch.setattr(data, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
+    make(micro_batch=4)
+    assert moves == [5, 4, 2]                              # 5 images are checked first
+
+
 def test_trajectories_are_the_teachers_own_and_carry_their_text(make, small_models):
     pairs, _, pipeline = make(text_dropout=0.5)
     captions = pairs.captions(range(6), "trajectory")

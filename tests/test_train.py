@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import time
 
@@ -19,6 +20,7 @@ import sampler
 import student
 import teacher
 import train
+from pairs import cache_bytes
 
 SMALL = dict(data="sprites", steps=12, batch=4, trajectories=8, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
 CURVE = dict(steps=20, batch=8, lr=1e-4)
@@ -126,7 +128,7 @@ def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
     inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
     plain = unet(*inputs).sample.detach()
     c = train.Config(lora=2)
-    solver = student.Solver(c, unet, torch.device("cpu"))
+    solver = student.FrozenNetwork(c, unet, torch.device("cpu"))
     network = student.make_student(c, unet, torch.device("cpu"), 0.5)
     assert torch.equal(solver(*inputs).sample, plain) and network.training
     assert not torch.equal(network(*inputs).sample, plain)
@@ -237,14 +239,65 @@ def interrupted(random_sd, out, monkeypatch, after, **changes):
             train.main(small(random_sd, out, **changes))
 
 
-def test_the_last_checkpoints_are_kept_and_a_torn_one_is_passed_over(random_sd, trained, tmp_path, monkeypatch, capsys):
+def test_the_last_checkpoints_are_kept_and_a_truncated_one_is_passed_over(random_sd, trained, tmp_path, monkeypatch, capsys):
     interrupted(random_sd, tmp_path, monkeypatch, 10, checkpoint_steps=1, keep=3)
     files = sorted(tmp_path.glob("checkpoint-*"))
     assert [file.name for file in files] == [f"checkpoint-00000{k}.safetensors" for k in (7, 8, 9)]
     files[-1].write_bytes(files[-1].read_bytes()[:-1000])
     last = train.main(small(random_sd, tmp_path, checkpoint_steps=1, keep=3))
-    assert "checkpoint-000009.safetensors: torn" in capsys.readouterr().err
+    assert "checkpoint-000009.safetensors: truncated" in capsys.readouterr().err
     assert same_bits(weights(last), weights(trained / "student-1"))
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    steps = [999800, 1000000, 40, 1000200]
+    for step in steps:
+        (tmp_path / f"checkpoint-{step:06d}.safetensors").touch()
+    assert [int(file.stem.split("-")[1]) for file in student.checkpoints(tmp_path)] == sorted(steps, reverse=True)
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text[:text.rindex("\n", 0, -1)], lambda text: text[:-20] + "\0" * 20,
+                                    lambda text: text + '{"step": 1'], ids=["truncated", "no newline", "zeros", "begun"])
+def test_a_log_that_ends_in_the_middle_of_a_line_does_not_stop_a_resume(random_sd, trained, tmp_path, monkeypatch, damage):
+    interrupted(random_sd, tmp_path, monkeypatch, 10, checkpoint_steps=9)
+    file = tmp_path / "log.jsonl"
+    file.write_text(damage(file.read_text()))
+    train.main(small(random_sd, tmp_path, checkpoint_steps=9))
+    assert log(tmp_path)[-1]["step"] == 12 and losses(tmp_path) == losses(trained)
+
+
+def test_a_run_says_what_it_will_take_and_how_its_student_is_sampled(random_sd, tmp_path, capsys):
+    last = train.main(small(random_sd, tmp_path / "a run", checkpoint_steps=6, keep=1, pairs="student", micro_batch=2))
+    text = capsys.readouterr().out
+    units = {"KiB": 2 ** 10, "MiB": 2 ** 20, "GiB": 2 ** 30}
+
+    def said(before):
+        number, unit = re.search(rf"{before}([\d.]+) (.iB)", text).groups()
+        return float(number) * units[unit]
+    unet = sum(value.nbytes for value in weights(last).values())
+    whole = [sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in tmp_path.glob("*/student-*")]
+    checkpoint, = (tmp_path / "a run").glob("checkpoint-*")
+    assert said("disk: ") == pytest.approx(checkpoint.stat().st_size, rel=0.02) == pytest.approx(4 * unet, rel=0.02)
+    assert said("checkpoints, ") == pytest.approx(sum(whole), rel=0.02)
+    encoders = whole[0] - unet
+    # student, gradients, two moments, average; the frozen network; pairs from images encode while they train
+    assert said("memory: ") == pytest.approx(6 * unet + encoders, rel=0.02)
+    assert "12 of 4 samples, 2 at once" in text and "1 process on CPU" in text and len(text.splitlines()) == 6
+    done = run_python([str(ROOT / "sampler.py"), *shlex.split(text.split("python sampler.py ")[1]), "--out", "a.png"], tmp_path)
+    assert done.returncode == 0 and (tmp_path / "a.png").exists(), done.stderr
+
+
+def test_a_run_caches_no_more_trajectories_than_it_draws_pairs(random_sd, tmp_path, capsys):
+    for name, changes, count in (("few", dict(trajectories=3), 3), ("many", dict(trajectories=5000), 8),
+                                 ("reused", dict(trajectories=5000, reuse=2), 4)):
+        c = small(random_sd, tmp_path / name, windows=[1], steps=2, cache=str(tmp_path / "cache" / name), **changes)
+        train.main(c)
+        assert f"{count} trajectories of 8 steps" in capsys.readouterr().out
+        shard, = (tmp_path / "cache" / name / "trajectories").glob("*.safetensors")
+        rows = load_file(shard)
+        size = sum(value.nbytes for value in rows.values())
+        assert len(rows["z"]) == count and size == cache_bytes(c, train.resolve_recipe(c), teacher.load_pipeline(str(random_sd)),
+                                                               data.open_dataset("sprites", "", 0))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch, run_file):
@@ -257,7 +310,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(shard=True, normalisation="learnt"), dict(micro_batch=2, pairs="student", normalisation="learnt")],
+@pytest.mark.parametrize("changes", [dict(), dict(shard=True, normalisation="learnt", grid_steps=7), dict(micro_batch=2, pairs="student", normalisation="learnt")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, run_file, changes):
     done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2))
@@ -304,13 +357,13 @@ def test_an_occupied_port_is_named(random_sd, tmp_path, run_file, monkeypatch):
 
 def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(random_sd, tmp_path, monkeypatch):
     found = {}
-    real = student.Solver.become
+    real = student.FrozenNetwork.become
 
     def become(self, weights, c):
         real(self, weights, c)
         found["networks"], found["solver"] = {id(self.student)}, self
         found["adapters"] = sorted(self.student.peft_config)
-    monkeypatch.setattr(student.Solver, "become", become)
+    monkeypatch.setattr(student.FrozenNetwork, "become", become)
     train.main(small(random_sd, tmp_path, lora=2, pairs="student", windows=[2, 1], steps=6, lr=1e-2))
     solver = found["solver"]
     assert found["adapters"] == ["previous", "student"] and not hasattr(solver, "copy")

@@ -1,0 +1,202 @@
+"""What runs on CUDA only, or on several processes only, entered on a machine with neither: whole runs on a pretended device (fake_cuda)."""
+import contextlib
+import json
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, SMALL, start_python
+from fake_cuda import CudaTensor, fake_cuda
+from torch.distributed.tensor import DTensor
+
+import config
+import student
+import teacher
+import train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """SD 1.5's architecture at a thousandth of its size."""
+    import architectures
+    folder = tmp_path_factory.mktemp("models") / "sd15"
+    architectures.build("sd15", **SMALL["sd15"]).save_pretrained(folder)
+    return folder
+
+
+def options(model, out, device, **changes):
+    return train.Config(**{**dict(model=str(model), data="sprites", out=str(out), windows=[2, 1], steps=4, batch=2, micro_batch=1,
+                                  trajectories=4, solver_steps=8, log_steps=1, checkpoint_steps=2, grid_steps=0, device=device), **changes})
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def stopped_after(step, c):
+    """A run that dies after this update."""
+    real = train.write_log
+
+    def write_log(file, board, line):
+        real(file, board, line)
+        if line["step"] == step:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "write_log", write_log)
+        train.main(c)
+
+
+@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), dict(pairs="student", normalisation="learnt", precision="bf16"),
+                                     dict(pairs="student", lora=2, precision="bf16"),
+                                     dict(pairs="consistency", windows=[1])],
+                         ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
+def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
+    """The device of every part is asserted by what fake_cuda refuses, and here of all that a resume restores."""
+    train.main(options(model, tmp_path / "cpu", "cpu", **changes))
+    restored, real = [], train.restore
+
+    def restore(*args):
+        real(*args)
+        restored.append(args)
+    monkeypatch.setattr(train, "restore", restore)
+    with fake_cuda():
+        stopped_after(3, options(model, tmp_path / "cuda", "cuda", **changes))
+        train.main(options(model, tmp_path / "cuda", "cuda", **changes))
+        (_, done, network, normaliser, optimizer, ema), = restored
+        states = student.states(network, normaliser, optimizer, ema)
+        assert done > 0 and states and {*map(str, network.buffers())} == set()
+        for name, (p, parts) in states.items():
+            moments = {"exp_avg", "exp_avg_sq", "step"}
+            assert set(parts) == {"normaliser", *moments} if name.startswith("normaliser.") else set(parts) == {"student", "ema", *moments}
+            for part, tensor in parts.items():
+                assert isinstance(tensor, CudaTensor) and tensor.dtype == torch.float32, (name, part)
+                assert part == "step" and tensor.shape == () or tensor.stride() == p.stride(), (name, part)
+        if not changes.get("lora"):
+            assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=2e-2 if "precision" in changes else 1e-3)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A process group of one, whose CUDA mesh is on the CPU."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    real = dist.init_device_mesh
+    monkeypatch.setattr(dist, "init_device_mesh", lambda device, shape: real("cpu", shape))
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_shards_of_cuda_networks_are_made_of_contiguous_weights_and_stay_shards(model, one_process, lora):
+    unet = teacher.load_pipeline(str(model)).unet
+    inputs = torch.randn(2, 8, 8, 8)[:, :unet.config.in_channels], torch.tensor([500.0, 20.0]), torch.randn(2, 5, 32)
+    expected = unet(*inputs).sample
+    c = train.Config(lora=lora, shard=True)
+    frozen = student.FrozenNetwork(c, unet, torch.device("cuda"))
+    network = student.make_student(c, unet, torch.device("cuda"))
+    for one in (frozen, network):
+        with torch.no_grad():
+            assert torch.allclose(one(*inputs).sample, expected, atol=1e-5)
+        assert all(isinstance(p, DTensor) for p in one.parameters())
+    frozen.become(student.trained(network), c)
+
+
+def test_sharded_and_whole_runs_agree_with_pictures_and_a_resume_between(model, tmp_path):
+    changes = dict(pairs="student", grid_steps=2)
+    train.main(options(model, tmp_path / "whole", "cpu", **changes))
+    stopped_after(3, options(model, tmp_path / "sharded", "cpu", shard=True, **changes))
+    train.main(options(model, tmp_path / "sharded", "cpu", shard=True, **changes))
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+
+
+def test_only_the_first_process_keeps_what_is_gathered(one_process):
+    """The others hold two whole tensors at most: the one just dropped, and the next."""
+    import weakref
+    mesh, alive, most = dist.init_device_mesh("cpu", (1,)), [], []
+    whole = {str(i): torch.randn(4, 4) for i in range(6)}
+    shards = {name: student.distribute_tensor(value, mesh) for name, value in whole.items()}
+    real = DTensor.full_tensor
+
+    def full_tensor(self):
+        found = real(self).clone()
+        alive.append(weakref.ref(found))
+        most.append(sum(ref() is not None for ref in alive))
+        return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", full_tensor)
+        assert student.gather_full(shards, rank=1) == {} and len(most) == 6 and max(most) <= 2
+        found = student.gather_full(shards, rank=0)
+    assert all(torch.equal(found[name], value) and type(found[name]) is torch.Tensor for name, value in whole.items())
+
+
+# ---- a state that is not finite is never kept ----------------------------------------------------------------------
+
+
+def test_a_stop_on_cuda_waits_for_the_update_it_keeps():
+    """The signal of update s is known after s + 1: whether s + 1 was finite is known then as well."""
+    with fake_cuda():
+        flags = train.StopFlags(torch.device("cuda"), 1)
+        good, bad = torch.zeros((), dtype=torch.bool).to("cuda"), torch.ones((), dtype=torch.bool).to("cuda")
+        assert flags(False, good) == [False, False] and flags(True, good) == [False, False]
+        assert flags(False, bad) == [True, True] and not flags.pending
+        assert flags(False, bad) == [False, False] and flags(False, good, wait=True) == [False, True]
+
+
+@pytest.mark.parametrize("device, every, kept", [("cpu", 1, ["checkpoint-000001.safetensors"]), ("cpu", 9, []),
+                                                 ("cuda", 1, ["checkpoint-000001.safetensors"])])
+def test_a_weight_that_is_not_finite_never_becomes_a_checkpoint_or_a_student(model, tmp_path, monkeypatch, device, every, kept):
+    """Loss and gradient of the last update are finite, one weight that it leaves is not."""
+    real, steps = torch.optim.AdamW.step, []
+
+    def step(self, *args):
+        real(self, *args)
+        steps.append(self)
+        if len(steps) == 2:
+            with torch.no_grad():
+                self.param_groups[0]["params"][-1].fill_(float("inf"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with fake_cuda() if device == "cuda" else contextlib.nullcontext(), pytest.raises(config.UserError, match="is not finite"):
+        train.main(options(model, tmp_path, device, windows=[1], steps=2, checkpoint_steps=every))
+    assert [file.name for file in tmp_path.glob("checkpoint-*")] == kept and not list(tmp_path.glob("student-*"))
+
+
+# ---- waiting for one another ---------------------------------------------------------------------------------------
+
+
+SLOW = """
+import datetime, os, sys, time
+sys.path.insert(0, {root!r})
+import torch, torch.distributed as dist
+import data, export, student, train
+real = dist.init_process_group
+dist.init_process_group = lambda *args, **options: real(*args, **{{"timeout": datetime.timedelta(seconds={timeout}), **options}})
+
+def slow(owner, name):
+    real = getattr(owner, name)
+    def wrapper(*args, **options):
+        time.sleep({sleep} if os.environ["RANK"] == "0" else 0)
+        return real(*args, **options)
+    setattr(owner, name, wrapper)
+for owner, name in {places}:
+    slow(owner, name)
+train.main(train.{config!r})
+"""
+
+
+@pytest.mark.parametrize("place", ["data, 'open_dataset'", "student, 'save_file'", "export, 'export'"])
+def test_a_process_that_works_alone_for_longer_than_the_timeout_is_waited_for(model, tmp_path, monkeypatch, place):
+    script, timeout = tmp_path / "slow.py", 5
+    c = options(model, tmp_path / "out", "cpu", windows=[1], steps=2)
+    script.write_text(SLOW.format(root=str(ROOT), timeout=timeout, sleep=timeout + 1, places=f"[({place})]", config=c))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
+    for key, value in environment.items():
+        monkeypatch.setenv(key, str(value))
+    processes = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        processes.append(start_python([str(script)], tmp_path, err=tmp_path / f"err-{rank}"))
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "err-1").read_text()[-2000:]
