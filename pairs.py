@@ -77,8 +77,8 @@ class Pairs:
                             "instead, or --pairs trajectory")
         from_images = recipe.pairs != "trajectory" or recipe.forward_rate or recipe.projection
         if from_images and self.size[0] != self.size[1]:
-            raise UserError(f"--model {c.model}: made for {self.size[0]} x {self.size[1]} pixels, and pictures are cropped to "
-                            f"squares; give --size {min(self.size)}, or --pairs trajectory without --forward-rate")
+            raise UserError(f"--model {c.model}: made for {self.size[0]} x {self.size[1]} pixels, and pictures are cropped "
+                            f"to squares; give --size {min(self.size)}, or --pairs trajectory without --forward-rate")
         self.rows = None
         if recipe.pairs == "trajectory":
             self.rows = self.cache_trajectories()
@@ -165,8 +165,8 @@ class Pairs:
         return {"z": torch.stack(ends, 1), **cond}
 
     def pictures(self):
-        """What the latents of the dataset's images depend on, for the settings of a cache: the images (names, captions, and
-        the bytes of up to 64), the autoencoder and its scale."""
+        """What the latents of the dataset's images depend on, for the settings of a cache: the images (names, captions,
+        and the bytes of up to 64), the autoencoder and its scale."""
         dataset, vae = self.dataset, getattr(self.pipeline, "vae", None)
         images = None                                      # the embedded pictures are a function of the seed
         if dataset.size is not None:
@@ -242,9 +242,9 @@ class Pairs:
 
     @torch.no_grad()
     def ends(self, batch, solver, steps, student=None):
-        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached: the teacher
-        (its path is None), or the previous stage's student, which has learned the teacher's guidance and gets none; student:
-        the Model that is trained, which consistency evaluates itself.
+        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached: the
+        teacher (its path is None), or the previous stage's student, which has learned the teacher's guidance and gets
+        none; student: the Model that is trained, which consistency evaluates itself.
         Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,), float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}

@@ -72,7 +72,7 @@ def sigmoid_grid(u, start, end, schedule, kappa=10.0):
 
 def edm_grid(u, start, end, schedule, rho=7.0):
     """Evenly in sigma_karras^(1/rho), EDM (Karras et al. 2022) eq. 5: towards t = 0 the last but one time is the lowest noise
-    that the network knows (the schedule's floor, timestep 0), then 0; a window that lies above the floor, or below, is even throughout.
+    that the network knows (the schedule's floor, timestep 0), then 0; a window that lies on one side of the floor is even.
     Raises ValueError if sigma_karras is infinite at the start (zero terminal SNR)."""
     steps, floor = len(u) - 1, schedule.floor
     if schedule(torch.tensor(start))[0] == 0:
@@ -105,7 +105,7 @@ def time_grid(steps, windows=1, spacing=uniform_grid, schedule=None):
         times += [*spacing(u, start, end, schedule)[1:-1].tolist(), end]
     times = torch.tensor(times, dtype=torch.float64)
     if not (times.diff() < 0).all():
-        raise ValueError(f"{steps} steps: some lie closer together than numbers can tell; use fewer steps, or the uniform grid")
+        raise ValueError(f"{steps} steps: some lie closer together than numbers can tell; use fewer, or the uniform grid")
     return times
 
 

@@ -114,16 +114,16 @@ class Schedule:
 class EDMSchedule:
     """A network in the form of EDM (Karras et al. 2022), under the variance-preserving contract and called like Schedule:
     with s = sigma_karras, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, so z = alpha (x + s eps).
-    Clock: EDM's ramp (eq. 5, rho = 7), even in s^(1/7) from sigma_max at t = 1 to sigma_min, the lowest noise the network
-    knows, at t = floor = 1/1000, which is where SD's tables have theirs; below it s is linear in t, down to the data at t = 0,
-    and the network gets sigma_min as its time.  Raises UserError unless 0 < sigma_min < sigma_max and 0 < sigma_data."""
+    Clock: EDM's ramp (eq. 5, rho = 7), even in s^(1/7) from sigma_max at t = 1 to sigma_min, the lowest noise the
+    network knows, at t = floor = 1/1000, where SD's tables have theirs; below it s is linear in t, down to the data
+    at t = 0, and the network gets sigma_min as its time.  Raises UserError unless 0 < sigma_min < sigma_max and 0 < sigma_data."""
     RHO = 7
     floor, timesteps = 1 / 1000, None                       # any t is a time of the network
 
     def __init__(self, sigma_min, sigma_max, sigma_data):
         if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
-            raise UserError(f"an EDM scheduler with sigma_min {sigma_min}, sigma_max {sigma_max}, sigma_data {sigma_data}: need "
-                            "0 < sigma_min < sigma_max and sigma_data above 0; correct its scheduler_config.json")
+            raise UserError(f"an EDM scheduler with sigma_min {sigma_min}, sigma_max {sigma_max}, sigma_data {sigma_data}: "
+                            "need 0 < sigma_min < sigma_max and sigma_data above 0; correct its scheduler_config.json")
         self.sigma_min, self.sigma_data = sigma_min, sigma_data
         self.low, self.high = sigma_min ** (1 / self.RHO), sigma_max ** (1 / self.RHO)
         self.key = ("edm", sigma_min, sigma_max, sigma_data)

@@ -154,11 +154,12 @@ def check_pieces(c, recipe):
     if recipe.projection and recipe.stages != (1,):
         raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use --windows 1, or set it to 0")
     if recipe.pairs == "consistency":                      # every sample is a window of its own, from its t down to the data
-        for option, value, right in (("windows", recipe.stages, (1,)), ("path", recipe.path, "vp"), ("reuse", recipe.reuse, 1)):
+        for option, value, right in (("windows", recipe.stages, (1,)), ("path", recipe.path, "vp"),
+                                     ("reuse", recipe.reuse, 1)):
             if value != right:
                 shown, remedy = (str(each).strip("(,)").replace(",", "") for each in (value, right))
-                raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which runs from its own "
-                                f"t on the noise schedule straight to the data; use --{option} {remedy}, or other --pairs")
+                raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which runs from its "
+                                f"own t straight to the data; use --{option} {remedy}, or other --pairs")
     for option, read, owner in (("time_base", recipe.time_law == "exponential", "--time-law exponential"),
                                 ("high_pass_weight", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
@@ -169,9 +170,9 @@ def check_pieces(c, recipe):
 
 
 def fit_prediction(c, recipe, prediction):
-    """The recipe for a teacher of this prediction type: one that predicts x is compared in x, where the recipe compares what
-    contains eps. In u, one sample of 64 held 22% of the gradient (median; up to 89%), with times kept above the schedule's floor
-    20% (66%), in x 3%.  Raises UserError where another space was given on the command line."""
+    """The recipe for a teacher of this prediction type: one that predicts x is compared in x, where the recipe
+    compares what contains eps. In u, one sample of 64 held 22% of the gradient (median; up to 89%), with times kept
+    above the schedule's floor 20% (66%), in x 3%.  Raises UserError where another space was given on the command line."""
     if prediction != "sample":
         return recipe
     for option in ("space", "direction_space"):
@@ -265,8 +266,8 @@ def open_pairs(c, recipe, device, processes):
     if dataset.skipped and rank == 0:
         print(f"--skip-bad: {len(dataset.skipped)} left out ({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
     pairs = Pairs(c, recipe, pipeline, dataset, processes)
-    if c.shard:                                            # FSDP wants one dtype for all it shards together; what is cached must not
-        pipeline.unet.float()                              # depend on --shard, which may differ between two starts
+    if c.shard:                  # FSDP wants one dtype for all it shards together; only now: what is cached must not
+        pipeline.unet.float()    # depend on --shard, which may differ between two starts
     return c, dataset, pipeline, pairs
 
 
