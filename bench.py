@@ -288,6 +288,7 @@ def main(c):
         config.choose("--parts", part, PARTS)
     device = teacher.pick_device(c.device)
     config.choose("--precision", c.precision, PRECISIONS)
+    config.at_least(c, size=1, batch=1, updates=1, lora=0, steps=1, repeats=1, peak_tflops=0)
     run = {"training": training, "evaluations": evaluations, "sampling": sampling}
     found = {part: run[part](c, device) for part in c.parts}
     if c.out:

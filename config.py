@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import signal
@@ -15,6 +16,46 @@ import types
 import typing
 
 from tqdm import tqdm
+
+# what training derives from a seed (seed x 1,000,003 + step, times the number of processes) then stays below 2^63
+MAX_SEED = 2 ** 32 - 1
+# our option -> what other trainers and samplers call it
+USUAL_NAMES = {
+    "model": "pretrained-model-name-or-path pretrained-teacher-model model-path ckpt",
+    "base": "pretrained-model-name-or-path",
+    "data": "train-data-dir dataset-name instance-data-dir dataset data-dir",
+    "size": "resolution height width image-size",
+    "out": "output-dir output",
+    "steps": "max-train-steps max-steps num-train-epochs epochs num-inference-steps",
+    "updates": "max-train-steps max-steps",
+    "batch": "train-batch-size batch-size per-device-train-batch-size",
+    "micro-batch": "gradient-accumulation-steps gradient-accumulation",
+    "lr": "learning-rate",
+    "ema": "use-ema ema-decay",
+    "lora": "rank lora-rank network-dim",
+    "precision": "mixed-precision dtype",
+    "dtype": "mixed-precision precision",
+    "guidance": "guidance-scale cfg cfg-scale",
+    "guidance-teacher": "guidance-scale guidance cfg",
+    "text-dropout": "proportion-empty-prompts",
+    "solver": "scheduler sampler",
+    "solver-steps": "num-ddim-timesteps",
+    "n": "num-images-per-prompt num-images",
+    "resume": "resume-from-checkpoint",
+    "checkpoint-steps": "checkpointing-steps",
+    "keep": "checkpoints-total-limit",
+    "grid-steps": "validation-steps validation-epochs",
+}
+# what others choose and we do not: why it needs no option -> their names
+NO_OPTION = {
+    "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out": "report-to logging-dir",
+    "each stage warms up and decays to a tenth of --lr; leave it out": "lr-scheduler lr-warmup-steps",
+    "gradients are clipped at norm 1; leave it out": "max-grad-norm",
+    "the optimizer is AdamW; leave it out": "use-8bit-adam optimizer",
+    "attention is PyTorch's own; leave it out": "enable-xformers-memory-efficient-attention xformers",
+    "images are read a micro-batch ahead; leave it out": "dataloader-num-workers",
+    "torchrun --nproc_per_node=N starts N processes": "num-processes num-gpus",
+}
 
 
 class UserError(Exception):
@@ -48,9 +89,35 @@ def parse(config_class, description, argv=None):
         raise UserError(f"{error}; --help lists the options") from error
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1, 0.5)
-        raise UserError(f"unknown option {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists the options"))
-    return config_class(**vars(known))
+        raise UserError(f"unknown option {unknown[0]!r}; {hint(unknown[0].split('=')[0], options)}")
+    c = config_class(**vars(known))
+    for name, value in vars(c).items():                    # whatever the range is, nan would pass: it compares as false
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, float) and not math.isfinite(each):
+                raise UserError(f"--{name.replace('_', '-')} {each}: must be a finite number")
+    if hasattr(c, "seed") and not 0 <= c.seed <= MAX_SEED:
+        raise UserError(f"--seed {c.seed}: must be at least 0 and at most {MAX_SEED}")
+    return c
+
+
+def hint(option, options):
+    """What to say of an unknown option: its name among ours, the nearest one, or where to look."""
+    name = option.lstrip("-").replace("_", "-")
+    for reason, usual in NO_OPTION.items():
+        if name in usual.split():
+            return reason
+    ours = [f"--{our}" for our, usual in USUAL_NAMES.items() if name in (our, *usual.split())]
+    near = [our for our in ours if our in options] or difflib.get_close_matches(option, options, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else "--help lists the options"
+
+
+def at_least(c, **least):
+    """Raises UserError unless each of these options that is given is at least so much; of a list, every value."""
+    for name, low in least.items():
+        value = getattr(c, name)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each < low:
+                raise UserError(f"--{name.replace('_', '-')} {each}: must be at least {low}")
 
 
 def run(main, config_class, description, argv=None):

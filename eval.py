@@ -121,11 +121,7 @@ def resolve(c):
     protocol = config.choose("--protocol", c.protocol, PROTOCOLS)
     options = ("n", "real", "clip", "teacher", "guidance", "size", "batch", "paths")
     c = dataclasses.replace(c, **{name: getattr(protocol, name) for name in options if getattr(c, name) in (None, "")})
-    for option, value, least in (("--seed", c.seed, 0), ("--guidance", c.guidance, 0), ("--batch", c.batch, 1), ("--paths", c.paths, 1),
-                                 ("--steps", min(c.steps), 1), ("--ddim-steps", min(c.ddim_steps), 1),
-                                 ("--teacher-steps", c.teacher_steps, 1)):
-        if value < least:
-            raise UserError(f"{option} {value}: must be at least {least}")
+    config.at_least(c, guidance=0, batch=1, paths=1, steps=1, ddim_steps=1, teacher_steps=1, size=1, n=1, real=1)
     sampler.check_guide(c.guide, c.guidance)
     config.choose("--dtype", c.dtype, teacher.DTYPES)
     for solver in (c.solver, *c.solvers):

@@ -155,10 +155,11 @@ def draw_simple_reflow(fd, chain, without, spread):
         panels[3].plot(t, mean, color=colour, marker="o", markersize=3, label=f"{name}: least, mean, most")
     panels[3].set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="loss / its mean", title="loss at each time")
     panels[3].legend(frameon=False, fontsize=8)
-    t = torch.linspace(0, 1, 201, dtype=torch.float64)
-    for (name, density), colour in zip(reflow.DENSITIES.items(), (BLACK, BLUE, GREEN, ORANGE)):
-        panels[4].plot(t, density(t), color=colour, label=name)
-    panels[4].set(xlabel="t (0 data, 1 noise)", ylabel="density", title="time laws", ylim=(0, 4.5))
+    u = torch.linspace(0, 1, 402, dtype=torch.float64)[:-1]
+    for name, colour in zip(("uniform", *reflow.CUMULATIVE), (BLACK, BLUE, GREEN, ORANGE)):
+        t = reflow.TIME_LAWS[name](u, 1)                   # falls as u rises
+        panels[4].plot((t[1:] + t[:-1]) / 2, u.diff() / -t.diff(), color=colour, label=name)
+    panels[4].set(xlabel="t, or sigma / (1 + sigma)", ylabel="density", title="time laws", ylim=(0, 4.5))
     panels[4].legend(frameon=False, fontsize=8)
     means, halves = points(fd[weight, BETTER] for weight in LAMBDAS)
     panels[5].errorbar(range(len(LAMBDAS)), means, yerr=halves, color=BLUE, marker="o", capsize=4)

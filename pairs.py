@@ -19,6 +19,7 @@ or eight, at any micro-batch, before or after a resume.
 """
 import functools
 import math
+import zlib
 from pathlib import Path
 
 import ot
@@ -32,6 +33,7 @@ from config import UserError
 
 SOURCES = ("trajectory", "data", "student", "consistency")
 LARGE_BATCH = 1024            # trajectories that are projected together
+LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")      # in an autoencoder's config
 PRECISIONS = {name: teacher.DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
 
 
@@ -64,13 +66,19 @@ class Pairs:
         self.c, self.recipe, self.pipeline, self.dataset, self.processes = c, recipe, pipeline, dataset, processes
         self.device = pipeline.unet.device
         self.shape = sampler.latent_shape(pipeline, c.size)
-        self.pixels = self.shape[-1] * pipeline.vae_scale_factor
-        self.schedule = teacher.as_model(pipeline).schedule
+        self.size = [side * pipeline.vae_scale_factor for side in self.shape[1:]]         # (H, W) in pixels
+        model = teacher.as_model(pipeline)
+        self.schedule, self.prediction = model.schedule, model.prediction
+        check_windows(recipe.stages, self.schedule)
         teacher.check_null(pipeline, c.guidance_teacher, c.text_dropout)
         self.null, self.null_there = ((self.text([""]), self.text([""], self.device)) if teacher.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
             raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
                             "instead, or --pairs trajectory")
+        from_images = recipe.pairs != "trajectory" or recipe.forward_rate or recipe.projection
+        if from_images and self.size[0] != self.size[1]:
+            raise UserError(f"--model {c.model}: made for {self.size[0]} x {self.size[1]} pixels, and pictures are cropped "
+                            f"to squares; give --size {min(self.size)}, or --pairs trajectory without --forward-rate")
         self.rows = None
         if recipe.pairs == "trajectory":
             self.rows = self.cache_trajectories()
@@ -83,7 +91,7 @@ class Pairs:
     def text(self, captions, device="cpu"):
         """Text conditions of captions, "" being the null embedding (what guidance and dropped captions use)."""
         return teacher.encode_text(self.pipeline, [caption or None for caption in captions], null=self.c.null_text,
-                                   size=(self.pixels, self.pixels), device=device)
+                                   size=self.size, device=device)
 
     def autocast(self):
         """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their casts are not kept."""
@@ -95,7 +103,7 @@ class Pairs:
 
     def latents(self, numbers):
         """Latents of the images of these samples, (N, C, h, w)."""
-        return teacher.encode(self.pipeline, self.dataset.images(numbers, self.pixels).to(self.device))
+        return teacher.encode(self.pipeline, self.dataset.images(numbers, self.size[0]).to(self.device))
 
     @torch.no_grad()
     def cache_trajectories(self):
@@ -114,20 +122,24 @@ class Pairs:
                            lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
             return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1), **cond}.items()}
-        settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)), solver_steps=recipe.solver_steps,
-                        windows=windows, guidance=c.guidance_teacher, text_dropout=c.text_dropout, null_text=c.null_text,
-                        size=self.pixels, seed=c.seed, precision=c.precision, data=c.data or c.prompts,
-                        captions=data.digest(*self.dataset.captions))
+        settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)),
+                        prediction=self.prediction, schedule=data.digest(self.schedule.key),
+                        solver_steps=recipe.solver_steps, windows=windows, guidance=c.guidance_teacher,
+                        text_dropout=c.text_dropout, null_text=c.null_text, size=self.size, seed=c.seed,
+                        precision=c.precision, data=c.data or c.prompts,      # and which captions the first samples draw
+                        captions=data.digest(self.dataset.captions, self.dataset.caption_indices(range(256))))
         total = trajectory_count(c, recipe)
         stores, forward = [], round(recipe.forward_rate * total)
         for name, count, walk, begin, right in (("trajectories", total - forward, sampler.ddim, self.noises, self.latents),
                                                 ("inversions", forward, sampler.invert, self.latents, self.noises)):
             if count:
-                rows = data.cached(cache_folder(c) / name, count, settings, functools.partial(solve, walk, begin), 256, *self.processes,
-                                   desc=f"teacher {name}", batch=c.micro_batch or c.batch)
+                made = {**settings, **(self.pictures() if walk is sampler.invert else {})}
+                rows = data.cached(cache_folder(c) / name, count, made, functools.partial(solve, walk, begin), 256,
+                                   *self.processes, desc=f"teacher {name}", batch=c.micro_batch or c.batch)
                 if recipe.projection:
                     wrong = -1 if walk is sampler.ddim else 0
-                    rows = data.cached(cache_folder(c) / f"projected-{name}", count, {**settings, "projection": recipe.projection},
+                    made = {**settings, **self.pictures(), "projection": recipe.projection}
+                    rows = data.cached(cache_folder(c) / f"projected-{name}", count, made,
                                        functools.partial(self.project, rows, wrong, right), LARGE_BATCH, *self.processes, desc="projection")
                 stores.append(rows)
         return data.Joined(stores)
@@ -150,6 +162,17 @@ class Pairs:
             cond = {key: value[partner] for key, value in cond.items()}
         return {"z": torch.stack(ends, 1), **cond}
 
+    def pictures(self):
+        """What the latents of the dataset's images depend on, for the settings of a cache: the images (names, captions,
+        and the bytes of up to 64), the autoencoder and its scale."""
+        dataset, vae = self.dataset, getattr(self.pipeline, "vae", None)
+        images = None                                      # the embedded pictures are a function of the seed
+        if dataset.size is not None:
+            some = (dataset.kept[row].where for row in sorted(set(dataset.rows(range(min(64, dataset.size))))))
+            images = data.digest(dataset.key, *(zlib.crc32(dataset.read(where)) for where in some))
+        scale = {} if vae is None else {name: vae.config.get(name) for name in LATENT_SCALE}
+        return dict(images=images, autoencoder=fingerprint(*encoders(self.pipeline, ["vae"])), **scale)
+
     @torch.no_grad()
     def cache_latents(self):
         """The latent of every image of a finite dataset, and its caption's text."""
@@ -158,10 +181,10 @@ class Pairs:
             raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
 
         def solve(rows):
-            latents = teacher.encode(self.pipeline, dataset.decode(rows, self.pixels).to(self.device))
+            latents = teacher.encode(self.pipeline, dataset.decode(rows, self.size[0]).to(self.device))
             return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
-        settings = dict(encoders=fingerprint(*encoders(self.pipeline)), size=self.pixels, null_text=c.null_text,
-                        data=c.data, images=dataset.key)
+        settings = dict(text=fingerprint(*text_encoders(self.pipeline)), size=self.size, null_text=c.null_text,
+                        data=c.data, **self.pictures())
         return data.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
 
     def null_like(self, cond):
@@ -177,7 +200,7 @@ class Pairs:
 
     def times(self, numbers, windows):
         u = torch.cat([torch.rand(1, generator=data.generator(self.c.seed, "time", k), dtype=torch.float64) for k in numbers])
-        return reflow.draw_times(self.recipe, u, windows)
+        return reflow.draw_times(self.recipe, u, windows, self.schedule)
 
     def fetch(self, numbers, windows):
         """What the host knows of these samples: their times, and the cached rows or images their pairs start from. Runs
@@ -208,7 +231,8 @@ class Pairs:
         captions = self.captions(pair, "data")
         batch["eps"] = torch.stack([torch.randn(self.shape, generator=data.generator(self.c.seed, "eps", p)) for p in pair])
         if self.rows is None:
-            return batch | {"images": self.dataset.images(pair, self.pixels), "captions": [self.dataset.captions[i] for i in captions]}
+            return batch | {"images": self.dataset.images(pair, self.size[0]),
+                            "captions": [self.dataset.captions[i] for i in captions]}
         rows = self.rows[self.dataset.rows(pair)]
         for key, null in self.null.items():
             rows[key][[caption == 0 for caption in captions]] = null
@@ -216,8 +240,9 @@ class Pairs:
 
     @torch.no_grad()
     def ends(self, batch, solver, steps, student=None):
-        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached; student: the Model
-        that is trained, which consistency asks itself.
+        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached: the
+        teacher (its path is None), or the previous stage's student, which has learned the teacher's guidance and gets
+        none; student: the Model that is trained, which consistency evaluates itself.
         Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,), float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -231,18 +256,20 @@ class Pairs:
                 batch |= self.text(batch.pop("captions"), self.device)
             z_0, cond = batch.pop("z_0"), batch
             starts, stops = t_start[::reuse], t_end[::reuse]
+            guidance = self.c.guidance_teacher if solver.path is None else 1.0
             alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
             with self.autocast():
                 if self.recipe.pairs == "consistency":   # a window as long as one teacher step, then the student's jump to t = 0
                     nearer = (starts - 1 / steps).clamp_min(0)
                     step = torch.stack([starts, nearer])
-                    z_near = sampler.ddim(solver, z_start, step, cond, self.c.guidance_teacher, self.null_like(cond))
-                    jump = sampler.ddim(student, z_near, torch.stack([nearer.clamp_min(1e-3), stops]), cond)
+                    z_near = sampler.ddim(solver, z_start, step, cond, guidance, self.null_like(cond))
+                    jump = torch.stack([nearer.clamp_min(self.schedule.floor), stops])
+                    jump = sampler.ddim(student, z_near, jump, cond)
                     z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
                 else:
                     times = torch.lerp(starts, stops, torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)[:, None])
-                    z_end = sampler.ddim(solver, z_start, times, cond, self.c.guidance_teacher, self.null_like(cond))
+                    z_end = sampler.ddim(solver, z_start, times, cond, guidance, self.null_like(cond))
         if reuse > 1:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0) for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
@@ -256,6 +283,19 @@ def couple(cost, entropy, generator):
     partners are equally likely.  Returns: (N,), indices of the second set."""
     plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log", warn=False))
     return torch.multinomial(plan, 1, generator=generator)[:, 0]
+
+
+def check_windows(stages, schedule):
+    """Raises UserError unless every boundary of every stage is a timestep of the model, where it has timesteps: stock
+    schedulers step between whole ones, and would miss the boundaries of 6, 7 or 16 windows of 1000 timesteps."""
+    total = schedule.timesteps
+    for windows in stages:
+        if total and total % windows:
+            possible = [k for k in range(1, total + 1) if total % k == 0]
+            below, above = (pick((k for k in possible if (k - windows) * sign > 0), default=total)
+                            for pick, sign in ((max, -1), (min, 1)))
+            raise UserError(f"--windows {windows}: does not divide the model's {total} timesteps, so that stock schedulers "
+                            f"cannot stop at its boundaries; use for instance {below} or {above}")
 
 
 def cache_folder(c):

@@ -93,6 +93,12 @@ def flow_space(schedule, t_start, t_end):
     return -1.0, 1.0
 
 
+def clean_space(schedule, t_start, t_end):
+    """The clean latent x. For a network that predicts x, where eps_hat = (z - alpha x_hat) / sigma, the spaces that contain eps
+    weigh its error by alpha / sigma, without bound as t goes to 0."""
+    return 1.0, 0.0
+
+
 def window_velocity_space(schedule, t_start, t_end):
     """The mean velocity over the window, (z_end - z_start) / (t_end - t_start): PeRFlow's `velocity`."""
     (a_s, b_s), (a_e, b_e) = schedule(t_start), schedule(t_end)
@@ -105,11 +111,12 @@ def end_space(schedule, t_start, t_end):
     return schedule(t_end)
 
 
-SPACES = {"eps": eps_space, "u": flow_space, "velocity": window_velocity_space, "end": end_space}
+SPACES = {"eps": eps_space, "u": flow_space, "x": clean_space, "velocity": window_velocity_space, "end": end_space}
 
-# ---- time laws: where in (0, 1] the student is asked; u uniform in [0, 1) -> t ------------------------------------------
-# Except for `starts` a law is one of the whole axis: it says how often each window is asked as well as where inside it, and
-# windows changes nothing. DENSITIES has what each draws from.
+# ---- time laws: where in (0, 1] the student is evaluated; u uniform in [0, 1) -> t --------------------------------------
+# `uniform` and `starts` are laws of our t. The others are published for straight flows, z = (1 - tau) x + tau eps, and so
+# are laws of the noise level sigma_karras = tau / (1 - tau): they draw tau, CUMULATIVE has the share of draws at or below
+# tau, and draw_times goes on to the t at which the model's own schedule has that level. All but `starts` ignore windows.
 
 
 def uniform(u, windows):
@@ -126,15 +133,15 @@ def starts(u, windows):
 
 
 def exponential(u, windows, base=10.0):
-    """More often near noise: density base^t ln(base) / (base - 1). base > 0 and not 1; below 1, more often near data.
-    Source: Simple ReFlow, with its base 10 (on its own clock, where sigma/alpha = t / (1 - t); ours is the schedule's)."""
+    """More often near noise: density base^tau ln(base) / (base - 1). base > 0 and not 1; below 1, more often near data.
+    Source: Simple ReFlow, with its base 10."""
     _check_base(base)
     return (torch.log1p((1 - u) * (base - 1)) / math.log(base)).clamp(2 ** -53, 1)
 
 
-def exponential_density(t, base=10.0):
+def exponential_cumulative(tau, base=10.0):
     _check_base(base)
-    return base ** t * math.log(base) / (base - 1)
+    return (base ** tau - 1) / (base - 1)
 
 
 def _check_base(base):
@@ -143,40 +150,45 @@ def _check_base(base):
 
 
 def cosh(u, windows, a=4.0):
-    """More often near both ends: density a cosh(a (t - 1/2)) / (2 sinh(a / 2)), a > 0.
+    """More often near both ends: density a cosh(a (tau - 1/2)) / (2 sinh(a / 2)), a > 0.
     Source: Lee et al. 2024 (Improving the training of rectified flows), with their a = 4."""
     return (0.5 + torch.asinh((1 - 2 * u) * math.sinh(a / 2)) / a).clamp(2 ** -53, 1)
 
 
-def cosh_density(t, a=4.0):
-    return a * torch.cosh(a * (t - 0.5)) / (2 * math.sinh(a / 2))
+def cosh_cumulative(tau, a=4.0):
+    return 0.5 + torch.sinh(a * (tau - 0.5)) / (2 * math.sinh(a / 2))
 
 
 def log_normal(u, windows, mean=-1.2, std=1.2):
-    """EDM's: ln sigma_karras normal with this mean and standard deviation, on the clock of a straight flow, sigma_karras = t / (1 - t),
-    so that ln(t / (1 - t)) is normal. It needs no schedule; Stable Diffusion's is noisier at the same t (1.6, not 1, at 1/2).
-    Source: Karras et al. 2022, table 1; Simple ReFlow compares with it on the same clock."""
+    """ln sigma_karras = logit(tau) is normal with this mean and standard deviation: the median level is exp(-1.2) = 0.301.
+    Source: Karras et al. 2022 (EDM), table 1."""
     return torch.sigmoid(mean + std * torch.special.ndtri(1 - u)).clamp_min(2 ** -53)
 
 
-def log_normal_density(t, mean=-1.2, std=1.2):
-    """0 at both ends."""
-    t = t.clamp(1e-12, 1 - 1e-12)
-    return torch.exp(-(torch.logit(t) - mean).square() / (2 * std ** 2)) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+def log_normal_cumulative(tau, mean=-1.2, std=1.2):
+    return torch.special.ndtr((torch.logit(tau) - mean) / std)
 
 
 TIME_LAWS = {"uniform": uniform, "starts": starts, "exponential": exponential, "cosh": cosh, "log-normal": log_normal}
-# of a draw, at t; `starts` has none: half of it sits on the boundaries
-DENSITIES = {"uniform": torch.ones_like, "exponential": exponential_density, "cosh": cosh_density, "log-normal": log_normal_density}
+CUMULATIVE = {"exponential": exponential_cumulative, "cosh": cosh_cumulative, "log-normal": log_normal_cumulative}
 
 
-def draw_times(recipe, u, windows):
-    """The times that a recipe asks at. u: float64 (N,), uniform in [0, 1).  Returns: float64 (N,), in (0, 1]."""
-    law = functools.partial(exponential, base=recipe.time_base) if recipe.time_law == "exponential" else TIME_LAWS[recipe.time_law]
-    if not recipe.time_inside:
+def draw_times(recipe, u, windows, schedule):
+    """The times that a recipe trains at. u: float64 (N,), uniform in [0, 1), CPU.  Returns: float64 (N,), in (0, 1].
+    A law of the noise level is truncated to the levels of the schedule, from its floor to t = 1. With time_inside, every law
+    is one of the place within the window, and all windows are equally likely."""
+    law, cumulative = TIME_LAWS[recipe.time_law], CUMULATIVE.get(recipe.time_law)
+    if recipe.time_law == "exponential":
+        law, cumulative = (functools.partial(each, base=recipe.time_base) for each in (law, cumulative))
+    if recipe.time_inside:
+        window = (u * windows).floor()
+        return (window + law(u * windows - window, 1)) / windows
+    if cumulative is None:
         return law(u, windows)
-    window = (u * windows).floor()
-    return (window + law(u * windows - window, 1)) / windows
+    alpha, sigma = schedule(torch.tensor([schedule.floor, 1], dtype=torch.float64))
+    low, high = cumulative(sigma / (alpha + sigma))
+    tau = law(1 - low - (1 - u) * (high - low), windows)
+    return schedule.time_of(tau / (1 - tau)).clamp_min(schedule.floor)
 
 
 # ---- recipes are data ----------------------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ RECIPES = {
                    forward_rate=0.5),                                                # the winner of best-of-both: needs images
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
-                        direction_weight=0.1, direction_space="velocity", time_law="uniform"),
+                        direction_weight=0.1, direction_space="velocity"),           # its time law is unknown: `starts` is ours
     "perflow": Recipe(stages=(4,), shares=(1,), pairs="data", path="linear", space="eps", time_law="uniform"),
     "rectified-diffusion": Recipe(stages=(4,), shares=(1,), pairs="data", space="end", loss="pseudo-huber",
                                   solver_steps=40, time_law="uniform"),

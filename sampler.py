@@ -72,12 +72,12 @@ def sigmoid_grid(u, start, end, schedule, kappa=10.0):
 
 def edm_grid(u, start, end, schedule, rho=7.0):
     """Evenly in sigma_karras^(1/rho), EDM (Karras et al. 2022) eq. 5: towards t = 0 the last but one time is the lowest noise
-    that the network knows (timestep 0), then 0; a window that ends above 0 ends there.
+    that the network knows (the schedule's floor, timestep 0), then 0; a window that lies on one side of the floor is even.
     Raises ValueError if sigma_karras is infinite at the start (zero terminal SNR)."""
     steps, floor = len(u) - 1, schedule.floor
     if schedule(torch.tensor(start))[0] == 0:
         raise ValueError("sigma/alpha is infinite at t = 1 (zero terminal SNR): use another grid")
-    if steps > 1 and end < floor:                           # i / (N - 1), and the appended 0
+    if steps > 1 and end < floor < start:                   # i / (N - 1), and the appended 0
         return torch.cat([edm_grid(torch.linspace(0, 1, steps, dtype=torch.float64), start, floor, schedule, rho), torch.zeros(1).double()])
     high, low = (sigma_karras(schedule, torch.tensor(t, dtype=torch.float64)) ** (1 / rho) for t in (start, end))
     return schedule.time_of((high + (low - high) * u) ** rho)
@@ -105,7 +105,7 @@ def time_grid(steps, windows=1, spacing=uniform_grid, schedule=None):
         times += [*spacing(u, start, end, schedule)[1:-1].tolist(), end]
     times = torch.tensor(times, dtype=torch.float64)
     if not (times.diff() < 0).all():
-        raise ValueError(f"{steps} steps: some lie closer together than numbers can tell; use fewer steps or a smaller kappa")
+        raise ValueError(f"{steps} steps: some lie closer together than numbers can tell; use fewer, or the uniform grid")
     return times
 
 
@@ -481,10 +481,7 @@ def main(c):
     no_prompt = UserError('no prompt: give at least one, e.g. --prompt "red heart on blue"')
     if not all(prompt.strip() for prompt in c.prompt):
         raise no_prompt
-    for option, value, least in (("--steps", c.steps, 1), ("--nfe", c.nfe, 1), ("--n", c.n, 1), ("--seed", c.seed, 0),
-                                 ("--scale", c.scale, 1), ("--guidance", c.guidance, 0)):
-        if value is not None and value < least:
-            raise UserError(f"{option} {value}: must be at least {least}")
+    config.at_least(c, steps=1, nfe=1, n=1, scale=1, guidance=0)
     solver, spacing = configure(c.solver, c.r, c.time_grid, c.kappa)
     check_guide(c.guide, c.guidance)
     if c.steps is not None and c.nfe is not None:

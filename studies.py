@@ -556,9 +556,7 @@ def main(c):
     names = list(STUDIES) if c.study == ["all"] else c.study
     for name in names:
         config.choose("--study", name, STUDIES)
-    for option, value, least in (("--seeds", c.seeds, 1), ("--n", c.n, 1), ("--real", c.real, 1), ("--workers", c.workers, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{option} {value}: must be at least {least}")
+    config.at_least(c, seeds=1, n=1, real=1, paths=1, workers=1)
     if not 0 < c.scale:
         raise UserError(f"--scale {c.scale}: must be above 0")
     lab, results = Lab(c), Path(c.results)

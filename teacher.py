@@ -143,28 +143,40 @@ class Schedule:
 
 
 class EDMSchedule:
-    """A network in the form of EDM (Karras et al. 2022), under the variance-preserving contract and asked like Schedule:
+    """A network in the form of EDM (Karras et al. 2022), under the variance-preserving contract and called like Schedule:
     with s = sigma_karras, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, so z = alpha (x + s eps).
-    Clock: s(t) = sigma_max t^7, EDM's ramp (eq. 5, rho = 7) with 0 for sigma_min, so that t = 0 is the data exactly. Below
-    floor, where s = sigma_min (t = 0.22 for 0.002 and 80), the network is told sigma_min, the lowest noise it knows."""
+    Clock: EDM's ramp (eq. 5, rho = 7), even in s^(1/7) from sigma_max at t = 1 to sigma_min, the lowest noise the
+    network knows, at t = floor = 1/1000, where SD's tables have theirs; below it s is linear in t, down to the data
+    at t = 0, and the network gets sigma_min as its time.  Raises UserError unless 0 < sigma_min < sigma_max and 0 < sigma_data."""
     RHO = 7
+    floor, timesteps = 1 / 1000, None                       # any t is a time of the network
 
     def __init__(self, sigma_min, sigma_max, sigma_data):
-        self.sigma_max, self.sigma_data = sigma_max, sigma_data
-        self.floor, self.key = (sigma_min / sigma_max) ** (1 / self.RHO), ("edm", sigma_min, sigma_max, sigma_data)
+        if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
+            raise UserError(f"an EDM scheduler with sigma_min {sigma_min}, sigma_max {sigma_max}, sigma_data {sigma_data}: "
+                            "need 0 < sigma_min < sigma_max and sigma_data above 0; correct its scheduler_config.json")
+        self.sigma_min, self.sigma_data = sigma_min, sigma_data
+        self.low, self.high = sigma_min ** (1 / self.RHO), sigma_max ** (1 / self.RHO)
+        self.key = ("edm", sigma_min, sigma_max, sigma_data)
+
+    def sigma_karras(self, t):
+        ramp = (self.low + (t - self.floor) / (1 - self.floor) * (self.high - self.low)) ** self.RHO
+        return torch.where(t < self.floor, self.sigma_min * t / self.floor, ramp)
 
     def __call__(self, t):
         check_times(t)
-        s = self.sigma_max * t.double().clamp_min(0) ** self.RHO
+        s = self.sigma_karras(t.double().clamp_min(0))
         alpha = 1 / (1 + s.square()).sqrt()
         return alpha, s * alpha
 
     def time_of(self, sigma_karras):
-        return (sigma_karras.double() / self.sigma_max).clamp_max(1) ** (1 / self.RHO)
+        s = sigma_karras.double()
+        ramp = self.floor + (s ** (1 / self.RHO) - self.low) / (self.high - self.low) * (1 - self.floor)
+        return torch.where(s < self.sigma_min, self.floor * s / self.sigma_min, ramp.clamp_max(1))
 
     def timestep(self, t):
         """c_noise = ln(s) / 4 (EDM, table 1)."""
-        return (self.sigma_max * t.double().clamp_min(self.floor) ** self.RHO).log().div(4).float()
+        return self.sigma_karras(t.double().clamp_min(self.floor)).log().div(4).float()
 
     def network_input(self, z, alpha, sigma):
         """c_in (x + s eps) = z / sqrt(alpha^2 sigma_data^2 + sigma^2)."""

@@ -59,7 +59,7 @@ class Config:
     windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
     pairs: str | None = None         # trajectory, data, student or consistency
     path: str | None = None          # vp or linear
-    space: str | None = None         # eps, u, velocity or end
+    space: str | None = None         # eps, u, x, velocity or end; of a teacher that predicts x: x or end
     loss: str | None = None          # mse, pseudo-huber or high-pass
     high_pass_weight: float | None = None  # lambda of the high-pass loss, above -1; 0 is mse
     high_pass_radius: float | None = None  # where its high frequencies begin, as a share of the highest
@@ -68,7 +68,7 @@ class Config:
     time_base: float | None = None   # of the exponential law; above 0 and not 1
     time_inside: bool | None = None  # the law inside each window, all windows equally often, instead of on the whole axis
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
-    direction_space: str | None = None  # of that cosine: eps, u, velocity or end
+    direction_space: str | None = None  # of that cosine: eps, u, x, velocity or end
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
     reuse: int | None = None         # times t that each pair is asked at, in the same update
     forward_rate: float | None = None  # rho: share of trajectories that run from real images to noise
@@ -133,28 +133,29 @@ def resolve_recipe(c):
         reflow.stage_steps(recipe, c.steps)
     except ValueError as error:
         raise UserError(f"--windows / --steps: {error}") from error
-    if recipe.solver_steps % cache_windows(recipe):
+    if recipe.solver_steps < 1 or recipe.solver_steps % cache_windows(recipe):
         raise UserError(f"--solver-steps {recipe.solver_steps}: must be a multiple of {cache_windows(recipe)}, the number of "
                         "windows, so that the teacher stops at every boundary")
-    ranges = {"trajectories": 1, "batch": 1, "micro_batch": 1, "seed": 0, "checkpoint_steps": 1, "log_steps": 1, "grid_steps": 0, "keep": 1,
-              "lora": 0, "size": 1, "guidance_teacher": 0, "text_dropout": 0}
-    for name, least in ranges.items():
-        if getattr(c, name) is not None and getattr(c, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least {least}")
+    config.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0, keep=1, lora=0,
+                    size=1, guidance_teacher=0, text_dropout=0)
+    config.at_least(recipe, direction_weight=0, reuse=1, projection=0)
     for name, value, good, range_ in (
             ("lr", c.lr, c.lr > 0, "above 0"), ("ema", c.ema, 0 <= c.ema < 1, "in [0, 1)"),
             ("text_dropout", c.text_dropout, c.text_dropout <= 1, "in [0, 1]"),
-            ("direction_weight", recipe.direction_weight, recipe.direction_weight >= 0, "at least 0"),
-            ("reuse", recipe.reuse, recipe.reuse >= 1, "at least 1"),
             ("high_pass_weight", recipe.high_pass_weight, recipe.high_pass_weight > -1,
              "above -1, or the loss is blind to some frequencies"),
             ("high_pass_radius", recipe.high_pass_radius, 0 <= recipe.high_pass_radius <= 1, "in [0, 1]"),
             ("time_base", recipe.time_base, 0 < recipe.time_base != 1, "above 0 and not 1; --time-law uniform is what it tends to at 1"),
             ("forward_rate", recipe.forward_rate, 0 <= recipe.forward_rate <= 1, "in [0, 1]"),
-            ("projection", recipe.projection, recipe.projection >= 0, "at least 0"),
             ("dropout", recipe.dropout, 0 <= recipe.dropout < 1, "in [0, 1)")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
+    check_pieces(c, recipe)
+    return recipe
+
+
+def check_pieces(c, recipe):
+    """Raises UserError where two pieces of a recipe do not go together, or one is given that the others never read."""
     for name, value in (("forward_rate", recipe.forward_rate), ("projection", recipe.projection)):
         option = f"--{name.replace('_', '-')} {value}"
         if value and recipe.pairs != "trajectory":
@@ -163,7 +164,35 @@ def resolve_recipe(c):
             raise UserError(f"{option}: needs images, and --prompts {c.prompts} holds none; give --data, or set it to 0")
     if recipe.projection and recipe.stages != (1,):
         raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use --windows 1, or set it to 0")
-    return recipe
+    if recipe.pairs == "consistency":                      # every sample is a window of its own, from its t down to the data
+        for option, value, right in (("windows", recipe.stages, (1,)), ("path", recipe.path, "vp"),
+                                     ("reuse", recipe.reuse, 1)):
+            if value != right:
+                shown, remedy = (str(each).strip("(,)").replace(",", "") for each in (value, right))
+                raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which runs from its "
+                                f"own t straight to the data; use --{option} {remedy}, or other --pairs")
+    for option, read, owner in (("time_base", recipe.time_law == "exponential", "--time-law exponential"),
+                                ("high_pass_weight", recipe.loss == "high-pass", "--loss high-pass"),
+                                ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
+                                ("direction_space", recipe.direction_weight > 0, "--direction-weight above 0"),
+                                ("cache_latents", recipe.pairs != "trajectory", "pairs from images")):
+        if getattr(c, option) != getattr(Config, option) and not read:
+            raise UserError(f"--{option.replace('_', '-')}: only goes with {owner}; leave it out")
+
+
+def fit_prediction(c, recipe, prediction):
+    """The recipe for a teacher of this prediction type: one that predicts x is compared in x, where the recipe
+    compares what contains eps. In u, one sample of 64 held 22% of the gradient (median; up to 89%), with times kept
+    above the schedule's floor 20% (66%), in x 3%.  Raises UserError where another space was given on the command line."""
+    if prediction != "sample":
+        return recipe
+    for option in ("space", "direction_space"):
+        given = getattr(c, option)
+        if given not in (None, "x", "end"):
+            raise UserError(f"--{option.replace('_', '-')} {given}: this teacher predicts x, whose errors have no bound there as "
+                            "t goes to 0; leave it out (x), or give end")
+    return dataclasses.replace(recipe, **{option: "x" for option in ("space", "direction_space")
+                                          if getattr(recipe, option) != "end"})
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -241,8 +270,7 @@ def open_pairs(c, recipe, device, processes):
     default_data = "" if c.prompts else teacher.PRESETS.get(c.model, ("", ""))[1]
     c = dataclasses.replace(c, data=c.data or default_data)
     rank, _, barrier = processes
-    # LoRA never changes the network it sits on; FSDP wants one dtype for all it shards together
-    dtype = PRECISIONS[c.precision] if c.lora and not c.shard else torch.float32
+    dtype = PRECISIONS[c.precision] if c.lora else torch.float32        # LoRA never changes the network it sits on
     pipeline = teacher.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
     if rank:                                               # the first process checks every image, the others read what it found
         barrier()
@@ -258,7 +286,10 @@ def open_pairs(c, recipe, device, processes):
               "--forward-rate R uses its pictures")
     if rank == 0:
         print_inputs(c, recipe, device, processes[1], pipeline, dataset)
-    return c, dataset, pipeline, Pairs(c, recipe, pipeline, dataset, processes)
+    pairs = Pairs(c, recipe, pipeline, dataset, processes)
+    if c.shard:                  # FSDP wants one dtype for all it shards together; only now: what is cached must not
+        pipeline.unet.float()    # depend on --shard, which may differ between two starts
+    return c, dataset, pipeline, pairs
 
 
 def make_cache(c):
@@ -304,6 +335,7 @@ def main(c):
 
     # teacher and pairs; what has been cached need not stay in memory
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
+    recipe = fit_prediction(c, recipe, pairs.prediction)
     shown = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4] or [""]
     shown_cond = {key: value.to(device) for key, value in pairs.text(shown).items()}
     whole = sum(p.numel() for network in (pipeline.unet, *encoders(pipeline)) for p in network.parameters())

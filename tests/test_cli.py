@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import sys
+import typing
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import bench
 import config
 import eval as evaluation
 import export
+import lab
 import sampler
 import train
 
@@ -88,10 +90,50 @@ BAD = [
     ("train.py --windows 2 4", "2 windows do not merge into 4"),
     ("train.py --windows 0", "windows"),
     ("train.py --solver-steps 12", "multiple of 8"),
+    ("train.py --solver-steps 0", "--solver-steps 0: must be a multiple of 8"),
+    ("train.py --model MODEL --data sprites --windows 6 --solver-steps 24", "--windows 6: does not divide the model's 1000 timesteps"),
+    ("train.py --model MODEL --data sprites --windows 2000 1 --solver-steps 2000", "--windows 2000: does not divide the model's"),
+    # pieces of a recipe that do not fit
+    ("train.py --recipe lcm --path linear", "--path linear: does not go with pairs from consistency"),
+    ("train.py --recipe lcm --windows 2", "--windows 2: does not go with pairs from consistency"),
+    ("train.py --pairs consistency", "--windows 8 4 2 1: does not go with pairs from consistency"),
+    ("train.py --recipe lcm --reuse 2", "--reuse 2: does not go with pairs from consistency"),
+    ("train.py --recipe lcm --forward-rate 0.5", "--forward-rate 0.5: changes whole trajectories; use --pairs trajectory"),
+    ("train.py --time-base 4", "--time-base: only goes with --time-law exponential"),
+    ("train.py --high-pass-weight 0", "--high-pass-weight: only goes with --loss high-pass"),
+    ("train.py --high-pass-radius 0.2", "--high-pass-radius: only goes with --loss high-pass"),
+    ("train.py --recipe lcm --direction-space x", "--direction-space: only goes with --direction-weight above 0"),
+    ("train.py --cache-latents", "--cache-latents: only goes with pairs from images"),
+    # what other trainers and samplers call our options
+    ("train.py --learning-rate 1e-4", "unknown option '--learning-rate'; did you mean --lr?"),
+    ("train.py --learning_rate=1e-4", "did you mean --lr?"),
+    ("train.py --train_batch_size 4", "did you mean --batch?"),
+    ("train.py --output_dir x", "did you mean --out?"),
+    ("train.py --pretrained_model_name_or_path x", "did you mean --model?"),
+    ("train.py --report_to wandb", "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out"),
+    ("train.py --mixed_precision bf16", "did you mean --precision?"),
+    ("train.py --max_train_steps 4", "did you mean --steps?"),
+    ("train.py --num_train_epochs 4", "did you mean --steps?"),
+    ("train.py --resolution 512", "did you mean --size?"),
+    ("train.py --gradient_accumulation_steps 4", "did you mean --micro-batch?"),
+    ("train.py --rank 4", "did you mean --lora?"),
+    ("train.py --guidance 4", "did you mean --guidance-teacher?"),
+    ("train.py --guidance_teacher 4", "did you mean --guidance-teacher?"),
+    ("sampler.py --num_inference_steps 4", "did you mean --steps?"),
+    ("sampler.py --guidance_scale 4", "did you mean --guidance?"),
+    ("sampler.py --pretrained_model_name_or_path x", "did you mean --model?"),
+    ("sampler.py --precision bf16", "did you mean --dtype?"),
+    ("sampler.py export --output_dir x", "did you mean --out?"),
+    ("sampler.py export-delta --pretrained_model_name_or_path x", "did you mean --base?"),
+    ("sampler.py merge --pretrained_model_name_or_path x", "did you mean --model?"),
+    ("eval.py RUN --resolution 512", "did you mean --size?"),
+    ("eval.py RUN --guidance_scale 4", "did you mean --guidance?"),
+    ("bench.py --mixed_precision bf16", "did you mean --precision?"),
+    ("bench.py --max_train_steps 4", "did you mean --steps?"),
     ("train.py --steps 3", "need at least as many updates"),
     ("train.py --recipe proreflwo", "did you mean proreflow?"),
     ("train.py --pairs trajectories", "did you mean trajectory?"),
-    ("train.py --space v", "not one of eps, u, velocity, end"),
+    ("train.py --space v", "not one of eps, u, x, velocity, end"),
     ("train.py --time-law start", "--time-law start: not one of uniform, starts, exponential, cosh, log-normal; did you mean starts?"),
     ("train.py --seed -1", "--seed -1: must be at least 0"),
     ("train.py --batch 0", "--batch 0: must be at least 1"),
@@ -184,6 +226,45 @@ def test_bad_input_is_one_line_and_exit_status_2(cli, here, random_sd, small_mod
     assert err.startswith("error: ") and err.count("\n") == 1
     assert [path for path in sorted(here.iterdir()) if path.name != "runs"] == before
     assert not list(here.glob("runs/*/student-*"))
+
+
+def numbers(kind, *types):
+    """The options of a Config whose values are of these types, a list of them included."""
+    hints = {name: kind.__annotations__[name] for name in kind.__dataclass_fields__}
+    return [name for name, hint in hints.items() if any(each in (hint, *typing.get_args(hint)) for each in types)]
+
+
+CONFIGS = [module.Config for module in (*MODULES.values(), lab)] + [kind for _, kind in export.COMMANDS.values()]
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_no_option_takes_a_number_that_is_not_finite(kind):
+    for name in numbers(kind, float):
+        for value in ("nan", "inf", "-inf"):
+            with pytest.raises(config.UserError, match=f"--{name.replace('_', '-')} {value}: must be a finite number"):
+                config.parse(kind, "", [f"--{name.replace('_', '-')}={value}"])
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_every_seed_fits_what_torch_takes_also_after_a_run_has_derived_its_own(kind):
+    if "seed" not in kind.__dataclass_fields__:
+        return
+    for value in (-1, config.MAX_SEED + 1, 18 * 10 ** 12, 10 ** 20):
+        with pytest.raises(config.UserError, match=f"--seed {value}: must be at least 0 and at most 4294967295"):
+            config.parse(kind, "", [f"--seed={value}"])
+    assert config.parse(kind, "", [f"--seed={config.MAX_SEED}"]).seed == config.MAX_SEED
+    torch.manual_seed((config.MAX_SEED * 1_000_003 + 10 ** 8) * 1024 + 1023)              # train.py's: 1024 processes, 10^8 updates
+    sampler.generators([config.MAX_SEED + 10 ** 9])
+
+
+NUMBERS = [(file, name) for file, module in MODULES.items() for name in numbers(module.Config, int, float)]
+
+
+@pytest.mark.parametrize("file, name", NUMBERS)
+def test_every_number_has_a_range(cli, here, student, file, name):
+    required = {"train.py": "", "sampler.py": f"--model {student} --prompt fox", "eval.py": f"{student.parent}", "bench.py": ""}[file]
+    status, _, err = cli(f"{file} {required} --{name.replace('_', '-')}=-8")
+    assert status == 2 and f"--{name.replace('_', '-')}" in err and "-8" in err and err.count("\n") == 1, err
 
 
 def test_a_recipe_that_starts_from_images_needs_images(cli, here, random_sd):

@@ -7,6 +7,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, EDMDPMSolverMultistepScheduler
 from test_pixel import options, save
 from test_train import weights
 
+import reflow
 import sampler
 import teacher
 import train
@@ -46,16 +47,34 @@ def known_times(schedule, n=50):
 # ---- the clock and the schedule -----------------------------------------------------------------------------------------
 
 
-def test_the_clock_is_edms_ramp_from_zero_and_its_own_inverse():
-    schedule, t = schedule_of(), torch.linspace(0, 1, 101, dtype=torch.float64)
+def test_the_clock_is_edms_ramp_down_to_sigma_min_then_the_data_and_its_own_inverse():
+    schedule, t = schedule_of(), torch.linspace(0, 1, 2001, dtype=torch.float64)
     alpha, sigma = schedule(t)
     assert torch.allclose(alpha ** 2 + sigma ** 2, torch.ones_like(t), atol=1e-15) and (alpha[0], sigma[0]) == (1, 0)
     s = sampler.sigma_karras(schedule, t)
-    assert torch.allclose(s, 80 * t ** 7, rtol=1e-13) and torch.allclose(schedule.time_of(s), t, atol=1e-14)
-    assert schedule.time_of(torch.tensor([1e9, torch.inf])).tolist() == [1, 1]
-    assert abs(80 * schedule.floor ** 7 - 0.002) < 1e-15
+    assert schedule.floor == 0.001 and s[2].item() == pytest.approx(0.002, rel=1e-12) and s[-1].item() == pytest.approx(80, rel=1e-12)
+    root = s[2:] ** (1 / 7)
+    assert torch.allclose(root.diff(), root.diff()[:1].expand(1998), atol=1e-12)           # even in the seventh root above the floor
+    assert s[1].item() == pytest.approx(0.001, rel=1e-12) and (s.diff() > 0).all()         # and linear below
+    assert torch.allclose(schedule.time_of(s), t, atol=1e-12)
+    assert schedule.time_of(torch.tensor([0, 1e9, torch.inf])).tolist() == [0, 1, 1]
     with pytest.raises(ValueError, match="outside"):
         schedule(torch.tensor([1.1]))
+
+
+@pytest.mark.parametrize("windows", [2, 4, 8])
+def test_every_window_crosses_noise_that_the_network_knows(windows):
+    """None is spent below sigma_min: the last one starts well above it (with a ramp down to 0, that of 4 windows starts at 0.0049)."""
+    starts = sampler.sigma_karras(schedule_of(), torch.tensor(reflow.boundaries(windows), dtype=torch.float64))[:-1]
+    root = torch.cat([starts, torch.tensor([0.002], dtype=torch.float64)]) ** (1 / 7)
+    assert (root.diff() < 0).all() and root.diff().max() / root.diff().min() > 0.98        # all equally long, up to the 1/1000 below the floor
+    assert starts[-1] > 10 * 0.002
+
+
+@pytest.mark.parametrize("changes", [dict(sigma_min=0.0), dict(sigma_min=90.0), dict(sigma_max=float("inf")), dict(sigma_data=0.0)])
+def test_levels_that_are_no_ramp_are_refused(changes):
+    with pytest.raises(UserError, match="need 0 < sigma_min < sigma_max and sigma_data above 0"):
+        teacher.EDMSchedule(**{**SIGMA, **changes})
 
 
 def test_the_network_is_told_a_quarter_of_the_logarithm_and_nothing_below_sigma_min():

@@ -1,9 +1,14 @@
 """Where pairs come from: against the teacher run by hand, whatever the batching, the cache or the reuse."""
+import json
+import shutil
+
 import numpy as np
 import pytest
 import scipy
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import config
 import data
@@ -11,14 +16,19 @@ import reflow
 import sampler
 import teacher
 import train
-from pairs import couple
+from pairs import check_windows, couple
+
+
+def draw(file, seed):
+    """Noise of a fixed size; as BMP, also in bytes."""
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(file)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     for i in range(5):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        draw(folder / f"{i}.bmp", i)
         (folder / f"{i}.txt").write_text(f"picture {i}")
     return folder
 
@@ -103,7 +113,7 @@ def test_pairs_from_images_start_at_noised_latents_and_end_where_the_solver_says
     pairs, _, pipeline = make(pairs="data", text_dropout=0.0)
     solver = teacher.as_model(pipeline)
     t, t_start, t_end, z_start, z_end, cond = ends(pairs, (0, 6), windows=4, solver=solver, steps=2)
-    latents = teacher.encode(pipeline, pairs.dataset.images(range(6), pairs.pixels))
+    latents = teacher.encode(pipeline, pairs.dataset.images(range(6), 32))
     eps = torch.stack([torch.randn(pairs.shape, generator=data.generator(0, "eps", k)) for k in range(6)])
     alpha, sigma = (v.float()[:, None, None, None] for v in solver.schedule(t_start))
     assert torch.allclose(z_start, alpha * latents + sigma * eps, atol=1e-5)
@@ -134,6 +144,127 @@ def test_guidance_moves_the_teachers_pairs(make):
     plain, _, _ = make(pairs="data")
     solver = teacher.as_model(pipeline)
     assert not torch.allclose(ends(pairs, (0, 4), solver=solver)[4], ends(plain, (0, 4), solver=solver)[4], atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [dict(pairs="student", windows=[8, 4]), dict(recipe="lcm")], ids=["student", "consistency"])
+def test_guidance_enters_a_chain_of_students_once(make, changes):
+    """Teacher: eps 1 with text, 0 without, so 4 at guidance 4. Its ideal student says 4 by itself, and pairs from it have 4, not 16."""
+    pairs, recipe, pipeline = make(guidance_teacher=4.0, text_dropout=0.0, **changes)
+    null = pairs.null["encoder_hidden_states"]
+
+    def network(eps):
+        def answer(z, timestep, encoder_hidden_states, **_):
+            with_text = (encoder_hidden_states - null).flatten(1).abs().amax(1) > 1e-4
+            return (eps * with_text.float())[:, None, None, None].expand_as(z)
+        return answer
+    solver = teacher.as_model(pipeline)
+    student = teacher.as_model(pipeline, path=reflow.PATHS[recipe.path], windows=8)
+    solver.network, student.network = network(1.0), network(4.0)
+    for solving in (solver, student)[:1 if recipe.pairs == "consistency" else 2]:
+        t, t_start, t_end, z_start, z_end, _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
+        _, eps = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
+        assert torch.allclose(eps, torch.full_like(eps, 4.0), atol=0.02)
+
+
+def test_the_students_own_jump_stays_at_noise_that_the_network_knows(make):
+    pairs, *_ , pipeline = make(recipe="lcm", solver_steps=4)
+    asked, solver, student = [], teacher.as_model(pipeline), teacher.as_model(pipeline)
+    solver.schedule = student.schedule = pairs.schedule = teacher.EDMSchedule(0.002, 80.0, 0.5)
+    student.network = lambda z, timestep, **cond: asked.append(timestep) or z
+    pairs.ends(pairs.fetch(range(64), 1), solver, 1, student)
+    assert torch.cat(asked).min() == torch.tensor(0.002).log() / 4
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def double(file):
+    save_file({name: value * 2 for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+
+FORWARD = dict(forward_rate=0.5)
+PROJECTED = dict(forward_rate=0.5, projection=0.02, windows=[1])
+LATENTS = dict(pairs="data", cache_latents=True)
+
+
+@pytest.mark.parametrize("options, change, named", [
+    ({}, lambda model, photos: edit_json(model / "scheduler/scheduler_config.json", prediction_type="v_prediction"), "prediction"),
+    ({}, lambda model, photos: edit_json(model / "scheduler/scheduler_config.json", beta_end=0.02), "schedule"),
+    (FORWARD, lambda model, photos: draw(photos / "4.bmp", 99), "images"),
+    (FORWARD, lambda model, photos: double(model / "vae/diffusion_pytorch_model.safetensors"), "autoencoder"),
+    (FORWARD, lambda model, photos: edit_json(model / "vae/config.json", scaling_factor=0.5), "scaling_factor"),
+    (PROJECTED, lambda model, photos: edit_json(model / "vae/config.json", shift_factor=0.1), "shift_factor"),
+    (LATENTS, lambda model, photos: double(model / "vae/diffusion_pytorch_model.safetensors"), "autoencoder"),
+    (LATENTS, lambda model, photos: edit_json(model / "vae/config.json", scaling_factor=0.5), "scaling_factor"),
+    (LATENTS, lambda model, photos: double(model / "text_encoder/model.safetensors"), "text")],
+    ids=["prediction", "schedule", "images", "vae", "scale", "shift of projected pairs", "latents: vae", "latents: scale", "latents: text"])
+def test_whatever_decides_a_caches_content_is_in_its_key(make, small_models, photos, tmp_path, options, change, named):
+    model, pictures = shutil.copytree(small_models["sd15"], tmp_path / "model"), shutil.copytree(photos, tmp_path / "photos")
+    options = dict(model=str(model), data=str(pictures), **options)
+    make(**options)
+    make(**options)                                                                      # the same again is the same cache
+    change(model, pictures)
+    with pytest.raises(config.UserError, match=f"made with other settings .*'{named}'"):
+        make(**options)
+
+
+def test_backward_trajectories_do_not_depend_on_pictures(make, small_models, photos, tmp_path):
+    model = shutil.copytree(small_models["sd15"], tmp_path / "model")
+    make(model=str(model))
+    double(model / "vae/diffusion_pytorch_model.safetensors")
+    make(model=str(model))
+
+
+def test_the_same_prompts_drawn_at_other_rates_are_another_cache(make, tmp_path):
+    common = dict(data="", prompts=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("fox\nheart\n")
+    make(**common)
+    (tmp_path / "a.txt").write_text("fox\nheart\nheart\n")
+    with pytest.raises(config.UserError, match="captions"):
+        make(**common)
+
+
+def test_what_may_change_between_starts_is_not_in_a_caches_key(make, tmp_path):
+    """--shard: also with LoRA and bf16, where FSDP wants the frozen weights in the dtype of the adapters."""
+    common = dict(lora=2, precision="bf16", cache=str(tmp_path / "cache"))
+    plain, _, one = make(**common)
+    for free in (dict(shard=True), dict(micro_batch=2), dict(gradient_checkpointing=True), dict(compile=True)):
+        other, _, two = make(**common, **free)
+        assert all(torch.equal(plain.rows[range(6)][key], value) for key, value in other.rows[range(6)].items())
+        assert (one.unet.dtype, two.unet.dtype) == (torch.bfloat16, torch.float32 if "shard" in free else torch.bfloat16)
+
+
+def test_models_that_are_not_square_train_on_their_own_shape_and_refuse_square_pictures(make, small_models, tmp_path):
+    (tmp_path / "a.txt").write_text("fox\nheart\n")
+    for name in ("sd15", "sdxl"):
+        model = shutil.copytree(small_models[name], tmp_path / name)
+        edit_json(model / "unet/config.json", sample_size=[8, 16])
+        pairs, *_ = make(model=str(model), data="", prompts=str(tmp_path / "a.txt"), out=str(tmp_path / f"{name}-out"))
+        rows = pairs.rows[range(2)]
+        assert rows["z"].shape[2:] == (4, 8, 16)
+        assert name == "sd15" or rows["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
+        for changes in (dict(pairs="data"), dict(forward_rate=0.5), dict(recipe="lcm")):
+            with pytest.raises(config.UserError, match="made for 32 x 64 pixels, and pictures are cropped to squares; give --size 32"):
+                make(model=str(model), out=str(tmp_path / f"{name}-{len(changes)}"), **changes)
+
+
+def test_stock_schedulers_stop_at_every_boundary_of_the_windows_that_are_accepted(schedule):
+    """And miss some of those that are refused: DDIM's trailing timesteps, and the one it steps to, 1000 // K lower."""
+    for windows in range(1, 41):
+        stock = DDIMScheduler(timestep_spacing="trailing")
+        stock.set_timesteps(windows)
+        steps = stock.timesteps.tolist()
+        exact = all([start == 1000 * t - 1 and start - 1000 // windows == 1000 * t_next - 1
+                     for start, t, t_next in zip(steps, reflow.boundaries(windows), reflow.boundaries(windows)[1:])])
+        if exact:
+            check_windows((windows,), schedule)
+        else:
+            with pytest.raises(config.UserError, match=f"--windows {windows}: does not divide the model's 1000 timesteps"):
+                check_windows((windows,), schedule)
+        check_windows((windows,), teacher.EDMSchedule(0.002, 80.0, 0.5))                 # has no timesteps
+    with pytest.raises(config.UserError, match="--windows 16: .*; use for instance 10 or 20"):
+        check_windows((16, 8), schedule)
 
 
 def test_a_cache_of_other_prompts_text_or_size_is_refused(make, tmp_path):
@@ -184,7 +315,7 @@ def test_forward_trajectories_end_at_real_latents_and_are_inverted_by_the_teache
     pairs, _, pipeline = make(forward_rate=0.5, text_dropout=0.5)
     assert [len(rows) for rows in pairs.rows.parts] == [3, 3] and len(pairs.rows) == 6
     rows, backward = pairs.rows[range(3, 6)], pairs.rows[range(3)]
-    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), pairs.pixels))
+    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), 32))
     assert torch.allclose(rows["z"][:, -1], latents, atol=1e-5)
     text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])
     assert torch.allclose(rows["encoder_hidden_states"], text["encoder_hidden_states"], atol=1e-5)
@@ -236,7 +367,7 @@ def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_th
     pairs, _, pipeline = make(forward_rate=0.5, windows=[1], projection=0.02, text_dropout=0.0)
     before, after = plain.rows[range(6)], pairs.rows[range(6)]
     assert after["z"].shape[1] == 2
-    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), pairs.pixels))
+    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), 32))
     text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])["encoder_hidden_states"]
     assert torch.equal(after["z"][:3, 0], before["z"][:3, 0])                             # backward: the noise stays
     for i in range(3):                                                                    # the data is real, and brings its caption

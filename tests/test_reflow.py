@@ -1,4 +1,5 @@
 """Identities of reflow.py: windows, chord, paths, spaces, time laws, recipes, the loss."""
+import functools
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import losses
 import pairs
 import reflow
 import teacher
+import tiny
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, 7, 8, 10, 1000])
@@ -79,7 +81,7 @@ def test_spaces_at_the_chord(schedule):
     t_s, t_e = torch.tensor([0.5], dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
     x, eps = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
     (a_s, s_s), (a_e, s_e) = schedule(t_s), schedule(t_e)
-    expected = {"eps": eps, "u": eps - x, "end": a_e * x + s_e * eps,
+    expected = {"eps": eps, "u": eps - x, "x": x, "end": a_e * x + s_e * eps,
                 "velocity": ((a_e * x + s_e * eps) - (a_s * x + s_s * eps)) / (t_e - t_s)}
     assert set(expected) == set(reflow.SPACES)
     for name, space in reflow.SPACES.items():
@@ -123,42 +125,87 @@ def test_starts_time_law_is_half_uniform_and_half_on_the_starts(windows):
 
 
 def cumulative(density, points=200_001):
-    """(t, F(t)) by the trapezoid rule: an integral that knows no inverse."""
-    t = torch.linspace(0, 1, points, dtype=torch.float64)
-    return t, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density(t), t)])
+    """(tau, F(tau)) by the trapezoid rule: an integral that knows no inverse."""
+    tau = torch.linspace(0, 1, points, dtype=torch.float64)
+    return tau, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density(tau), tau)])
 
 
 def kolmogorov_smirnov(draws, density, low=0.0, high=1.0):
     """sup |empirical - F| of draws from the density restricted to (low, high]; 1.95 / sqrt(n) is exceeded once in a thousand."""
-    t, F = cumulative(density)
+    tau, F = cumulative(density)
     draws = draws[(draws > low) & (draws <= high)].sort().values
-    at = torch.from_numpy(np.interp(torch.cat([draws, torch.tensor([low, high]).double()]).numpy(), t.numpy(), F.numpy()))
+    at = torch.from_numpy(np.interp(torch.cat([draws, torch.tensor([low, high]).double()]).numpy(), tau.numpy(), F.numpy()))
     at = (at[:-2] - at[-2]) / (at[-1] - at[-2])
     steps = torch.arange(len(draws) + 1, dtype=torch.float64) / len(draws)
     return max((at - steps[:-1]).max().item(), (steps[1:] - at).max().item()) * len(draws) ** 0.5
 
 
+# as the papers state them: the densities of tau, on the clock of a straight flow, where sigma_karras = tau / (1 - tau)
+def exponential(tau, base=10.0):
+    return base ** tau * math.log(base) / (base - 1)
+
+
+def cosh(tau, a=4.0):
+    return a * torch.cosh(a * (tau - 0.5)) / (2 * math.sinh(a / 2))
+
+
+def log_normal(tau, mean=-1.2, std=1.2):
+    tau = tau.clamp(1e-12, 1 - 1e-12)
+    return torch.exp(-(torch.logit(tau) - mean) ** 2 / (2 * std ** 2)) / (std * math.sqrt(2 * math.pi) * tau * (1 - tau))
+
+
 DRAWS = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+DENSITIES = {"uniform": torch.ones_like, "exponential": exponential, "cosh": cosh, "log-normal": log_normal}
 VARIANTS = {"uniform": ({},), "exponential": ({}, dict(base=4.0), dict(base=0.1), dict(base=1e4)), "cosh": ({}, dict(a=1.0), dict(a=10.0)),
             "log-normal": ({}, dict(mean=0.5, std=0.7))}
+EVERY = [(name, options) for name, variants in VARIANTS.items() for options in variants]
+# Stable Diffusion's tables, the same to infinite sigma (zero terminal SNR), EDM's
+SCHEDULES = {"sd": teacher.Schedule(tiny.make_scheduler().alphas_cumprod),
+             "zero-snr": teacher.Schedule(DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod),
+             "edm": teacher.EDMSchedule(0.002, 80.0, 0.5)}
 
 
-@pytest.mark.parametrize("name, options", [(name, options) for name, variants in VARIANTS.items() for options in variants])
-def test_time_laws_draw_from_their_density_on_the_axis_and_inside_each_window(name, options):
-    law, density = reflow.TIME_LAWS[name], reflow.DENSITIES[name]
-    for windows in (1, 4):
-        t = law(DRAWS, windows, **options)
-        assert 0 < t.min() and t.max() <= 1 and t.dtype == torch.float64
-        for start, end in zip(reflow.boundaries(windows), reflow.boundaries(windows)[1:]):
-            assert kolmogorov_smirnov(t, lambda t: density(t, **options), end, start) < 1.95, (windows, start)
+def noise_levels(schedule, t):
+    """(sigma_karras, tau) at t."""
+    alpha, sigma = schedule(t)
+    return sigma / alpha, sigma / (alpha + sigma)
+
+
+@pytest.mark.parametrize("name, options", EVERY)
+def test_time_laws_draw_from_their_density_and_know_its_integral(name, options):
+    law, density = reflow.TIME_LAWS[name], functools.partial(DENSITIES[name], **options)
+    tau, F = cumulative(density)
+    assert F[-1].item() == pytest.approx(1, abs=1e-7 if options != dict(base=1e4) else 1e-6)
+    draws = law(DRAWS, 1, **options)
+    assert 0 < draws.min() and draws.max() <= 1 and draws.dtype == torch.float64 and kolmogorov_smirnov(draws, density) < 1.95
+    if name in reflow.CUMULATIVE:
+        assert torch.allclose(reflow.CUMULATIVE[name](tau, **options), F, atol=1e-6)
+    else:
+        assert name == "uniform"                                                       # a law of our own t, whatever the schedule
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_densities_integrate_to_one_and_kolmogorov_smirnov_tells_them_apart(name):
-    assert cumulative(reflow.DENSITIES[name])[1][-1].item() == pytest.approx(1, abs=1e-8)
+def test_kolmogorov_smirnov_tells_the_laws_apart(name):
     for other in set(VARIANTS) - {name}:
-        assert kolmogorov_smirnov(reflow.TIME_LAWS[name](DRAWS, 1), reflow.DENSITIES[other]) > 10
-    assert set(reflow.DENSITIES) == set(reflow.TIME_LAWS) - {"starts"}
+        assert kolmogorov_smirnov(reflow.TIME_LAWS[name](DRAWS, 1), DENSITIES[other]) > 10
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", reflow.CUMULATIVE)
+def test_laws_stated_in_noise_levels_mean_the_same_levels_on_every_schedule(schedule, name, windows):
+    """The levels that are drawn follow the paper's density between the schedule's lowest and highest level, not a law of its clock."""
+    schedule = SCHEDULES[schedule]
+    t = reflow.draw_times(reflow.Recipe(time_law=name), DRAWS, windows, schedule)
+    low, high = noise_levels(schedule, torch.tensor([schedule.floor, 1.0], dtype=torch.float64))[1]
+    sigma, tau = noise_levels(schedule, t)
+    assert schedule.floor <= t.min() and t.max() <= 1 and tau.min() >= low - 1e-12
+    assert kolmogorov_smirnov(tau, DENSITIES[name], low.item(), high.item()) < 1.95
+    assert ((tau - low).abs() < 1e-9).sum() <= 1 and ((tau - high).abs() < 1e-9).sum() <= 1           # truncated, not piled up there
+    if name == "log-normal":                                                                      # EDM, table 1
+        assert sigma.median().item() == pytest.approx(math.exp(-1.2), rel=0.06)
+    if name == "exponential" and high > 0.98:
+        assert tau.mean().item() == pytest.approx(0.677, abs=0.015)
 
 
 def test_known_moments_of_the_time_laws():
@@ -170,22 +217,25 @@ def test_known_moments_of_the_time_laws():
     assert logit.mean().item() == pytest.approx(-1.2, abs=0.015) and logit.std().item() == pytest.approx(1.2, abs=0.015)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_time_laws_stay_in_the_half_open_interval_at_the_ends_of_u(name):
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("name", reflow.TIME_LAWS)
+def test_time_laws_stay_in_the_half_open_interval_at_the_ends_of_u(name, schedule):
     u = torch.tensor([0.0, 2 ** -53, 1 - 2 ** -53], dtype=torch.float64)
     for windows in (1, 8):
-        for options in VARIANTS[name]:
-            t = reflow.TIME_LAWS[name](u, windows, **options)
-            assert 0 < t.min() and t.max() <= 1 and t[0] > t[-1], options
-            reflow.window_of(t, windows)
+        for options in VARIANTS.get(name, ({},)):
+            assert 0 < reflow.TIME_LAWS[name](u, windows, **options).min() and reflow.TIME_LAWS[name](u, windows, **options).max() <= 1
+        for inside in (False, True):
+            for base in (10.0, 1e4, 0.1):
+                t = reflow.draw_times(reflow.Recipe(time_law=name, time_base=base, time_inside=inside), u, windows, schedule)
+                assert 0 < t.min() and t.max() <= 1
+                reflow.window_of(t, windows)
 
 
 def test_bases_without_an_exponential_law_are_refused():
     for base in (0.0, -2.0, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="base = .*above 0 and not 1"):
-            reflow.exponential(DRAWS[:2], 1, base)
-        with pytest.raises(ValueError, match="base = .*above 0 and not 1"):
-            reflow.exponential_density(DRAWS[:2], base)
+        for function in (lambda: reflow.exponential(DRAWS[:2], 1, base), lambda: reflow.exponential_cumulative(DRAWS[:2], base)):
+            with pytest.raises(ValueError, match="base = .*above 0 and not 1"):
+                function()
     near = reflow.exponential(DRAWS, 1, 1 + 1e-9)                                     # and the limit is the uniform law
     assert torch.allclose(near, reflow.uniform(DRAWS, 1), atol=1e-6)
 
@@ -193,21 +243,31 @@ def test_bases_without_an_exponential_law_are_refused():
 @pytest.mark.parametrize("windows", [1, 2, 8])
 def test_a_law_inside_windows_asks_all_equally_often_and_follows_its_density_in_each(windows):
     recipe = reflow.Recipe(time_law="exponential", time_base=4.0, time_inside=True)
-    t = reflow.draw_times(recipe, DRAWS, windows)
+    t = reflow.draw_times(recipe, DRAWS, windows, SCHEDULES["sd"])
     t_start, t_end = reflow.window_of(t, windows)
     for start in reflow.boundaries(windows)[:-1]:
         assert (t_start == start).double().mean().item() == pytest.approx(1 / windows, abs=0.005)
     place = (t - t_end) / (t_start - t_end)
-    assert kolmogorov_smirnov(place, lambda t: reflow.exponential_density(t, 4.0)) < 1.95
-    on_starts = reflow.draw_times(reflow.Recipe(time_law="starts", time_inside=True), DRAWS, windows)
+    assert kolmogorov_smirnov(place, functools.partial(exponential, base=4.0)) < 1.95
+    on_starts = reflow.draw_times(reflow.Recipe(time_law="starts", time_inside=True), DRAWS, windows, SCHEDULES["sd"])
     assert (on_starts == reflow.window_of(on_starts, windows)[0]).double().mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_a_recipe_draws_on_the_whole_axis_unless_told_and_its_base_is_read():
-    for name, law in reflow.TIME_LAWS.items():
-        assert torch.equal(reflow.draw_times(reflow.Recipe(time_law=name), DRAWS, 4), law(DRAWS, 4))
-    t = reflow.draw_times(reflow.Recipe(time_law="exponential", time_base=0.5), DRAWS, 4)
-    assert torch.equal(t, reflow.exponential(DRAWS, 4, 0.5))
+    for schedule in SCHEDULES.values():
+        for name in ("uniform", "starts"):                                            # laws of our own t
+            assert torch.equal(reflow.draw_times(reflow.Recipe(time_law=name), DRAWS, 4, schedule), reflow.TIME_LAWS[name](DRAWS, 4))
+        t = reflow.draw_times(reflow.Recipe(time_law="exponential", time_base=0.5), DRAWS, 4, schedule)
+        low, high = noise_levels(schedule, torch.tensor([schedule.floor, 1.0], dtype=torch.float64))[1].tolist()
+        assert kolmogorov_smirnov(noise_levels(schedule, t)[1], functools.partial(exponential, base=0.5), low, high) < 1.95
+
+
+def test_recipes_of_several_windows_train_at_the_starts_unless_their_paper_tells_its_time_law():
+    """PeRFlow: uniform on its grid of 1000; Rectified Diffusion: a uniform index of 40, then uniform in its window."""
+    told = {"perflow": "uniform", "rectified-diffusion": "uniform"}
+    for name, recipe in reflow.RECIPES.items():
+        if max(recipe.stages) > 1:
+            assert recipe.time_law == told.get(name, "starts"), name
 
 
 # ---- student_loss ----

@@ -29,9 +29,12 @@ def normal(*shape, seed=0):
 # ---- grids ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["sd", "edm"])
 @pytest.mark.parametrize("spacing", sampler.GRIDS)
-@pytest.mark.parametrize("windows, steps", [(1, 1), (1, 2), (1, 9), (2, 2), (2, 7), (3, 5), (4, 8), (8, 8)])
-def test_every_grid_falls_from_1_to_0_and_meets_every_boundary(schedule, spacing, windows, steps):
+@pytest.mark.parametrize("windows, steps", [(1, 1), (1, 2), (1, 9), (2, 2), (2, 7), (3, 5), (4, 8), (8, 8), (4, 40), (1000, 2500)])
+def test_every_grid_falls_from_1_to_0_and_meets_every_boundary(schedule, kind, spacing, windows, steps):
+    """Also where the last window lies at or below the lowest noise that the network knows."""
+    schedule = schedule if kind == "sd" else teacher.EDMSchedule(0.002, 80.0, 0.5)
     times = sampler.time_grid(steps, windows, sampler.GRIDS[spacing], schedule)
     assert times.shape == (steps + 1,) and times.dtype == torch.float64 and times[0] == 1 and times[-1] == 0
     assert (times.diff() < 0).all() and set(reflow.boundaries(windows)) <= set(times.tolist())

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import time
 
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 
 import config
 import data
+import losses as reflow_losses
 import reflow
 import sampler
 import student
 import teacher
+import tiny
 import train
 from pairs import cache_bytes
 
@@ -402,6 +405,71 @@ def test_the_same_loop_trains_every_family(small_models, tmp_path, name):
     last = train.main(small(small_models[name], tmp_path, precision="bf16", lora=2 * (name == "sdxl"), pairs="student" if name == "sd21" else "trajectory",
                             cache_latents=False))
     assert (last / "model_index.json").exists() and np.isfinite(losses(tmp_path)).all()
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(lora=2)], ids=["full", "lora"])
+def test_guidance_is_put_in_by_the_teacher_alone(random_sd, tmp_path, monkeypatch, changes):
+    """Where the previous student solves, it has learned the guidance: also in a run that goes on from a finished stage."""
+    real, solved = sampler.ddim, []
+
+    def ddim(model, z, times, cond, guidance=1.0, *rest, **more):
+        solved.append((model.path is None, guidance))
+        return real(model, z, times, cond, guidance, *rest, **more)
+    monkeypatch.setattr(sampler, "ddim", ddim)
+    options = dict(pairs="student", windows=[2, 1], guidance_teacher=4.0, steps=4, checkpoint_steps=100, **changes)
+    train.main(small(random_sd, tmp_path, **options))
+    assert solved == [(True, 4.0)] + [(False, 1.0)] * 3                # shares 2 : 4
+    shutil.rmtree(tmp_path / "student-1")
+    train.main(small(random_sd, tmp_path, **options))
+    assert solved[4:] == [(False, 1.0)] * 3
+
+
+def share_of_the_largest(recipe, samples=64, draws=40):
+    """Of the gradient with respect to an x-predicting network's output, the largest sample's share: (median, maximum) over draws of
+    `samples` samples at uniform times, the network's errors alike at all of them."""
+    schedule, shares = teacher.Schedule(tiny.make_scheduler().alphas_cumprod), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        x, eps, error = torch.randn(3, samples, 64, generator=generator)
+        t = reflow.uniform(torch.rand(samples, generator=generator, dtype=torch.float64), 1)
+        output = (x + 0.3 * error).requires_grad_(True)
+        model = teacher.Model(lambda z, timestep: output, schedule, "sample")        # noqa: B023
+        a, b = (v.float() for v in model.coefficients(t, 2))
+        x_hat, eps_hat = model(a * x + b * eps, t, {})
+        start, end = reflow.window_of(t, 1)
+
+        def compared(space):
+            p, q = (v.float()[:, None] if torch.is_tensor(v) else v for v in reflow.SPACES[space](schedule, start, end))    # noqa: B023
+            return p * x_hat + q * eps_hat, p * x + q * eps                          # noqa: B023
+        pair = compared(recipe.space)
+        loss = reflow_losses.aligned(reflow_losses.mse(*pair), *compared(recipe.direction_space), recipe.direction_weight)
+        norms = torch.autograd.grad(loss.sum(), output)[0].norm(dim=1)
+        shares.append((norms.max() / norms.sum()).item())
+    return np.median(shares), max(shares)
+
+
+@pytest.mark.parametrize("name", reflow.RECIPES)
+def test_no_sample_of_an_x_predicting_teacher_holds_most_of_the_gradient(name):
+    recipe = reflow.RECIPES[name]
+    assert train.fit_prediction(train.Config(), recipe, "v_prediction") is train.fit_prediction(train.Config(), recipe, "epsilon") is recipe
+    fitted = train.fit_prediction(train.Config(), recipe, "sample")
+    median, most = share_of_the_largest(fitted)
+    assert median < 0.04 and most < 0.08, (median, most)
+    if recipe.space != "end":
+        assert fitted.space == "x" and share_of_the_largest(recipe)[1] > 0.3
+
+
+def test_a_teacher_that_predicts_x_is_compared_in_x_and_its_students_say_so(random_sd, tmp_path):
+    model = shutil.copytree(random_sd, tmp_path / "model")
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "sample"}))
+    last = train.main(small(model, tmp_path / "out", steps=4))
+    columns = json.loads((last / "reflow.json").read_text())["columns"]
+    assert columns["space"] == columns["direction_space"] == "x"
+    for changes in (dict(space="u"), dict(space="eps"), dict(direction_space="velocity")):
+        with pytest.raises(config.UserError, match="this teacher predicts x, whose errors have no bound there"):
+            train.main(small(model, tmp_path / "refused", steps=4, **changes))
+    assert not (tmp_path / "refused" / "config.json").exists()
 
 
 def test_random_init_needs_no_weights_and_is_remembered(small_models, tmp_path):

@@ -61,7 +61,7 @@ def straighten(network, windows, trajectories, recipe, updates):
     rows = torch.arange(512)
     for _ in range(updates):
         path = trajectories[torch.randint(len(trajectories), (512,))]
-        t = reflow.draw_times(recipe, torch.rand(512, dtype=torch.float64), windows)
+        t = reflow.draw_times(recipe, torch.rand(512, dtype=torch.float64), windows, SCHEDULE)
         edges = reflow.window_of(t, windows)
         ends = [path[rows, ((1 - edge) * 8).round().long()] for edge in edges]      # row k of a trajectory is at t = 1 - k/8
         loss = reflow.student_loss(model, ends, (t, *edges), {}, recipe)[0].mean()
