@@ -316,6 +316,8 @@ def save(pipeline, clip):
     (ASSETS / "tiny-sd" / "vocabulary.json").write_text(json.dumps(sprites.vocabulary()))
     clip.half().save_pretrained(ASSETS / "tiny-clip", safe_serialization=True)
     pipeline.tokenizer.save_pretrained(ASSETS / "tiny-clip")
+    for folder in ("tiny-sd", "tiny-clip"):
+        export.make_portable(ASSETS / folder)
     pipeline.to(dtype=torch.float32), clip.float()
 
 
@@ -461,6 +463,7 @@ license: cc-by-sa-4.0
 A complete diffusers `StableDiffusionPipeline` (32 x 32 pixels, 8 x 8 x 8 latents, fp16 weights): {sizes} parameters. It draws
 {objects} OpenMoji objects on {backgrounds} pastel backgrounds, and exists so that reflow can be run, read and tested on a laptop.
 Built by `python tiny.py` from `assets/sprites.png`; beside it, `assets/tiny-clip` is the CLIP whose text tower it uses.
+Sample it with `DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=32, guidance_scale=1)`.
 
 ## Data and licence
 

@@ -441,7 +441,7 @@ def main(c):
         del optimizer, ema
         weights = {name: full(value) for name, value in student.state_dict().items()}
         if rank == 0:
-            export.export(folder, weights, student.config, info)
+            export.export(folder, weights, info)
         barrier()
         if recipe.pairs == "student" and folder != last:
             solver.become({name: weights[name] for name in trained(student)}, c)
