@@ -100,9 +100,9 @@ def agreement(scheduler, windows, path):
     if path == "linear":
         return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in between, the student leaves the "
                 "noise schedule (path linear).")
-    shown = ", ".join(map(str, steps[:4]))
-    return (f"Stock samplers agree with sampler.py at {shown}{', ...' * (len(steps) > 4)} steps (the multiples of {windows} that divide the "
-            f"{timesteps}); other numbers are rounded to whole timesteps.")
+    shown = ", ".join([*map(str, steps[:4]), *["..."] * (len(steps) > 4)])
+    return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide the {timesteps}); other numbers "
+            "are rounded to whole timesteps.")
 
 
 CARD = """# A reflow student of {windows} window{s}
@@ -129,7 +129,7 @@ def card(pipeline, info):
         sentences.append("Without guidance_scale=1 diffusers takes 7.5, which is far off" + (
             f"; guidance {guidance:g} is in the student already." if guidance != 1 else "."))
         if settings(info)["null_text"] == "zeros" and "force_zeros_for_empty_prompt" not in pipeline.config:
-            sentences.append("With other guidance use sampler.py: its null embedding is zeros, and diffusers' pipeline has no word for that.")
+            sentences.append("With other guidance use sampler.py: the null embedding is zeros, and diffusers' pipeline cannot know it.")
         n = next((n for n in exact if n > 1), 1)
         strengths = ", ".join(f"{k / n:g}" for k in range(1, n)) + " or " * (n > 1) + "1"
         sentences.append(f"Image to image and inpainting: a strength that is a multiple of 1 / num_inference_steps (with {n} step"

@@ -312,6 +312,7 @@ def build(runs, pictures, clip_steps, autoencoder_steps, unet_steps):
 
 def save(pipeline, clip):
     """Write assets/tiny-sd and assets/tiny-clip in fp16, and the list of words the model knows."""
+    import export
     pipeline.to(dtype=torch.float16).save_pretrained(ASSETS / "tiny-sd", safe_serialization=True)
     (ASSETS / "tiny-sd" / "vocabulary.json").write_text(json.dumps(sprites.vocabulary()))
     clip.half().save_pretrained(ASSETS / "tiny-clip", safe_serialization=True)

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -18,6 +19,7 @@ import eval as evaluation
 import export
 import sampler
 import teacher
+import tiny
 import train
 from config import UserError
 
@@ -182,11 +184,16 @@ def stock(folder):
 SHIPPED = [str(file.parent) for file in sorted(teacher.ASSETS.glob("*/README.md"))]
 
 
-@pytest.fixture(params=[*SHIPPED, "tiny", "sd21", "sdxl", "bf16 lora"], ids=lambda name: name.split("/")[-1])
-def written(request, students):
-    """A folder that ships, or that a run has written."""
+@pytest.fixture(params=[*SHIPPED, "tiny", "sd21", "sdxl", "bf16 lora", "tiny.save"], ids=lambda name: name.split("/")[-1])
+def written(request, students, random_sd, tmp_path, monkeypatch):
+    """A folder that ships, or that a run or tiny.py has written."""
     if request.param in SHIPPED:
-        return teacher.Path(request.param)
+        return Path(request.param)
+    if request.param == "tiny.save":
+        monkeypatch.setattr(tiny, "ASSETS", tmp_path)
+        pipeline = teacher.load_pipeline(str(random_sd))
+        tiny.save(pipeline, tiny.make_clip(pipeline.tokenizer))
+        return tmp_path
     family, changes = ("tiny", dict(lora=2, precision="bf16")) if "lora" in request.param else (request.param, {})
     return students(family, **changes) / "student-2"
 
