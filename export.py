@@ -101,8 +101,8 @@ def agreement(scheduler, windows, path):
         return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in between, the student leaves the "
                 "noise schedule (path linear).")
     shown = ", ".join([*map(str, steps[:4]), *["..."] * (len(steps) > 4)])
-    return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide the {timesteps}); other numbers "
-            "are rounded to whole timesteps.")
+    return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide the {timesteps}); other "
+            "numbers are rounded to whole timesteps.")
 
 
 CARD = """# A reflow student of {windows} window{s}
