@@ -64,7 +64,7 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "unet"), weig
     parts: what to make, the rest is None. overrides: per component (unet, text_encoder_2, scheduler, ...) a dict of changed
     config values, or the ready component, or None to leave it out. weights: False leaves all on the meta device.
     Returns: StableDiffusionPipeline or StableDiffusionXLPipeline, frozen, in eval mode. A part's weights depend on its own
-    config, dtype and the seed alone.  Raises KeyError for another name, TypeError for a misspelt override."""
+    config and the seed alone, up to the rounding of dtype.  Raises KeyError for another name, TypeError for a misspelt override."""
     # The published vocabularies cannot be had without a download: tiny's, whose ids all fit, padded and cut to 77 as theirs.
     tokenizer = tiny.make_tokenizer()
     tokenizer.model_max_length = TOKENS
@@ -99,7 +99,8 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "unet"), weig
 
 
 def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
-    """The module that make() returns, built without memory and then filled once, in dtype: SDXL never exists in float32.
+    """The module that make() returns, built without memory and then filled once, tensor by tensor: SDXL never exists in float32, and
+    in half precision it is that network rounded.
     Matrices and kernels ~ N(0, 1/fan_in), which keeps activations of order one at any depth; biases ~ N(0, 0.02^2) and gains
     1 + N(0, 0.02^2), so that no two tensors are equal and a mix-up shows.  Returns: the module, frozen, in eval mode."""
     with init_empty_weights():                              # parameters only: CLIP's position_ids are a real buffer
@@ -110,7 +111,7 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
         for name, parameter in module.named_parameters():
             gain = parameter.ndim == 1 and name.endswith("weight")
             std = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
-            filled[name] = torch.empty(parameter.shape, dtype=dtype).normal_(float(gain), std, generator=generator)
+            filled[name] = torch.empty(parameter.shape).normal_(float(gain), std, generator=generator).to(dtype)
         module.load_state_dict(filled, strict=False, assign=True)
     return module.requires_grad_(False).eval()
 

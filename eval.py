@@ -166,10 +166,12 @@ class Asked:
 
 class Evaluator:
     """A protocol with its captions, networks, real images and teacher, ready to measure models: row(). What all rows share is made here.
-    c: Config; rank, world, barrier: of the processes, which all generate; the first alone computes distances.  Raises UserError."""
+    c: Config; rank, world, barrier: of the processes, which all generate; the first alone computes distances; student: reflow.json
+    of one, whose teacher is opened as its run opened it.  Raises UserError."""
 
-    def __init__(self, c, rank=0, world=1, barrier=lambda: None):
+    def __init__(self, c, rank=0, world=1, barrier=lambda: None, student=None):
         self.c, self.protocol = c, protocol = resolve(c)
+        self.student = student
         self.processes, self.device = (rank, world, barrier), teacher.pick_device(c.device)
         torch.backends.cudnn.allow_tf32 = False                # fp32 is fp32 in a measurement, whatever training has set
         torch.set_float32_matmul_precision("highest")
@@ -242,7 +244,8 @@ class Evaluator:
         if self.opened[0] != key:
             self.opened = None, None
             c = self.c
-            self.opened = key, sampler.open_model(folder, self.device, teacher.DTYPES[c.dtype], guide=c.guide, size=c.size)
+            self.opened = key, sampler.open_model(folder, self.device, teacher.DTYPES[c.dtype], guide=c.guide, size=c.size,
+                                                   student=self.student)
         return self.opened[1]
 
     def about(self, folder):
@@ -254,7 +257,8 @@ class Evaluator:
             self.read[key] = info, dict(
                 weights=pairs.fingerprint(pipeline.unet, *pairs.encoders(pipeline)), path=info.get("path", "vp"),
                 schedule=data.digest(model.schedule.key, model.prediction), windows=info.get("windows", 1),
-                size=[side * pipeline.vae_scale_factor for side in shape[1:]])
+                size=[side * pipeline.vae_scale_factor for side in shape[1:]],
+                **({"null": "zeros"} if pipeline.config.get("force_zeros_for_empty_prompt") else {}))
         return self.read[key]
 
     def settings(self, folder, steps, solver, guidance, edit, count):
@@ -425,8 +429,13 @@ def main(c):
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their runs one by one")
     c, _ = resolve(dataclasses.replace(c, teacher=c.teacher or names.pop()))
+    for key in {"model_config", "random_init", "null_text", *["size"] * (c.size is None)}:      # one teacher is measured for all
+        values = {str(export.settings(info)[key]) for info in infos}
+        if len(values) > 1:
+            raise UserError(f"{run}: students of runs with several --{key.replace('_', '-')} ({', '.join(sorted(values))}); evaluate them "
+                            "one by one")
     rank, world, _, barrier = train.start_processes(SimpleNamespace(device=c.device, shard=False))
-    evaluator = Evaluator(c, rank, world, barrier)
+    evaluator = Evaluator(c, rank, world, barrier, infos[0])
 
     # rows: (method, windows, steps, folder, solver, run)
     plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim", "")]

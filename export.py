@@ -39,68 +39,120 @@ def versions():
 # ---- a student as a pipeline ---------------------------------------------------------------------------------------
 
 
-def split_lora(weights):
-    """A network's weights, as its state_dict names them, into those of the plain network and those of its adapter
-    "student".  Returns: (plain: name -> tensor, layers: layer -> (A, B)); without adapters, layers is empty."""
-    plain, layers = {}, {}
-    for name, value in weights.items():
-        if ".lora_A.student." in name:
-            layer = name.split(".lora_A.")[0]
-            layers[layer] = value, weights[name.replace(".lora_A.", ".lora_B.")]
-        elif ".lora_" not in name:
-            plain[name.replace(".base_layer.", ".")] = value
-    return plain, layers
+def adapters(weights):
+    """The adapter "student" among a network's weights, as its state_dict names them.  Returns: layer -> (A, B); {} without one."""
+    return {name.split(".lora_A.")[0]: (value, weights[name.replace(".lora_A.", ".lora_B.")])
+            for name, value in weights.items() if ".lora_A.student." in name}
 
 
-def merge_lora(plain, layers):
-    """W + B A of every adapted layer, linear or convolution, in fp32 and back. Scale 1: our alpha is the rank."""
+def merge_lora(weights, layers):
+    """Add B A to every adapted layer, linear or convolution, in place. Scale 1: our alpha is the rank.
+    weights: name -> fp32 tensor; layers: from adapters().  Returns: weights."""
     for layer, (down, up) in layers.items():
-        weight = plain[f"{layer}.weight"]
-        product = (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape)
-        plain[f"{layer}.weight"] = (weight.float() + product).to(weight.dtype)
-    return plain
+        weight = weights[f"{layer}.weight"]
+        weight += (up.flatten(1).float() @ down.flatten(1).float()).view(weight.shape)
+    return weights
 
 
-CARD = """# A reflow student of {windows} window(s)
+# The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and path, and what they
+# are where reflow.json does not say. They are read here alone.
+SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto")
 
-Distilled from `{teacher}` by `{command}`; the teacher's licence covers these weights. Sample it with
-{sampled}, or any multiple of {windows};
-reflow.json tells the rest.
+
+def settings(info):
+    """These options of a student's run. info: its reflow.json, or {}.  Returns: dict with the keys of SETTINGS."""
+    return {key: info.get("config", {}).get(key, default) for key, default in SETTINGS.items()}
+
+
+def load_teacher(info, **how):
+    """The teacher of a student as its run opened it, but in fp32. info: the student's reflow.json; how: more for load_pipeline."""
+    opened = {key: settings(info)[key] for key in ("random_init", "seed", "model_config")}
+    return teacher.load_pipeline(info["teacher"], **opened, **how)
+
+
+def apply_settings(pipeline, info, written=False):
+    """Make the size and the null embedding of a run its pipeline's own: what samples it reads them there. info: reflow.json or {};
+    written: leave out what diffusers' own pipeline would not read back (the null embedding of SD 1.x and 2.x)."""
+    size, null = settings(info)["size"], settings(info)["null_text"]
+    if size:
+        pipeline.unet.register_to_config(sample_size=size // pipeline.vae_scale_factor)
+    if null != "auto" and ("force_zeros_for_empty_prompt" in pipeline.config or not written):
+        pipeline.register_to_config(force_zeros_for_empty_prompt=null == "zeros")
+
+
+def exact_steps(scheduler, windows, path):
+    """The numbers of steps at which stock DDIM (timestep_spacing "trailing") takes the very steps of sampler.py: those that divide
+    the timesteps, as others are rounded to whole timesteps; on path linear only one per window, as in between the student leaves
+    the schedule's curve.  Returns: list of int, rising; empty for EDM's form, and where windows do not divide the timesteps."""
+    timesteps = 0 if teacher.is_edm(scheduler) else scheduler.config.num_train_timesteps
+    steps = [n for n in range(windows, timesteps + 1, windows) if timesteps % n == 0]
+    return steps if path == "vp" else [n for n in steps if n == windows]
+
+
+def agreement(scheduler, windows, path):
+    """A sentence: at which numbers of steps stock samplers give the pictures of sampler.py."""
+    if teacher.is_edm(scheduler):
+        return ("Only sampler.py samples it: its network is in EDM's form, to which diffusers' DDIM does not apply, and its windows are "
+                "even in sigma^(1/7), from the scheduler's sigma_max down to sigma_min, and then the data.")
+    steps, timesteps = exact_steps(scheduler, windows, path), f"{scheduler.config.num_train_timesteps} timesteps"
+    if not steps:
+        return f"Only sampler.py stops at its boundaries: {timesteps} do not divide into {windows} windows."
+    if path == "linear":
+        return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in between, the student leaves the "
+                "noise schedule (path linear).")
+    shown = ", ".join([*map(str, steps[:4]), *["..."] * (len(steps) > 4)])
+    return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide the {timesteps}); other "
+            "numbers are rounded to whole timesteps.")
+
+
+CARD = """# A reflow student of {windows} window{s}
+
+Distilled from `{teacher}` by `{command}`; the teacher's licence covers these weights. reflow.json tells the rest. Sample it with
+`{line}`.
+{sentences}
 """
-SAMPLED = {
-    "text": "`DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps={windows}, guidance_scale=1)`",
-    "unconditional": "`DiffusionPipeline.from_pretrained(folder)(num_inference_steps={windows})`",
-    "classes": "`python sampler.py --model FOLDER --prompt CLASS --steps {windows}` (no pipeline of diffusers hands on a class; its DDIM\n"
-               "scheduler, around the UNet with class_labels, gives the same pictures)",
-    "edm": "`python sampler.py --model FOLDER --steps {windows}`: the network is in EDM's form, to which diffusers' DDIM does not apply,\n"
-           "and the windows are even in sigma^(1/7), from the scheduler's sigma_max down to 0",
-}
 
 
-def sampled(pipeline, windows):
-    """How a student is sampled, in the words of its card."""
-    kind = ("edm" if teacher.is_edm(pipeline.scheduler) else "text" if not teacher.in_pixels(pipeline) else
-            "classes" if teacher.class_names(pipeline) else "unconditional")
-    return SAMPLED[kind].format(windows=windows)
+def card(pipeline, info):
+    """The model card of a student, which says how it is sampled. info: the contents of reflow.json."""
+    windows, path = info["windows"], info["path"]
+    text = not teacher.in_pixels(pipeline)
+    classes, exact = not text and teacher.class_names(pipeline), exact_steps(pipeline.scheduler, windows, path)
+    sentences = [agreement(pipeline.scheduler, windows, path)]
+    line = f"python sampler.py --model FOLDER{' --prompt PROMPT' if text else ' --prompt CLASS' if classes else ''} --steps {windows}"
+    if classes:
+        sentences.append("No pipeline of diffusers hands on a class: it means the DDIM scheduler around the UNet with class_labels.")
+    elif exact:
+        line = f"DiffusionPipeline.from_pretrained(folder)({'prompt, ' * text}num_inference_steps={windows}{', guidance_scale=1' * text})"
+    if text and exact:
+        guidance = info["config"].get("guidance_teacher", 1)
+        sentences.append("Without guidance_scale=1 diffusers takes 7.5, which is far off" + (
+            f"; guidance {guidance:g} is in the student already." if guidance != 1 else "."))
+        if settings(info)["null_text"] == "zeros" and "force_zeros_for_empty_prompt" not in pipeline.config:
+            sentences.append("With other guidance use sampler.py: the null embedding is zeros, and diffusers' pipeline cannot know it.")
+        n = next((n for n in exact if n > 1), 1)
+        strengths = ", ".join(f"{k / n:g}" for k in range(1, n)) + " or " * (n > 1) + "1"
+        sentences.append(f"Image to image and inpainting: a strength that is a multiple of 1 / num_inference_steps (with {n} step"
+                         f"{'s' * (n > 1)} {strengths}). Diffusers rounds steps x strength down, and fails below 1.")
+    return CARD.format(**info, s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
 
 
-def export(folder, weights, unet_config, info):
-    """Write a complete diffusers pipeline with a stock DDIM scheduler (a network in EDM's form keeps its own), reflow.json beside
-    it, and a LoRA file if the weights have adapters. weights: name -> whole CPU tensor; info: the contents of reflow.json
-    (train.describe)."""
-    plain, layers = split_lora(weights)
-    merge_lora(plain, layers)
-    with torch.device("meta"):
-        unet = teacher.unet_class(unet_config).from_config(unet_config)
-    unet.load_state_dict(plain, assign=True)
-    options = info["config"]
-    pipeline = teacher.load_pipeline(options["model"], unet.dtype, options["random_init"], options["seed"], options["model_config"],
-                                     unet=unet)
+def export(folder, trained, info):
+    """Write a student as a complete diffusers pipeline in fp32 with a stock DDIM scheduler (a network in EDM's form keeps its own),
+    reflow.json beside it, and a LoRA file if it is one. trained: name -> whole CPU tensor, as the network's state_dict names
+    them; of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they are added to the
+    teacher as it is stored. info: the contents of reflow.json (train.describe)."""
+    layers, pipeline = adapters(trained), load_teacher(info)
+    if layers:
+        merge_lora(pipeline.unet.state_dict(), layers)
+    else:
+        pipeline.unet.load_state_dict(trained)
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items() for side, value in zip("AB", pair)}
     write_pipeline(folder, pipeline, info, lora)
 
 
 def write_pipeline(folder, pipeline, info, lora=None):
+    apply_settings(pipeline, info, written=True)
     if not teacher.is_edm(pipeline.scheduler):
         stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False, steps_offset=1)
         pipeline.scheduler = teacher.as_ddim(pipeline.scheduler, **stock)
@@ -110,16 +162,45 @@ def write_pipeline(folder, pipeline, info, lora=None):
 
     def write(part):
         pipeline.save_pretrained(part, safe_serialization=True)
+        make_portable(part)
         if lora:
             type(pipeline).save_lora_weights(part, unet_lora_layers=lora)
         source = Path(teacher.PRESETS.get(info["teacher"], (info["teacher"], ""))[0])
         for name in ("vocabulary.json", "labels.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, part)
-        (part / "README.md").write_text(CARD.format(**info, sampled=sampled(pipeline, info["windows"])))
+        (part / "README.md").write_text(card(pipeline, info))
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
     folder.parent.mkdir(parents=True, exist_ok=True)
     data.write_atomically(folder, write)
+
+
+def make_portable(folder):
+    """Change what transformers 5 has just written in a model's folder so that transformers 4 reads it too, and so that diffusers'
+    plain call runs. In place; what is so already stays.
+    - Text encoders: CLIPTextModel's tensors begin with "text_model.", as in every published model. Since 5.6 transformers may leave
+      that out; older ones then fill the encoder with random numbers, in silence.
+    - Tokenizers: vocab.json and merges.txt, which transformers 4 wants, beside tokenizer.json.
+    - config.json: "dtype" float32. Transformers 5 loads in the dtype named there, diffusers loads its networks in float32 whatever
+      the files hold, and two dtypes in one pipeline fail. Weights stored in half precision stay as small as they are."""
+    for file in folder.rglob("config.json"):
+        settings = json.loads(file.read_text())
+        if "model_type" not in settings:                   # diffusers'
+            continue
+        for part in (settings, settings.get("text_config", {})):
+            part.pop("torch_dtype", None)
+            part["dtype"] = "float32"
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+        if settings["architectures"] == ["CLIPTextModel"]:
+            weights = load_file(file.parent / "model.safetensors")
+            save_file({"text_model." + name.removeprefix("text_model."): value for name, value in weights.items()},
+                      file.parent / "model.safetensors", {"format": "pt"})
+    for file in folder.rglob("tokenizer.json"):
+        model = json.loads(file.read_text())["model"]
+        if model["type"] == "BPE":
+            (file.parent / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+            merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+            (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 def trained_weights(folder, lora):
@@ -168,12 +249,8 @@ def export_checkpoint(c):
     if "info" not in metadata:
         raise UserError(f"--checkpoint {c.checkpoint}: not one of train.py's checkpoints")
     info = json.loads(metadata["info"])
-    options = info["config"]
     average = {key.removeprefix("ema:"): value for key, value in tensors.items() if key.startswith("ema:")}
-    dtype = teacher.DTYPES[options["precision"] if options["lora"] and not options["shard"] else "fp32"]      # as it was trained
-    unet = teacher.load_pipeline(options["model"], dtype, options["random_init"], options["seed"], options["model_config"],
-                                 vae=None, text_encoder=None).unet
-    export(folder, {**unet.state_dict(), **average}, unet.config, {**info, "updates": int(metadata["step"])})
+    export(folder, average, {**info, "updates": int(metadata["step"])})
     print(f"{folder}: student of {info['windows']} windows after {metadata['step']} updates")
 
 
@@ -186,18 +263,23 @@ class DeltaConfig:
 
 
 def export_delta(c):
-    """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what it is merged into."""
+    """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what it is merged into. Of a LoRA and
+    its teacher it is what the adapters add, free of rounding; tensors without adapter are zero."""
     dtype = teacher.DTYPES[config.choose("--dtype", c.dtype, ("fp32", "fp16"))]
     info = read_info("--student", c.student)
-    base = c.base or info["teacher"]
-    seed, random_init = info["config"].get("seed", 0), info["config"].get("random_init", False) and not c.base
+    base, folder = c.base or info["teacher"], Path(c.student)
     student = only_unet(c.student).state_dict()
-    other = only_unet(base, random_init=random_init, seed=seed).state_dict()
-    check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
-    delta = {name: (value.float() - other[name].float()).to(dtype) for name, value in student.items()}
+    if base == info["teacher"] and (folder / LORA_FILE).is_file():
+        delta = merge_lora({name: torch.zeros_like(value) for name, value in student.items()}, adapters(trained_weights(folder, lora=True)))
+    else:
+        alone = dict(vae=None, text_encoder=None)
+        other = (load_teacher(info, **alone).unet if base == info["teacher"] else only_unet(base)).state_dict()
+        check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
+        delta = {name: value - other[name] for name, value in student.items()}
+    delta = {name: value.to(dtype) for name, value in delta.items()}
     data.write_atomically(Path(c.out), lambda part: save_file(delta, part, {"info": json.dumps(info)}))
-    size = sum(value.float().square().sum().item() for value in delta.values()) ** 0.5
-    print(f"{c.out}: {c.student} minus {base}, {len(delta)} tensors, norm {size:.4g}")
+    size, changed = sum(value.float().square().sum().item() for value in delta.values()) ** 0.5, sum(map(torch.any, delta.values()))
+    print(f"{c.out}: {c.student} minus {base}, {changed} of {len(delta)} tensors differ, norm {size:.4g}")
 
 
 @dataclass
@@ -205,6 +287,7 @@ class MergeConfig:
     delta: str = ""                  # a file that export-delta wrote
     model: str = ""                  # what to add it to: a preset, folder, hub id or single file of the same architecture
     out: str = ""                    # folder to write: a complete pipeline
+    model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
     scale: float = 1.0               # how much of the difference to add
 
 
@@ -216,14 +299,16 @@ def merge(c):
         raise UserError(f"--delta {c.delta}: not a difference that export-delta wrote")
     if not c.model:
         raise UserError("--model: name the model to add the difference to")
-    pipeline = teacher.load_pipeline(c.model)
+    pipeline = teacher.load_pipeline(c.model, model_config=c.model_config)
     weights = pipeline.unet.state_dict()
     check_same_architecture(f"--model {c.model}", weights, f"--delta {c.delta}", delta)
     for name, value in weights.items():
         value += c.scale * delta[name].float()
     info = json.loads(metadata["info"])
-    write_pipeline(folder, pipeline, {**info, "teacher": c.model, "delta": dict(file=c.delta, scale=c.scale, student_of=info["teacher"])})
-    print(f"{folder}: {c.model} with {c.scale:g} x {c.delta}; sample it in {info['windows']} steps or a multiple")
+    options = {**info["config"], "model": c.model, "model_config": c.model_config, "random_init": False}
+    write_pipeline(folder, pipeline, {**info, "teacher": c.model, "config": options,
+                                      "delta": dict(file=c.delta, scale=c.scale, student_of=info["teacher"])})
+    print(f"{folder}: {c.model} with {c.scale:g} x {c.delta}. {agreement(pipeline.scheduler, info['windows'], info['path'])}")
 
 
 def read_info(option, folder):
@@ -234,8 +319,8 @@ def read_info(option, folder):
     return json.loads(file.read_text())
 
 
-def only_unet(name, **how):
-    return teacher.load_pipeline(name, **how, vae=None, text_encoder=None).unet
+def only_unet(name):
+    return teacher.load_pipeline(name, vae=None, text_encoder=None).unet
 
 
 def check_same_architecture(one, weights, other, others):

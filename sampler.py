@@ -3,8 +3,9 @@
 python sampler.py export, export-delta and merge write models instead of pictures (export.py).
 
 Without --model it takes the newest student under runs/, else the one in assets/. A student needs no special solver:
-inside a straight window one DDIM step is exact, so stock diffusers schedulers sample it as well as this file does. The
-solvers beyond DDIM are for curved trajectories, a teacher's or a student's of more steps than windows:
+inside a straight window one DDIM step is exact, so stock diffusers schedulers sample it as well as this file does, at the
+numbers of steps that its card names (export.exact_steps; on path linear one per window and no other). The solvers beyond
+DDIM are for curved trajectories, a teacher's or a student's of more steps than windows:
 
 | solver | order | evaluations | |
 |---|---|---|---|
@@ -344,16 +345,22 @@ def read_about(folder, *needed):
     return info
 
 
-def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config="", guide="", size=None):
-    """A teacher or a student. name and the rest: as for teacher.load_pipeline; guide: name of a weaker model, which makes the model one of
-    Guided; size: as for latent_shape, for the guide's sake.  Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a
-    teacher: windows and path say how the model is to be sampled."""
-    pipeline = teacher.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
+def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config="", guide="", size=None, student=None):
+    """A teacher or a student, with the size and null embedding it was trained with. name and the rest: as for teacher.load_pipeline;
+    guide: name of a weaker model, which makes the model one of Guided; size: as for latent_shape, for the guide's sake; student:
+    reflow.json of a student, whose teacher is opened as its run opened it, if that is its name.
+    Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a teacher: windows and path say how to sample it."""
     info = read_about(teacher.PRESETS.get(name, (name, ""))[0])
+    if student and student.get("teacher") == name:
+        pipeline = export.load_teacher(student, dtype=dtype).to(device)
+    else:
+        pipeline = teacher.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
+        student = info
+    export.apply_settings(pipeline, student)
     model = teacher.as_model(pipeline, path=reflow.PATHS[info.get("path", "vp")], windows=int(info.get("windows", 1)))
     if guide:
         try:
-            other, weaker, _ = open_model(guide, device, dtype, random_init)
+            other, weaker, _ = open_model(guide, device, dtype, random_init, student=student)
             check_inputs(pipeline, other, size)
             model = guided(model, weaker)
         except UserError as error:
@@ -526,8 +533,7 @@ def main(c):
     sets, columns = [pictures], [f"{steps} steps"]
     if c.compare:
         teacher_name = info.get("teacher") or name
-        other, other_model, _ = open_model(teacher_name, device, dtype, c.random_init, c.model_config * (teacher_name == name), c.guide,
-                                           c.size)
+        other, other_model, _ = open_model(teacher_name, device, dtype, c.random_init, c.model_config, c.guide, c.size, info)
         z = generate(other, other_model, prompts, seeds, time_grid(32), c.guidance, size=c.size)
         sets, columns = [to_pil(teacher.decode(other, z), scale), pictures], ["teacher, 32 steps", f"{steps} steps"]
     if c.compare:

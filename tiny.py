@@ -313,10 +313,13 @@ def build(runs, pictures, clip_steps, autoencoder_steps, unet_steps):
 
 def save(pipeline, clip):
     """Write assets/tiny-sd and assets/tiny-clip in fp16, and the list of words the model knows."""
+    import export
     pipeline.to(dtype=torch.float16).save_pretrained(ASSETS / "tiny-sd", safe_serialization=True)
     (ASSETS / "tiny-sd" / "vocabulary.json").write_text(json.dumps(sprites.vocabulary()))
     clip.half().save_pretrained(ASSETS / "tiny-clip", safe_serialization=True)
     pipeline.tokenizer.save_pretrained(ASSETS / "tiny-clip")
+    for folder in ("tiny-sd", "tiny-clip"):
+        export.make_portable(ASSETS / folder)
     pipeline.to(dtype=torch.float32), clip.float()
 
 
@@ -463,6 +466,7 @@ license: cc-by-sa-4.0
 A complete diffusers `StableDiffusionPipeline` (32 x 32 pixels, 8 x 8 x 8 latents, fp16 weights): {sizes} parameters. It draws
 {objects} OpenMoji objects on {backgrounds} pastel backgrounds, and exists so that reflow can be run, read and tested on a laptop.
 Built by `python tiny.py` from `assets/sprites.png`; beside it, `assets/tiny-clip` is the CLIP whose text tower it uses.
+Sample it with `DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=32, guidance_scale=1)`.
 
 ## Data and licence
 

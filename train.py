@@ -475,9 +475,9 @@ def main(c):
         # the stage is done: its running average is the student
         swap_ema_(student, ema)
         del optimizer, ema
-        weights = gather_full(student.state_dict(), rank)
+        weights = gather_full(trained(student), rank)
         if rank == 0:
-            export.export(folder, weights, student.config, info)
+            export.export(folder, weights, info)
         del weights
         barrier()
         if recipe.pairs == "student" and folder != last:

@@ -1,18 +1,27 @@
 """What leaves a run is sampled alike by stock diffusers, in every family; differences and LoRA files go where they came from."""
+import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from test_teacher import ldm_clip, ldm_unet, ldm_vae
 from test_train import interrupted, small, weights
 
+import eval as evaluation
 import export
 import sampler
 import teacher
+import tiny
 import train
+from config import UserError
 
 PROMPTS, SEEDS = ["red heart on blue", "animal"], [3, 4]
 FAMILIES = ["tiny", "sd15", "sd21", "sdxl"]
@@ -156,8 +165,255 @@ def test_merge_lora_is_the_adapted_network(random_sd):
         for p in student.trained(unet).values():
             p.normal_(std=0.1)
     inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
-    plain, layers = export.split_lora({name: value.detach() for name, value in unet.state_dict().items()})
-    other = diffusers.UNet2DConditionModel.from_config(unet.config)
+    other = teacher.load_pipeline(str(random_sd)).unet
     untouched = unet.eval()(*inputs).sample
-    other.load_state_dict(export.merge_lora({name: value.clone() for name, value in plain.items()}, layers))
+    export.merge_lora(other.state_dict(), export.adapters(unet.state_dict()))
     assert torch.allclose(other.eval()(*inputs).sample, untouched, atol=1e-3 * untouched.abs().max().item())
+
+
+# ---- what is written can be read ------------------------------------------------------------------------------------
+
+
+def stock(folder):
+    """diffusers' own pipeline by the plain call, in the default dtype."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+SHIPPED = [str(file.parent) for file in sorted(teacher.ASSETS.glob("*/README.md"))]
+
+
+@pytest.fixture(params=[*SHIPPED, "tiny", "sd21", "sdxl", "bf16 lora", "tiny.save"], ids=lambda name: name.split("/")[-1])
+def written(request, students, random_sd, tmp_path, monkeypatch):
+    """A folder that ships, or that a run or tiny.py has written."""
+    if request.param in SHIPPED:
+        return Path(request.param)
+    if request.param == "tiny.save":
+        monkeypatch.setattr(tiny, "ASSETS", tmp_path)
+        pipeline = teacher.load_pipeline(str(random_sd))
+        tiny.save(pipeline, tiny.make_clip(pipeline.tokenizer))
+        return tmp_path
+    family, changes = ("tiny", dict(lora=2, precision="bf16")) if "lora" in request.param else (request.param, {})
+    return students(family, **changes) / "student-2"
+
+
+def test_text_encoders_and_tokenizers_are_written_as_every_transformers_reads_them(written):
+    """The names of published models: CLIPTextModel's all begin with text_model. Tokenizers: vocab.json and merges.txt make the same
+    tokens as tokenizer.json. Nothing is stored with a dtype that transformers would load beside diffusers' float32."""
+    for file in written.rglob("config.json"):
+        settings = json.loads(file.read_text())
+        if "model_type" in settings:
+            assert settings["dtype"] == "float32" and "torch_dtype" not in settings
+            names = set(load_file(file.parent / "model.safetensors"))
+            inside = {name for name in names if name.startswith("text_model.")}
+            assert "text_model.embeddings.token_embedding.weight" in inside
+            assert settings["architectures"] != ["CLIPTextModel"] or inside == names
+    for file in written.rglob("tokenizer.json"):
+        whole = tokenizers.Tokenizer.from_file(str(file))
+        model = json.loads(whole.to_str())["model"]
+        parts = tokenizers.models.BPE.from_file(str(file.parent / "vocab.json"), str(file.parent / "merges.txt"),
+                                                **{key: model[key] for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")})
+        expected = [whole.encode(text).ids for text in ("red heart on blue", "a quixotic zebra!", "")]
+        whole.model = parts
+        assert [whole.encode(text).ids for text in ("red heart on blue", "a quixotic zebra!", "")] == expected
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(lora=2, precision="bf16")], ids=["full", "bf16 lora"])
+def test_the_line_of_a_students_card_gives_what_sampler_gives_in_the_default_dtype(students, changes):
+    folder = students("tiny", **changes) / "student-2"
+    line = re.search(r"`(DiffusionPipeline\S+)\(prompt, (.*?)\)`", (folder / "README.md").read_text())
+    assert line[1] == "DiffusionPipeline.from_pretrained(folder)"
+    options = eval(f"dict({line[2]})")
+    assert options == dict(num_inference_steps=2, guidance_scale=1)
+    theirs = stock(folder)(PROMPTS, latents=sampler.noise(SEEDS, (8, 8, 8)), output_type="latent", **options).images
+    assert (latents(folder, 2, 1.0) - theirs).abs().max() <= 1e-4
+
+
+# ---- where stock samplers agree -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, changes, windows, exact, others", [
+    ("tiny", {}, 4, [4, 8, 20, 40], [12]), ("tiny", {}, 1, [1, 2, 4, 5], [3, 6]),
+    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), ("tiny", dict(recipe="perflow"), 4, [4], [8]),
+    ("tiny", dict(windows=[3], solver_steps=24), 3, [], [3, 6])])
+def test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names(students, tmp_path, family, changes, windows, exact, others):
+    folder = students(family, **{key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}) / f"student-{windows}"
+    info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
+    assert export.exact_steps(pipeline.scheduler, windows, info["path"])[:4] == exact
+    card = (folder / "README.md").read_text()
+    assert (f"{', '.join(map(str, exact))}, ... steps" if len(exact) > 1 else f"exactly {windows} step" if exact else
+            "1000 timesteps do not divide into 3 windows") in card
+    assert ("python sampler.py --model FOLDER --prompt PROMPT --steps 3" in card) == (not exact)
+    for steps in exact[:3] + others:
+        apart = (latents(folder, steps, 1.0) - stock_latents(pipeline, steps, 1.0)).abs().max()
+        assert apart <= 1e-4 if steps in exact else apart > 1e-3, steps
+    if not changes:
+        return
+    file = tmp_path / "delta.safetensors"
+    export.export_delta(export.DeltaConfig(str(folder), "", str(file)))
+    export.merge(export.MergeConfig(str(file), info["teacher"], str(tmp_path / "merged")))
+    assert export.agreement(pipeline.scheduler, windows, info["path"]) in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_merge_says_where_stock_samplers_agree(students, teachers, tmp_path, capsys):
+    export.export_delta(export.DeltaConfig(str(students("tiny", recipe="2-reflow") / "student-1"), "", str(tmp_path / "d.safetensors")))
+    export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(teachers["tiny"]), str(tmp_path / "merged")))
+    assert "agree with sampler.py at exactly 1 step:" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_image_to_image_starts_at_boundaries_at_the_strengths_that_the_card_names():
+    """Multiples of 1 / steps. Diffusers rounds steps x strength down (0.8 of two steps is 0.5), and below one step it fails."""
+    folder = teacher.ASSETS / "student-2"
+    card = (folder / "README.md").read_text()
+    assert "a strength that is a multiple of 1 / num_inference_steps (with 2 steps 0.5 or 1)" in card
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def drawn(steps, strength, output_type="latent"):
+        return pipeline("red heart on blue", image=image, num_inference_steps=steps, strength=strength, guidance_scale=1,
+                        output_type=output_type, generator=torch.Generator().manual_seed(1)).images
+    ours, model, _ = sampler.open_model(str(folder))
+    z_0 = teacher.encode(ours, image * 2 - 1)
+    noise, cond = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(1)), teacher.encode_text(ours, ["red heart on blue"])
+    for steps, strength in ((2, 0.5), (2, 1.0), (4, 0.25), (4, 0.75)):
+        a, b = (c.float() for c in model.coefficients(torch.tensor([strength], dtype=torch.float64), 4))
+        times = sampler.time_grid(steps, 2)[round(steps * (1 - strength)):]
+        with torch.no_grad():
+            expected = sampler.ddim(model, a * z_0 + b * noise, times, cond)
+        assert (drawn(steps, strength) - expected).abs().max() <= 1e-4, (steps, strength)
+    assert torch.equal(drawn(2, 0.8), drawn(2, 0.5))
+    for steps, strength in ((1, 0.9), (2, 0.3)):
+        with pytest.raises((RuntimeError, IndexError, ValueError)):      # from inside diffusers: there is no picture
+            drawn(steps, strength, "np")
+
+
+# ---- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt(students, teachers, tmp_path):
+    """Student minus teacher is B A, in the folder and in export-delta's file; what no adapter touches is the teacher's to the bit."""
+    folder, file = students("tiny", lora=2, precision="bf16") / "student-2", tmp_path / "delta.safetensors"
+    pairs = export.adapters(export.trained_weights(folder, lora=True))
+    before, after = weights(teachers["tiny"]), weights(folder)
+    export.export_delta(export.DeltaConfig(str(folder), "", str(file)))
+    delta, touched = load_file(file), {f"{layer}.weight" for layer in pairs}
+    assert after.keys() == before.keys() == delta.keys() and len(touched) == len(pairs) < len(delta)
+    learnt = {f"{layer}.weight": (up.flatten(1).double() @ down.flatten(1).double()).view(before[f"{layer}.weight"].shape)
+              for layer, (down, up) in pairs.items()}
+    error = sum((after[name].double() - before[name].double() - value).square().sum() for name, value in learnt.items())
+    assert error.sqrt() <= 1e-3 * sum(value.square().sum() for value in learnt.values()).sqrt()
+    for name, value in delta.items():
+        if name in touched:
+            assert torch.allclose(value.double(), learnt[name], atol=1e-9, rtol=1e-5), name
+        else:
+            assert not value.any() and torch.equal(after[name], before[name]), name
+
+
+# ---- a run's options that decide what its models mean -------------------------------------------------------------------
+
+# option -> the test that shows that it is read where a student, or its teacher, is opened again; recipe is resolved into windows and path
+MEANING = dict(
+    model="test_a_difference_merged_into_the_base_is_the_student_and_into_another_model_the_difference",
+    model_config="test_a_teacher_from_a_single_file_is_opened_again_with_its_configuration",
+    random_init="test_a_random_teacher_is_opened_again_with_its_seed", seed="test_a_random_teacher_is_opened_again_with_its_seed",
+    size="test_a_student_is_sampled_at_the_size_it_was_trained_at", null_text="test_a_student_is_guided_by_the_null_embedding_it_was_trained_with",
+    windows="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
+    path="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
+    recipe="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
+    lora="test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt",
+    guidance_teacher="test_the_card_says_that_guidance_is_in_the_student")
+TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalisation time_law time_base time_inside direction_weight direction_space
+    solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
+    steps batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
+    device""".split())
+
+
+def test_every_option_that_changes_what_a_model_means_has_a_reader():
+    fields = {field.name for field in dataclasses.fields(train.Config)}
+    assert fields == MEANING.keys() | TRAINING and not MEANING.keys() & TRAINING     # a new option: which of the two is it?
+    assert all(callable(globals()[test]) for test in MEANING.values())
+    assert export.SETTINGS == {key: getattr(train.Config(), key) for key in export.SETTINGS} and export.SETTINGS.keys() < MEANING.keys()
+
+
+def opened_by_eval(folder, info):
+    """As eval.py opens a model of a run whose student has this reflow.json."""
+    c = SimpleNamespace(dtype="fp32", guide="", size=None)
+    return evaluation.Evaluator.open(SimpleNamespace(opened=(None, None), c=c, device="cpu", student=info), str(folder))
+
+
+@pytest.mark.parametrize("family", ["tiny", "sdxl"])
+def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, tmp_path, family):
+    folder = students(family, size=48, windows=(2,)) / "student-2"
+    info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
+    assert latents(folder, 2, 1.0).shape[-2:] == (12, 12)
+    image = pipeline("fox", num_inference_steps=2, guidance_scale=1, output_type="np").images
+    assert image.shape == (1, 48, 48, 3)
+    assert (latents(folder, 2, 1.0) - stock_latents(pipeline, 2, 1.0)).abs().max() <= 1e-4
+    for name in (folder, teachers[family]):
+        assert teacher.native_size(opened_by_eval(name, info)[0]) == (48, 48)
+    sampler.main(sampler.Config(["fox"], str(folder), out=str(tmp_path / "a.png"), compare=True, scale=1))
+    export.export_delta(export.DeltaConfig(str(folder), "", str(tmp_path / "d.safetensors")))
+    export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(teachers[family]), str(tmp_path / "merged")))
+    assert latents(tmp_path / "merged", 2, 1.0).shape[-2:] == (12, 12)
+
+
+@pytest.mark.parametrize("family, null", [("tiny", "zeros"), ("sdxl", "empty")])
+def test_a_student_is_guided_by_the_null_embedding_it_was_trained_with(students, teachers, family, null):
+    folder = students(family, null_text=null, windows=(2,)) / "student-2"
+    info = json.loads((folder / "reflow.json").read_text())
+    plain = teacher.load_pipeline(str(folder))
+    expected = teacher.encode_text(plain, [None], null=null)
+    for name in (folder, teachers[family]):
+        found = teacher.encode_text(opened_by_eval(name, info)[0], [None])
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    unlike = teacher.encode_text(teacher.load_pipeline(str(teachers[family])), [None])
+    assert not torch.equal(unlike["encoder_hidden_states"], expected["encoder_hidden_states"])
+    apart = (latents(folder, 2, 2.5) - stock_latents(stock(folder), 2, 2.5)).abs().max()
+    told = "With other guidance use sampler.py" in (folder / "README.md").read_text()
+    assert (apart > 1e-3 and told) if family == "tiny" else (apart <= 1e-4 and not told)      # SD's own pipeline knows no zeros
+
+
+def test_a_teacher_from_a_single_file_is_opened_again_with_its_configuration(teachers, tmp_path, monkeypatch):
+    p = teacher.load_pipeline(str(teachers["sd15"]))
+    parts = {**ldm_unet(p.unet), **ldm_vae(p.vae), **ldm_clip(p.text_encoder, "cond_stage_model.transformer.")}
+    save_file({name: value.contiguous() for name, value in parts.items()}, tmp_path / "single.safetensors")
+    c = small(tmp_path / "single.safetensors", tmp_path / "run", windows=[2], steps=2, model_config=str(teachers["sd15"]), checkpoint_steps=1)
+    folder = train.main(c)
+    info = json.loads((folder / "reflow.json").read_text())
+    monkeypatch.setattr(teacher, "PRESETS", {})            # whoever asks for the published configuration fails
+    opened_by_eval(c.model, info)
+    sampler.main(sampler.Config(["fox"], str(folder), out=str(tmp_path / "a.png"), compare=True, scale=1))
+    file = tmp_path / "d.safetensors"
+    export.export_delta(export.DeltaConfig(str(folder), "", str(file)))
+    export.export_checkpoint(export.ExportConfig(str(tmp_path / "run" / "checkpoint-000001.safetensors"), str(tmp_path / "now")))
+    export.merge(export.MergeConfig(str(file), c.model, str(tmp_path / "merged"), str(teachers["sd15"])))
+    info = json.loads((tmp_path / "merged" / "reflow.json").read_text())
+    assert info["config"]["model_config"] == str(teachers["sd15"])
+    opened_by_eval(info["teacher"], info)
+
+
+def test_a_random_teacher_is_opened_again_with_its_seed(teachers, tmp_path):
+    """In half precision it is the same network, rounded: a LoRA trained on that is added to this."""
+    folder = train.main(small(teachers["tiny"], tmp_path / "run", random_init=True, seed=5, windows=[2], steps=2, lora=2, precision="bf16"))
+    info = json.loads((folder / "reflow.json").read_text())
+    made = [teacher.load_pipeline(str(teachers["tiny"]), dtype, True, 5).unet.state_dict() for dtype in (torch.float32, torch.bfloat16)]
+    found = opened_by_eval(teachers["tiny"], info)[0].unet.state_dict()
+    for name, value in found.items():
+        assert torch.equal(value, made[0][name]) and torch.equal(value.bfloat16(), made[1][name]), name
+    assert torch.equal(weights(folder)["conv_in.weight"], found["conv_in.weight"])
+    pictures = sampler.Config(["fox"], str(folder), out=str(tmp_path / "a.png"), compare=True, scale=1)
+    sampler.main(pictures)
+
+
+def test_the_card_says_that_guidance_is_in_the_student(students):
+    assert "guidance 3 is in the student already" in (students("tiny", guidance_teacher=3.0, windows=(2,)) / "student-2" / "README.md").read_text()
+    assert "already" not in (students("tiny") / "student-2" / "README.md").read_text()
+
+
+def test_students_that_were_opened_in_several_ways_are_evaluated_one_by_one(students, tmp_path):
+    for name, changes in (("a", {}), ("b", dict(null_text="zeros", windows=(2,)))):
+        shutil.copytree(students("tiny", **changes) / "student-2", tmp_path / name / "student-2")
+    with pytest.raises(UserError, match=r"students of runs with several --null-text \(auto, zeros\); evaluate them one by one"):
+        evaluation.main(evaluation.Config(str(tmp_path), device="cpu"))

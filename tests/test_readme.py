@@ -4,9 +4,12 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_python, torchrun
+from diffusers import DiffusionPipeline
 from test_eval import parts  # noqa: F401  a fixture
 
 import eval as evaluation
@@ -64,6 +67,33 @@ def test_every_command_runs(tmp_path, small_models, parts, commands, files):  # 
         assert done.returncode == 0, (line, done.stderr[-2000:])
     for file in files:
         assert (tmp_path / file).stat().st_size > 500, file
+
+
+CARDS = {"README.md": README, **{f"assets/{file.parent.name}": file.read_text() for file in (ROOT / "assets").glob("*/README.md")}}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_every_line_of_a_card_that_samples_runs_in_the_default_dtype(tmp_path, name):
+    """What stands in backticks, as it stands there: DiffusionPipeline on what ships, python sampler.py."""
+    lines = [" ".join(line.split()) for line in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", CARDS[name], flags=re.S))]
+    for line in lines:
+        if line.startswith("python sampler.py --"):
+            done = run_python([str(ROOT / "sampler.py"), *shlex.split(line)[2:]], tmp_path)
+            assert done.returncode == 0 and (tmp_path / "sample.png").stat().st_size > 500, (line, done.stderr)
+        if line.startswith("DiffusionPipeline"):
+            line = re.sub(r'"runs/.*?"', "folder", line)
+            assert "guidance_scale=1)" in line             # stock 7.5 is far off
+            made = eval(line, dict(DiffusionPipeline=DiffusionPipeline, prompt="red heart on blue",
+                                   folder=ROOT / (name if name.startswith("assets") else "assets/student-2")))
+            assert made.images[0].size == (32, 32) and np.asarray(made.images[0]).std() > 20
+    assert any(line.startswith(("DiffusionPipeline", "python sampler.py --")) for line in lines) or name == "assets/tiny-clip"
+
+
+def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(line.split(">=") for line in project["dependencies"] + project["optional-dependencies"]["test"])
+    pins = dict(line.split("==") for line in (ROOT / "requirements-lowest.txt").read_text().splitlines() if not line.startswith("#"))
+    assert pins == bounds
 
 
 def test_tables_are_the_files(tmp_path):
