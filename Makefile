@@ -4,7 +4,7 @@ PYTHON = python3
 VENV = .venv
 REQUIREMENTS = requirements.lock
 RUN = $(VENV)/bin/python
-DEMO = $(RUN) train.py --model tiny --cache runs/demo/cache --trajectories 2048 --batch 64 --steps 560
+DEMO = $(RUN) train.py --model tiny --cache runs/demo/cache --trajectories 2048 --batch 64 --updates 560
 
 all: demo
 
@@ -20,10 +20,10 @@ demo: $(VENV)/ready
 	$(DEMO) --recipe reflow --out runs/demo/reflow
 	$(RUN) eval.py runs/demo
 
-# every table and figure of the studies, and report.html: some five hours on two cores, resumable
+# every table and figure of the studies, and the pages made of them: some five hours on two cores, resumable
 study: $(VENV)/ready
-	$(RUN) eval.py --study all
-	$(RUN) report.py
+	$(RUN) -m studies all
+	$(RUN) -m studies.results
 
 test: $(VENV)/ready
 	$(RUN) -m pytest -m "not slow" -n 2 --dist worksteal
@@ -40,7 +40,7 @@ lint: $(VENV)/ready
 
 # rebuild the embedded model from the sprites: hours, resumable
 tiny: $(VENV)/ready
-	$(VENV)/bin/torchrun --nproc_per_node=2 tiny.py
+	$(VENV)/bin/torchrun --nproc_per_node=2 -m tools.tiny
 
 clean:
 	rm -rf $(VENV) .venv-lowest runs .pytest_cache .ruff_cache __pycache__ tests/__pycache__

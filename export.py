@@ -1,25 +1,26 @@
-"""What leaves a run: complete diffusers pipelines, weight differences, LoRA files. Reached through sampler.py:
+"""What a run leaves: complete diffusers pipelines, weight differences, LoRA files.
 
-    python sampler.py export --checkpoint runs/x/checkpoint-000400.safetensors --out student    # a pipeline, before the run is over
-    python sampler.py export-delta --student runs/x/student-4 --base sd15 --out delta.safetensors   # student minus base
-    python sampler.py merge --delta delta.safetensors --model dreamshaper/ --out merged         # the same difference, on another model
+    python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student   # a pipeline, before the run is over
+    python export.py delta --student runs/x/student-4 --base sd15 --out delta.safetensors         # student minus base
+    python export.py merge --delta delta.safetensors --model dreamshaper/ --out merged            # the same difference, on another model
 """
 import json
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-import config
-import data
+import models
 import teacher
-from config import UserError
+from models import configs, load, saved
+from runtime import cli, store
+from runtime.cli import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"             # the name that diffusers' load_lora_weights looks for
 
@@ -54,44 +55,18 @@ def merge_lora(weights, layers):
     return weights
 
 
-# The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and path, and what they
-# are where reflow.json does not say. They are read here alone.
-SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto")
-
-
-def settings(info):
-    """These options of a student's run. info: its reflow.json, or {}.  Returns: dict with the keys of SETTINGS."""
-    return {key: info.get("config", {}).get(key, default) for key, default in SETTINGS.items()}
-
-
-def load_teacher(info, **how):
-    """The teacher of a student as its run opened it, but in fp32. info: the student's reflow.json; how: more for load_pipeline."""
-    opened = {key: settings(info)[key] for key in ("random_init", "seed", "model_config")}
-    return teacher.load_pipeline(info["teacher"], **opened, **how)
-
-
-def apply_settings(pipeline, info, written=False):
-    """Make the size and the null embedding of a run its pipeline's own: what samples it reads them there. info: reflow.json or {};
-    written: leave out what diffusers' own pipeline would not read back (the null embedding of SD 1.x and 2.x)."""
-    size, null = settings(info)["size"], settings(info)["null_text"]
-    if size:
-        pipeline.unet.register_to_config(sample_size=size // pipeline.vae_scale_factor)
-    if null != "auto" and ("force_zeros_for_empty_prompt" in pipeline.config or not written):
-        pipeline.register_to_config(force_zeros_for_empty_prompt=null == "zeros")
-
-
 def exact_steps(scheduler, windows, path):
     """The numbers of steps at which stock DDIM (timestep_spacing "trailing") takes the very steps of sampler.py: those that divide
     the timesteps, as others are rounded to whole timesteps; on path linear only one per window, as in between the student leaves
     the schedule's curve.  Returns: list of int, rising; empty for EDM's form, and where windows do not divide the timesteps."""
-    timesteps = 0 if teacher.is_edm(scheduler) else scheduler.config.num_train_timesteps
+    timesteps = 0 if configs.is_edm(scheduler) else scheduler.config.num_train_timesteps
     steps = [n for n in range(windows, timesteps + 1, windows) if timesteps % n == 0]
     return steps if path == "vp" else [n for n in steps if n == windows]
 
 
 def agreement(scheduler, windows, path):
     """A sentence: at which numbers of steps stock samplers give the pictures of sampler.py."""
-    if teacher.is_edm(scheduler):
+    if configs.is_edm(scheduler):
         return ("Only sampler.py samples it: its network is in EDM's form, to which diffusers' DDIM does not apply, and its windows are "
                 "even in sigma^(1/7), from the scheduler's sigma_max down to sigma_min, and then the data.")
     steps, timesteps = exact_steps(scheduler, windows, path), f"{scheduler.config.num_train_timesteps} timesteps"
@@ -107,7 +82,7 @@ def agreement(scheduler, windows, path):
 
 CARD = """# A reflow student of {windows} window{s}
 
-Distilled from `{teacher}` by `{command}`; the teacher's licence covers these weights. reflow.json tells the rest. Sample it with
+Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights. reflow.json tells the rest. Sample it with
 `{line}`.
 {sentences}
 """
@@ -116,24 +91,12 @@ Distilled from `{teacher}` by `{command}`; the teacher's licence covers these we
 def card(pipeline, info):
     """The model card of a student, which says how it is sampled. info: the contents of reflow.json."""
     windows, path = info["windows"], info["path"]
-    text = not teacher.in_pixels(pipeline)
-    classes, exact = not text and teacher.class_names(pipeline), exact_steps(pipeline.scheduler, windows, path)
-    sentences = [agreement(pipeline.scheduler, windows, path)]
-    line = f"python sampler.py --model FOLDER{' --prompt PROMPT' if text else ' --prompt CLASS' if classes else ''} --steps {windows}"
-    if classes:
-        sentences.append("No pipeline of diffusers hands on a class: it means the DDIM scheduler around the UNet with class_labels.")
-    elif exact:
-        line = f"DiffusionPipeline.from_pretrained(folder)({'prompt, ' * text}num_inference_steps={windows}{', guidance_scale=1' * text})"
-    if text and exact:
-        guidance = info["config"].get("guidance_teacher", 1)
-        sentences.append("Without guidance_scale=1 diffusers takes 7.5, which is far off" + (
-            f"; guidance {guidance:g} is in the student already." if guidance != 1 else "."))
-        if settings(info)["null_text"] == "zeros" and "force_zeros_for_empty_prompt" not in pipeline.config:
-            sentences.append("With other guidance use sampler.py: the null embedding is zeros, and diffusers' pipeline cannot know it.")
-        n = next((n for n in exact if n > 1), 1)
-        strengths = ", ".join(f"{k / n:g}" for k in range(1, n)) + " or " * (n > 1) + "1"
-        sentences.append(f"Image to image and inpainting: a strength that is a multiple of 1 / num_inference_steps (with {n} step"
-                         f"{'s' * (n > 1)} {strengths}). Diffusers rounds steps x strength down, and fails below 1.")
+    module, exact = models.family(pipeline), exact_steps(pipeline.scheduler, windows, path)
+    word, call = models.prompts(pipeline), module.stock_call(pipeline, windows) if exact else None
+    prompt = {"text": " --prompt PROMPT", "class": " --prompt CLASS", "": ""}[word]
+    line = f"DiffusionPipeline.from_pretrained(folder)({call})" if call else f"python sampler.py --model FOLDER{prompt} --steps {windows}"
+    sentences = [agreement(pipeline.scheduler, windows, path),
+                 *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1), saved.settings(info)["null_text"])]
     return CARD.format(**info, s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
 
 
@@ -142,37 +105,34 @@ def export(folder, trained, info):
     reflow.json beside it, and a LoRA file if it is one. trained: name -> whole CPU tensor, as the network's state_dict names
     them; of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they are added to the
     teacher as it is stored. info: the contents of reflow.json (train.describe)."""
-    layers, pipeline = adapters(trained), load_teacher(info)
+    layers, pipeline = adapters(trained), saved.load_teacher(info)
     if layers:
-        merge_lora(pipeline.unet.state_dict(), layers)
+        merge_lora(models.network(pipeline).state_dict(), layers)
     else:
-        pipeline.unet.load_state_dict(trained)
+        models.network(pipeline).load_state_dict(trained)
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items() for side, value in zip("AB", pair)}
     write_pipeline(folder, pipeline, info, lora)
 
 
 def write_pipeline(folder, pipeline, info, lora=None):
-    apply_settings(pipeline, info, written=True)
-    if not teacher.is_edm(pipeline.scheduler):
+    saved.apply_settings(pipeline, info, written=True)
+    if not configs.is_edm(pipeline.scheduler):
         stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False, steps_offset=1)
-        pipeline.scheduler = teacher.as_ddim(pipeline.scheduler, **stock)
-        if teacher.in_pixels(pipeline):                     # a DDPMPipeline, or another: this one takes a DDIM scheduler's steps
-            labels, pipeline = pipeline.labels, DDIMPipeline(pipeline.unet, pipeline.scheduler)
-            pipeline.labels = labels
+        pipeline = models.family(pipeline).with_scheduler(pipeline, configs.as_ddim(pipeline.scheduler, **stock))
 
     def write(part):
         pipeline.save_pretrained(part, safe_serialization=True)
         make_portable(part)
         if lora:
             type(pipeline).save_lora_weights(part, unet_lora_layers=lora)
-        source = Path(teacher.PRESETS.get(info["teacher"], (info["teacher"], ""))[0])
+        source = Path(load.PRESETS.get(info["teacher"], (info["teacher"], ""))[0])
         for name in ("vocabulary.json", "labels.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, part)
         (part / "README.md").write_text(card(pipeline, info))
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    data.write_atomically(folder, write)
+    store.write_atomically(folder, write)
 
 
 def make_portable(folder):
@@ -206,8 +166,7 @@ def make_portable(folder):
 def trained_weights(folder, lora):
     """What the student in `folder` was trained in, under the names the trainer gives it: name -> tensor."""
     if not lora:
-        kind = teacher.unet_class(json.loads((folder / "unet" / "config.json").read_text()))
-        return teacher.load_whole(kind, folder / "unet", use_safetensors=True).state_dict()
+        return only_network(str(folder)).state_dict()
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
     return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value for name, value in load_file(folder / LORA_FILE).items()}
 
@@ -265,26 +224,26 @@ class DeltaConfig:
 def export_delta(c):
     """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what it is merged into. Of a LoRA and
     its teacher it is what the adapters add, free of rounding; tensors without adapter are zero."""
-    dtype = teacher.DTYPES[config.choose("--dtype", c.dtype, ("fp32", "fp16"))]
-    info = read_info("--student", c.student)
+    dtype = teacher.DTYPES[cli.choose("--dtype", c.dtype, ("fp32", "fp16"))]
+    info = saved.read_info("--student", c.student)
     base, folder = c.base or info["teacher"], Path(c.student)
-    student = only_unet(c.student).state_dict()
+    student = only_network(c.student).state_dict()
     if base == info["teacher"] and (folder / LORA_FILE).is_file():
         delta = merge_lora({name: torch.zeros_like(value) for name, value in student.items()}, adapters(trained_weights(folder, lora=True)))
     else:
         alone = dict(vae=None, text_encoder=None)
-        other = (load_teacher(info, **alone).unet if base == info["teacher"] else only_unet(base)).state_dict()
+        other = (models.network(saved.load_teacher(info, **alone)) if base == info["teacher"] else only_network(base)).state_dict()
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
         delta = {name: value - other[name] for name, value in student.items()}
     delta = {name: value.to(dtype) for name, value in delta.items()}
-    data.write_atomically(Path(c.out), lambda part: save_file(delta, part, {"info": json.dumps(info)}))
+    store.write_atomically(Path(c.out), lambda part: save_file(delta, part, {"info": json.dumps(info)}))
     size, changed = sum(value.float().square().sum().item() for value in delta.values()) ** 0.5, sum(map(torch.any, delta.values()))
     print(f"{c.out}: {c.student} minus {base}, {changed} of {len(delta)} tensors differ, norm {size:.4g}")
 
 
 @dataclass
 class MergeConfig:
-    delta: str = ""                  # a file that export-delta wrote
+    delta: str = ""                  # a file that export.py delta wrote
     model: str = ""                  # what to add it to: a preset, folder, hub id or single file of the same architecture
     out: str = ""                    # folder to write: a complete pipeline
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
@@ -296,11 +255,11 @@ def merge(c):
     folder = free_folder("--out", c.out)
     metadata, delta = open_safetensors("--delta", c.delta)
     if "info" not in metadata:
-        raise UserError(f"--delta {c.delta}: not a difference that export-delta wrote")
+        raise UserError(f"--delta {c.delta}: not a difference that export.py delta wrote")
     if not c.model:
         raise UserError("--model: name the model to add the difference to")
-    pipeline = teacher.load_pipeline(c.model, model_config=c.model_config)
-    weights = pipeline.unet.state_dict()
+    pipeline = load.load_pipeline(c.model, model_config=c.model_config)
+    weights = models.network(pipeline).state_dict()
     check_same_architecture(f"--model {c.model}", weights, f"--delta {c.delta}", delta)
     for name, value in weights.items():
         value += c.scale * delta[name].float()
@@ -311,16 +270,8 @@ def merge(c):
     print(f"{folder}: {c.model} with {c.scale:g} x {c.delta}. {agreement(pipeline.scheduler, info['windows'], info['path'])}")
 
 
-def read_info(option, folder):
-    """reflow.json of a student's folder.  Raises UserError."""
-    file = Path(folder or "?") / "reflow.json"
-    if not file.is_file():
-        raise UserError(f"{option} {folder}: no student there (reflow.json is missing)")
-    return json.loads(file.read_text())
-
-
-def only_unet(name):
-    return teacher.load_pipeline(name, vae=None, text_encoder=None).unet
+def only_network(name):
+    return models.network(load.load_pipeline(name, vae=None, text_encoder=None))
 
 
 def check_same_architecture(one, weights, other, others):
@@ -332,4 +283,13 @@ def check_same_architecture(one, weights, other, others):
                             "give a model of the same family")
 
 
-COMMANDS = {"export": (export_checkpoint, ExportConfig), "export-delta": (export_delta, DeltaConfig), "merge": (merge, MergeConfig)}
+COMMANDS = {"checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig), "merge": (merge, MergeConfig)}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        command, options = COMMANDS[sys.argv[1]]
+        cli.run(command, options, command.__doc__, sys.argv[2:])
+    elif sys.argv[1:] in ([], ["-h"], ["--help"]):
+        print(__doc__)
+    else:
+        sys.exit(cli.fail(f"export.py {sys.argv[1]}: not one of {', '.join(COMMANDS)}"))

@@ -30,7 +30,7 @@ def pseudo_huber(pred, target, c=0.001):
 
 
 def direction_loss(pred, target):
-    """1 - cos(p, q), per sample. Penalises the angle only; blind to length.
+    """1 - cos(p, q), per sample. Penalizes the angle only; blind to length.
     pred, target: (B, ...) same shape, flattened over all but B.  Returns: (B,), in [0, 2].
     0 when parallel, 1 when orthogonal, 2 when opposite; the gradient is orthogonal to pred. Norms are clamped at 1e-8.
     Source: ProReflow's direction term (whether it is per sample there is unknown; ours is)."""
@@ -85,33 +85,33 @@ def high_pass_loss(pred, target, weight=1.0, radius=0.1):
     return (high_pass((p - q).view(pred.shape), weight, radius) / (1 + weight)).square().flatten(1).mean(1)
 
 
-def normalised(value, log_predicted, floor=1e-4):
+def normalized(value, log_predicted, floor=1e-4):
     """Each sample's loss over what is usual at its (z_t, t), so that no region outweighs the others, and the regression that
     teaches log_predicted what is usual: value / sg[max(exp(p), floor)] + (sg[log max(value, floor)] - p)^2. The first part
-    moves the student alone, the second the normaliser alone (LossNormalizer), towards E[log value].
+    moves the student alone, the second the normalizer alone (LossNormalizer), towards E[log value].
     value: (B,), >= 0; log_predicted: (B,), p; floor > 0: below it a loss counts as that small.  Returns: (B,), >= 0.
     Source: Simple ReFlow's w(x_t, t) = 1 / sg[E loss]; that it learns the denominator, and how, is our guess."""
-    _check_normaliser(value, log_predicted, floor)
+    _check_normalizer(value, log_predicted, floor)
     usual = log_predicted.detach().exp().clamp_min(floor)
     return value / usual + (value.detach().clamp_min(floor).log() - log_predicted).square()
 
 
-def self_normalised(value, floor=1e-4):
+def self_normalized(value, floor=1e-4):
     """value / sg[max(value, floor)]: w = 1 / sg[loss] read literally, sample by sample. Above floor it is the constant 1 with
     the gradient of log value (so log `value`, not this); below, an ordinary loss, as 1 / value has no bound.
-    value: (B,), >= 0.  Returns: (B,), in [0, 1].  Source: Simple ReFlow, as for normalised; the floor is ours."""
-    _check_normaliser(value, value, floor)
+    value: (B,), >= 0.  Returns: (B,), in [0, 1].  Source: Simple ReFlow, as for normalized; the floor is ours."""
+    _check_normalizer(value, value, floor)
     return value / value.detach().clamp_min(floor)
 
 
-def _check_normaliser(value, log_predicted, floor):
+def _check_normalizer(value, log_predicted, floor):
     if value.ndim != 1 or value.shape != log_predicted.shape or not floor > 0:
         raise ValueError(f"loss {tuple(value.shape)}, predicted {tuple(log_predicted.shape)}, floor {floor:g}: need (B,) twice and "
                          "floor > 0")
 
 
 class LossNormalizer(nn.Module):
-    """A small network that predicts E[log loss | z_t, t], for `normalised`. Stages of a 3x3 convolution that halves the
+    """A small network that predicts E[log loss | z_t, t], for `normalized`. Stages of a 3x3 convolution that halves the
     picture, each given the time; their mean over the picture; two linear layers, the last zero: 0 before training, every weight 1.
     channels: of the latent; width: of the first stage, doubled by each.  z: (B, channels, h, w), any h and w; t: (B,), in (0, 1].
     Returns: (B,), float32. Half a million parameters, for a learning rate of about 1e-3.  Shape and sizes are ours."""
@@ -134,9 +134,10 @@ class LossNormalizer(nn.Module):
 
 
 LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber, "high-pass": high_pass_loss}
+
 # (values (B,), function that evaluates the normalizer) -> what is minimized
-NORMALISATIONS = {"none": lambda value, predict: value, "learnt": lambda value, predict: normalised(value, predict()),
-                  "per-sample": lambda value, predict: self_normalised(value)}
+NORMALIZATIONS = {"none": lambda value, predict: value, "learned": lambda value, predict: normalized(value, predict()),
+                  "per-sample": lambda value, predict: self_normalized(value)}
 
 
 if __name__ == "__main__":

@@ -25,37 +25,17 @@ from pathlib import Path
 import ot
 import torch
 
-import data
+import models
 import reflow
 import sampler
-import teacher
-from config import UserError
+from runtime import seeds, store
+from runtime.cli import UserError
 
 SOURCES = ("trajectory", "data", "student", "consistency")
+
 LARGE_BATCH = 1024            # trajectories that are projected together
+
 LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")      # in an autoencoder's config
-PRECISIONS = {name: teacher.DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
-
-
-def fingerprint(*modules):
-    """A few digits that change with the weights: a cache made by other networks is refused."""
-    return format(sum(p.double().abs().sum().item() for module in modules for p in module.parameters()), ".10g")
-
-
-def encoders(pipeline, names=teacher.NETWORKS[1:]):
-    """The frozen networks beside the UNet that the pipeline has: autoencoder, then text encoders. A pixel model has none."""
-    return [part for part in (getattr(pipeline, name, None) for name in names) if part is not None]
-
-
-def text_encoders(pipeline):
-    return encoders(pipeline, teacher.NETWORKS[2:])
-
-
-def drop_text_encoders(pipeline):
-    """They leave memory once everything they will be asked is cached."""
-    for name in teacher.NETWORKS[2:]:
-        if hasattr(pipeline, name):
-            setattr(pipeline, name, None)
 
 
 class Pairs:
@@ -64,14 +44,14 @@ class Pairs:
 
     def __init__(self, c, recipe, pipeline, dataset, processes=(0, 1, lambda: None)):
         self.c, self.recipe, self.pipeline, self.dataset, self.processes = c, recipe, pipeline, dataset, processes
-        self.device = pipeline.unet.device
-        self.shape = sampler.latent_shape(pipeline, c.size)
+        self.device = models.network(pipeline).device
+        self.shape = models.latent_shape(pipeline, c.size)
         self.size = [side * pipeline.vae_scale_factor for side in self.shape[1:]]         # (H, W) in pixels
-        model = teacher.as_model(pipeline)
+        model = models.as_model(pipeline)
         self.schedule, self.prediction = model.schedule, model.prediction
         check_windows(recipe.stages, self.schedule)
-        teacher.check_null(pipeline, c.guidance_teacher, c.text_dropout)
-        self.null, self.null_there = ((self.text([""]), self.text([""], self.device)) if teacher.has_null(pipeline) else ({}, {}))
+        models.check_null(pipeline, c.guidance_teacher, c.text_dropout)
+        self.null, self.null_there = ((self.text([""]), self.text([""], self.device)) if models.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
             raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
                             "instead, or --pairs trajectory")
@@ -90,7 +70,7 @@ class Pairs:
 
     def text(self, captions, device="cpu"):
         """Text conditions of captions, "" being the null embedding (what guidance and dropped captions use)."""
-        return teacher.encode_text(self.pipeline, [caption or None for caption in captions], null=self.c.null_text,
+        return models.encode_text(self.pipeline, [caption or None for caption in captions], null=self.c.null_text,
                                    size=self.size, device=device)
 
     def autocast(self):
@@ -99,17 +79,17 @@ class Pairs:
 
     def noises(self, numbers):
         """Noise of these samples, (N, C, h, w)."""
-        return torch.stack([torch.randn(self.shape, generator=data.generator(self.c.seed, "noise", k)) for k in numbers]).to(self.device)
+        return torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "noise", k)) for k in numbers]).to(self.device)
 
     def latents(self, numbers):
         """Latents of the images of these samples, (N, C, h, w)."""
-        return teacher.encode(self.pipeline, self.dataset.images(numbers, self.size[0]).to(self.device))
+        return models.encode(self.pipeline, self.dataset.images(numbers, self.size[0]).to(self.device))
 
     @torch.no_grad()
     def cache_trajectories(self):
         """Latents at every boundary of the teacher's trajectories, noise first, (9, C, h, w) each for 8 windows, and the text they
         were made with: the backward ones, then the forward ones.  Returns: data.Joined."""
-        c, recipe, model = self.c, self.recipe, teacher.as_model(self.pipeline)
+        c, recipe, model = self.c, self.recipe, models.as_model(self.pipeline)
         windows = cache_windows(recipe)
         times, keep = sampler.time_grid(recipe.solver_steps), recipe.solver_steps // windows
 
@@ -122,27 +102,27 @@ class Pairs:
                            lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
             return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1), **cond}.items()}
-        settings = dict(teacher=fingerprint(self.pipeline.unet, *text_encoders(self.pipeline)),
-                        prediction=self.prediction, schedule=data.digest(self.schedule.key),
+        settings = dict(teacher=models.fingerprint(models.network(self.pipeline), *models.text_encoders(self.pipeline)),
+                        prediction=self.prediction, schedule=store.digest(self.schedule.key),
                         solver_steps=recipe.solver_steps, windows=windows, guidance=c.guidance_teacher,
                         text_dropout=c.text_dropout, null_text=c.null_text, size=self.size, seed=c.seed,
                         precision=c.precision, data=c.data or c.prompts,      # and which captions the first samples draw
-                        captions=data.digest(self.dataset.captions, self.dataset.caption_indices(range(256))))
+                        captions=store.digest(self.dataset.captions, self.dataset.caption_indices(range(256))))
         total = trajectory_count(c, recipe)
         stores, forward = [], round(recipe.forward_rate * total)
         for name, count, walk, begin, right in (("trajectories", total - forward, sampler.ddim, self.noises, self.latents),
                                                 ("inversions", forward, sampler.invert, self.latents, self.noises)):
             if count:
                 made = {**settings, **(self.pictures() if walk is sampler.invert else {})}
-                rows = data.cached(cache_folder(c) / name, count, made, functools.partial(solve, walk, begin), 256,
+                rows = store.cached(cache_folder(c) / name, count, made, functools.partial(solve, walk, begin), 256,
                                    *self.processes, desc=f"teacher {name}", batch=c.micro_batch or c.batch)
                 if recipe.projection:
                     wrong = -1 if walk is sampler.ddim else 0
                     made = {**settings, **self.pictures(), "projection": recipe.projection}
-                    rows = data.cached(cache_folder(c) / f"projected-{name}", count, made,
+                    rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
                                        functools.partial(self.project, rows, wrong, right), LARGE_BATCH, *self.processes, desc="projection")
                 stores.append(rows)
-        return data.Joined(stores)
+        return store.Joined(stores)
 
     def project(self, rows, wrong, right, numbers):
         """Trajectories of a large minibatch with one end, 0 or -1, replaced by samples right(numbers) of what should be there, each by one
@@ -155,7 +135,7 @@ class Pairs:
         for a, b in ((path[:, wrong], true), *((value, value) for value in comparable)):
             distance = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square()
             cost = cost + distance / distance.mean().clamp_min(1e-12)
-        partner = couple(cost, self.recipe.projection, data.generator(self.c.seed, "projection", wrong, numbers[0]))
+        partner = couple(cost, self.recipe.projection, seeds.generator(self.c.seed, "projection", wrong, numbers[0]))
         ends = [path[:, 0], path[:, -1]]
         ends[wrong] = true[partner]
         if wrong == -1:                                    # a picture brings its own caption
@@ -165,13 +145,13 @@ class Pairs:
     def pictures(self):
         """What the latents of the dataset's images depend on, for the settings of a cache: the images (names, captions,
         and the bytes of up to 64), the autoencoder and its scale."""
-        dataset, vae = self.dataset, getattr(self.pipeline, "vae", None)
+        dataset, vae = self.dataset, next(iter(models.autoencoder(self.pipeline)), None)
         images = None                                      # the embedded pictures are a function of the seed
         if dataset.size is not None:
             some = (dataset.kept[row].where for row in sorted(set(dataset.rows(range(min(64, dataset.size))))))
-            images = data.digest(dataset.key, *(zlib.crc32(dataset.read(where)) for where in some))
+            images = store.digest(dataset.key, *(zlib.crc32(dataset.read(where)) for where in some))
         scale = {} if vae is None else {name: vae.config.get(name) for name in LATENT_SCALE}
-        return dict(images=images, autoencoder=fingerprint(*encoders(self.pipeline, ["vae"])), **scale)
+        return dict(images=images, autoencoder=models.fingerprint(*models.autoencoder(self.pipeline)), **scale)
 
     @torch.no_grad()
     def cache_latents(self):
@@ -181,11 +161,11 @@ class Pairs:
             raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
 
         def solve(rows):
-            latents = teacher.encode(self.pipeline, dataset.decode(rows, self.size[0]).to(self.device))
+            latents = models.encode(self.pipeline, dataset.decode(rows, self.size[0]).to(self.device))
             return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
-        settings = dict(text=fingerprint(*text_encoders(self.pipeline)), size=self.size, null_text=c.null_text,
+        settings = dict(text=models.fingerprint(*models.text_encoders(self.pipeline)), size=self.size, null_text=c.null_text,
                         data=c.data, **self.pictures())
-        return data.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
+        return store.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
 
     def null_like(self, cond):
         """The null embedding, as often as cond has rows; {} where the model has none, or takes no condition."""
@@ -195,11 +175,11 @@ class Pairs:
 
     def captions(self, numbers, purpose):
         """The caption of each sample as an index into dataset.captions; dropped (index 0, "") at the rate text_dropout."""
-        drop = [torch.rand(1, generator=data.generator(self.c.seed, purpose, "drop", k)).item() < self.c.text_dropout for k in numbers]
+        drop = [torch.rand(1, generator=seeds.generator(self.c.seed, purpose, "drop", k)).item() < self.c.text_dropout for k in numbers]
         return [0 if dropped else index for dropped, index in zip(drop, self.dataset.caption_indices(numbers))]
 
     def times(self, numbers, windows):
-        u = torch.cat([torch.rand(1, generator=data.generator(self.c.seed, "time", k), dtype=torch.float64) for k in numbers])
+        u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "time", k), dtype=torch.float64) for k in numbers])
         return reflow.draw_times(self.recipe, u, windows, self.schedule)
 
     def fetch(self, numbers, windows):
@@ -223,13 +203,13 @@ class Pairs:
             t_start, t_end = t, torch.zeros_like(t)
         batch = dict(t=t, t_start=t_start, t_end=t_end)
         if self.recipe.pairs == "trajectory":
-            rows = self.rows[[torch.randint(len(self.rows), (1,), generator=data.generator(self.c.seed, "row", p)).item() for p in pair]]
+            rows = self.rows[[torch.randint(len(self.rows), (1,), generator=seeds.generator(self.c.seed, "row", p)).item() for p in pair]]
             path, every = rows.pop("z"), torch.arange(len(pair))
             batch |= {name: path[every, ((1 - edge[::reuse]) * (path.shape[1] - 1)).round().long()]
                       for name, edge in (("z_start", t_start), ("z_end", t_end))}
             return batch | rows
         captions = self.captions(pair, "data")
-        batch["eps"] = torch.stack([torch.randn(self.shape, generator=data.generator(self.c.seed, "eps", p)) for p in pair])
+        batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p)) for p in pair])
         if self.rows is None:
             return batch | {"images": self.dataset.images(pair, self.size[0]),
                             "captions": [self.dataset.captions[i] for i in captions]}
@@ -252,7 +232,7 @@ class Pairs:
         else:
             eps = batch.pop("eps")
             if "images" in batch:
-                batch["z_0"] = teacher.encode(self.pipeline, batch.pop("images"))
+                batch["z_0"] = models.encode(self.pipeline, batch.pop("images"))
                 batch |= self.text(batch.pop("captions"), self.device)
             z_0, cond = batch.pop("z_0"), batch
             starts, stops = t_start[::reuse], t_end[::reuse]
@@ -304,14 +284,14 @@ def cache_folder(c):
 
 def trajectory_count(c, recipe):
     """Trajectories that are cached, for each pair to draw one of them at random: those asked for, yet no more than there are pairs."""
-    return min(c.trajectories, math.ceil(c.steps * c.batch / recipe.reuse))
+    return min(c.trajectories, math.ceil(c.updates * c.batch / recipe.reuse))
 
 
 def cache_bytes(c, recipe, pipeline, dataset):
     """What the rows that a run caches will take on disk: latents and one text each, all in float32."""
-    shape = sampler.latent_shape(pipeline, c.size)
+    shape = models.latent_shape(pipeline, c.size)
     pixels = shape[-1] * pipeline.vae_scale_factor
-    text = teacher.encode_text(pipeline, [dataset.captions[-1] or None], null=c.null_text, size=(pixels, pixels))
+    text = models.encode_text(pipeline, [dataset.captions[-1] or None], null=c.null_text, size=(pixels, pixels))
     text = sum(value.nbytes for value in text.values())
     if recipe.pairs == "trajectory":
         ends = 2 * math.prod(shape) * 4 + text             # projected ones are kept beside those they were made of

@@ -170,6 +170,7 @@ def log_normal_cumulative(tau, mean=-1.2, std=1.2):
 
 
 TIME_LAWS = {"uniform": uniform, "starts": starts, "exponential": exponential, "cosh": cosh, "log-normal": log_normal}
+
 CUMULATIVE = {"exponential": exponential_cumulative, "cosh": cosh_cumulative, "log-normal": log_normal_cumulative}
 
 
@@ -196,7 +197,7 @@ def draw_times(recipe, u, windows, schedule):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train. What a paper leaves unknown is our value, and README.md says so."""
+    """One way to train. What a paper leaves unknown is our value, and docs/equations.md says so."""
     stages: tuple = (8, 4, 2, 1)         # windows of each stage, trained in this order
     shares: tuple = (1, 1, 1, 1)         # share of the updates that each stage gets
     pairs: str = "trajectory"            # where (z_start, z_end) come from, one of pairs.SOURCES
@@ -205,7 +206,7 @@ class Recipe:
     loss: str = "mse"                    # a row of losses.LOSSES
     high_pass_weight: float = 1.0        # lambda of the high-pass loss
     high_pass_radius: float = 0.1        # where its high frequencies begin, as a share of the highest
-    normalisation: str = "none"          # of each sample's loss: none, learnt (by normaliser.py) or per-sample
+    normalization: str = "none"          # of each sample's loss: none, learned (by normalizer.py) or per-sample
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
     direction_space: str = "u"           # what that cosine compares, a row of SPACES
     time_law: str = "starts"             # a row of TIME_LAWS
@@ -220,7 +221,7 @@ class Recipe:
 
 RECIPES = {
     "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),                  # ours: prompts are all it needs
-    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, normalisation="learnt",
+    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, normalization="learned",
                    forward_rate=0.5),                                                # the winner of best-of-both: needs images
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
@@ -231,18 +232,18 @@ RECIPES = {
     "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity", time_law="uniform"),
     "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber", time_law="uniform",
                   solver_steps=50),                                                  # the peer: latent consistency
-    "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalisation="learnt", time_law="exponential",
-                            forward_rate=0.5),                                       # no projection: ours undoes the coupling (LOG.md)
+    "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalization="learned", time_law="exponential",
+                            forward_rate=0.5),                                       # no projection: ours undoes the coupling (docs/log.md)
 }
 
 
-def stage_steps(recipe, steps):
-    """Updates of each stage; they sum to steps, and every stage gets at least one.  Returns: tuple of int."""
-    if steps < len(recipe.stages):
-        raise ValueError(f"steps = {steps}: {len(recipe.stages)} stages need at least as many updates")
+def stage_updates(recipe, updates):
+    """Updates of each stage; they sum to updates, and every stage gets at least one.  Returns: tuple of int."""
+    if updates < len(recipe.stages):
+        raise ValueError(f"updates = {updates}: {len(recipe.stages)} stages need at least as many updates")
     stages = len(recipe.stages)
-    cuts = [round(steps * sum(recipe.shares[:i]) / sum(recipe.shares)) for i in range(stages + 1)]
-    cuts = [min(max(cut, i), steps - (stages - i)) for i, cut in enumerate(cuts)]
+    cuts = [round(updates * sum(recipe.shares[:i]) / sum(recipe.shares)) for i in range(stages + 1)]
+    cuts = [min(max(cut, i), updates - (stages - i)) for i, cut in enumerate(cuts)]
     return tuple(after - before for before, after in zip(cuts, cuts[1:]))
 
 
@@ -255,7 +256,7 @@ def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=Non
     model: the student under the contract, (z, t, cond) -> (x_hat, eps_hat); ends: (z_start, z_end), float32 (B, ...) each;
     times: (t, t_start, t_end), float64 (B,) each, t in (t_end, t_start]; cond: dict of tensors (B, ...);
     recipe: its path is the model's; space, loss, direction term and normalization are read here;
-    normalizer: (z, t) -> predicted log loss (B,), for normalization "learnt"; autocast: context of the student's forward.
+    normalizer: (z, t) -> predicted log loss (B,), for normalization "learned"; autocast: context of the student's forward.
     Returns: (values (B,), whose mean is minimized, and a dict of what they are made of: z (B, ...), loss, magnitude, direction, (B,)
     each, magnitude + direction being the mean squared error in the recipe's space)."""
     (z_start, z_end), (t, t_start, t_end) = ends, times
@@ -278,6 +279,6 @@ def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=Non
     options = dict(weight=recipe.high_pass_weight, radius=recipe.high_pass_radius) if recipe.loss == "high-pass" else {}
     value = losses.LOSSES[recipe.loss](pred, target, **options)
     value = losses.aligned(value, *compared(recipe.direction_space), recipe.direction_weight)
-    values = losses.NORMALISATIONS[recipe.normalisation](value, lambda: normalizer(z, t))
+    values = losses.NORMALIZATIONS[recipe.normalization](value, lambda: normalizer(z, t))
     magnitude, direction = losses.decompose(pred.detach(), target)
     return values, dict(z=z, loss=value.detach(), magnitude=magnitude, direction=direction)

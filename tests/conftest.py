@@ -1,4 +1,4 @@
-"""Shared fixtures: a randomly initialised pipeline of the embedded architecture, and closed-form models. No downloads."""
+"""Shared fixtures: a randomly initialized pipeline of the embedded architecture, and closed-form models. No downloads."""
 import multiprocessing
 import os
 import runpy
@@ -20,9 +20,13 @@ torch.set_num_threads(1)
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
-import architectures  # noqa: E402
 import teacher  # noqa: E402
-import tiny  # noqa: E402
+from models import architectures  # noqa: E402
+from tools import tiny  # noqa: E402
+
+  # noqa: E402
+  # noqa: E402
+  # noqa: E402
 
 
 def torchrun(processes):
@@ -35,18 +39,24 @@ def torchrun(processes):
 # Importing torch, diffusers and transformers takes six seconds, as often as a command is run. Commands are therefore forked from one
 # process that has imported all the project's files, and does nothing else.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["conftest", *(file.stem for file in ROOT.glob("*.py"))])
+MODULES = [".".join(file.relative_to(ROOT).with_suffix("").parts) for folder in (".", "*") for file in ROOT.glob(f"{folder}/*.py")
+           if file.parent.name not in ("tests", ".venv") and not file.stem.startswith("__")]
+FORKS.set_forkserver_preload(["conftest", *MODULES])
 
 
 def begin(command, cwd, environment, out, err):
-    """What `python FILE ...` does, in a new process. command: [FILE, ...]; out, err: files for what it prints."""
+    """What `python FILE ...` or `python -m MODULE ...` does, in a new process. out, err: files for what it prints."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv, sys.path[0] = command, str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
+    sys.argv, sys.path[0] = command, str(ROOT)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def start_python(command, cwd, out=os.devnull, err=os.devnull):
@@ -70,7 +80,7 @@ def run_python(command, cwd, timeout=600):
 
 def pytest_collection_modifyitems(items):
     """The longest test first: with a worker per core it must not be the last to begin."""
-    items.sort(key=lambda item: item.name != "test_every_command_runs")
+    items.sort(key=lambda item: item.originalname != "test_every_command_runs")
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +138,10 @@ def small(request, small_models):
 
 @pytest.fixture
 def run_file(tmp_path):
-    """run_file("train.py", "--out", "x") runs a file of the project as a user does, in tmp_path. Returns CompletedProcess."""
+    """run_file("train.py", "--out", "x") runs a file of the project as a user does, in tmp_path, and run_file("-m", "studies") a module.
+    Returns CompletedProcess."""
     def run(*arguments, launcher=(), timeout=300):
-        command = [str(ROOT / arguments[0]), *map(str, arguments[1:])]
+        command = [arguments[0] if arguments[0] == "-m" else str(ROOT / arguments[0]), *map(str, arguments[1:])]
         if not launcher:
             return run_python(command, tmp_path, timeout)
         return subprocess.run([*launcher, *command], cwd=tmp_path, capture_output=True, text=True, timeout=timeout)

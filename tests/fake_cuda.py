@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-import teacher
+from runtime import processes
 
 CUDA = torch.device("cuda", 0)
 # an index may be on the host, and these are what moves a tensor
@@ -101,7 +101,7 @@ def fake_cuda():
     """Everything in this block that asks for CUDA gets it."""
     autocast = torch.autocast
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "pick_device", lambda name: name or "cuda")
+        patch.setattr(processes, "pick_device", lambda name: name or "cuda")
         patch.setattr(torch, "autocast", lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))
         patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)

@@ -7,8 +7,9 @@ import torch
 from conftest import SMALL
 from diffusers import DDIMScheduler
 
-import architectures
-import teacher
+import models
+import sampler
+from models import architectures, load, stable_diffusion
 
 CLIP_L, OPENCLIP_H, OPENCLIP_BIGG, VAE = 123_060_480, 340_387_840, 694_659_840, 83_653_863
 COUNTS = {
@@ -29,7 +30,7 @@ def test_parameter_counts_and_configs_are_the_published_ones(name):
     assert not DDIMScheduler.from_config(c).config.clip_sample
     assert pipeline.unet.config.upcast_attention == (name == "sd21")
     assert pipeline.vae.config.scaling_factor == (0.13025 if name == "sdxl" else 0.18215) and pipeline.vae_scale_factor == 8
-    assert teacher.native_size(pipeline) == {"sd15": (512, 512), "sd21": (768, 768), "sdxl": (1024, 1024)}[name]
+    assert models.native_size(pipeline) == {"sd15": (512, 512), "sd21": (768, 768), "sdxl": (1024, 1024)}[name]
     assert pipeline.config.get("force_zeros_for_empty_prompt", False) == (name == "sdxl") and pipeline.vae.config.force_upcast
     assert pipeline.tokenizer("fox", padding="max_length").input_ids[2:4] == [pipeline.tokenizer.eos_token_id] * 2
     assert len(pipeline.tokenizer("fox", padding="max_length").input_ids) == 77
@@ -38,9 +39,8 @@ def test_parameter_counts_and_configs_are_the_published_ones(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_full_size_networks_run_under_the_contract_and_never_wait_for_the_device(name):
     """On the meta device there are shapes but no values: reading one, an .item() or an if on a tensor, raises."""
-    import sampler
     pipeline = architectures.build(name, weights=False)
-    model, (channels, height, width) = teacher.as_model(pipeline), sampler.latent_shape(pipeline)
+    model, (channels, height, width) = models.as_model(pipeline), models.latent_shape(pipeline)
     wide = pipeline.unet.config.cross_attention_dim
     cond = {"encoder_hidden_states": torch.empty(2, 77, wide, device="meta")}
     if name == "sdxl":
@@ -64,11 +64,11 @@ def test_a_part_has_the_same_weights_whatever_is_built_with_it():
     for part, group in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "text"), ("text_encoder_2", "text")):
         alone = architectures.build("sdxl", parts=(group,), **SMALL["sdxl"])
         assert same(weights(getattr(alone, part)), weights(getattr(whole, part)))
-        assert all((getattr(alone, other) is None) == (not other.startswith(group)) for other in teacher.NETWORKS)
+        assert all((getattr(alone, other) is None) == (not other.startswith(group)) for other in load.NETWORKS)
     assert architectures.build("sdxl", parts=(), **SMALL["sdxl"]).tokenizer is None
     again, other = (architectures.build("sdxl", seed=seed, parts=("unet",), **SMALL["sdxl"]).unet for seed in (0, 1))
     assert same(weights(again), weights(whole.unet)) and not same(weights(other), weights(whole.unet))
-    starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in teacher.NETWORKS]
+    starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in load.NETWORKS]
     assert len({tuple((start / start[0]).round(decimals=2).tolist()) for start in starts}) == 4           # each part has a stream of its own
     vectors = [value.flatten()[:8] for value in weights(whole.unet).values() if value.numel() >= 8]
     assert len({tuple(vector.tolist()) for vector in vectors}) == len(vectors)            # a mix-up of two tensors would show
@@ -97,17 +97,17 @@ def test_a_ready_component_goes_in_as_it_is_and_a_misspelt_override_is_refused()
 def test_pooling_is_at_the_first_eos():
     """Two prompts that differ in the last word alone must differ in the pooled output: the highest id is not the end here."""
     pipeline = architectures.build("sdxl", parts=("text",), **SMALL["sdxl"])
-    pooled = teacher.encode_text(pipeline, ["fox on blue", "fox on red", "fox"], size=(32, 32))["text_embeds"]
+    pooled = stable_diffusion.encode_text(pipeline, ["fox on blue", "fox on red", "fox"], 64, "auto", (32, 32), "cpu")["text_embeds"]
     assert min((pooled[i] - pooled[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_are_of_order_one(small, dtype):
-    pipeline = teacher.load_pipeline(str(small), dtype)
-    cond = teacher.encode_text(pipeline, ["fox", None])
+    pipeline = load.load_pipeline(str(small), dtype)
+    cond = models.encode_text(pipeline, ["fox", None])
     z, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 0.5])
-    images = teacher.decode(pipeline, z)
-    for x in (*cond.values(), *teacher.as_model(pipeline)(z, t, cond), images, teacher.encode(pipeline, images)):
+    images = models.decode(pipeline, z)
+    for x in (*cond.values(), *models.as_model(pipeline)(z, t, cond), images, models.encode(pipeline, images)):
         assert x.isfinite().all() and x.dtype == torch.float32
     output = pipeline.unet(z.to(dtype), torch.tensor([999., 499.]), cond["encoder_hidden_states"].to(dtype), added_cond_kwargs=cond).sample
     assert 0.1 < output.float().std() < 3
@@ -125,13 +125,13 @@ def test_full_depth_is_finite_in_fp32_and_bf16(name, side):
         pipeline = architectures.build(name, dtype)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
         print(f"\n{name} {dtype}: built in {time.time() - start:.1f} s, peak {peak:.2f} GiB")
-        start, cond = time.time(), teacher.encode_text(pipeline, ["fox on blue"])
+        start, cond = time.time(), models.encode_text(pipeline, ["fox on blue"])
         print(f"{name} {dtype}: text in {time.time() - start:.1f} s; " + ", ".join(f"{k} std {v.std():.2f}" for k, v in cond.items()))
         z, shown = torch.randn(1, 4, side, side, generator=generator), []
         pipeline.unet.register_forward_hook(lambda module, args, output: shown.append(output[0].float()))
         start = time.time()
         with torch.no_grad():
-            pair = teacher.as_model(pipeline)(z, torch.ones(1), cond)
+            pair = models.as_model(pipeline)(z, torch.ones(1), cond)
         print(f"{name} {dtype}: UNet at {side} x {side} in {time.time() - start:.1f} s, output std {shown[0].std():.2f}")
         assert all(x.isfinite().all() for x in (*pair, *cond.values())) and 0.1 < shown[0].std() < 3
         del pipeline

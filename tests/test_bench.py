@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_export import PROMPTS, SEEDS
 
-import bench
 import export
+import models
 import sampler
-import teacher
 import train
+from tools import bench
 
 GIB = 2 ** 30
 
@@ -33,7 +33,7 @@ def test_a_student_update_costs_at_most_five_evaluations_from_the_cache_and_eigh
 
 
 def test_pairs_asked_at_several_times_cost_a_fraction():
-    found = run(model="tiny", data="sprites", recipe="perflow", batch=12, steps=1, reuse=3)
+    found = run(model="tiny", data="sprites", recipe="perflow", batch=12, updates=1, reuse=3)
     assert found["evaluations"] == dict(student=12, solver=32)                    # 4 pairs, 8 steps each
 
 
@@ -52,7 +52,7 @@ def test_every_part_prints_its_table_and_writes_its_figures(small_models, tmp_pa
                 "the loop: all the rest", "sampler.py, with text", "diffusers' pipeline, with text"):
         assert row in text, row
     assert found["training"]["updates"] == 4 and found["training"]["weights"]["trained"] < found["training"]["weights"]["network"]
-    parts = sum(found["training"][part] for part in ("forward", "backward", "optimiser"))
+    parts = sum(found["training"][part] for part in ("forward", "backward", "optimizer"))
     assert 0 < parts < found["training"]["seconds"] and found["training"]["peak"] > found["training"]["weights"]["network"]
     assert len(found["sampling"]["ours"]) == len(found["sampling"]["theirs"]) == 1
 
@@ -62,18 +62,18 @@ def test_every_part_prints_its_table_and_writes_its_figures(small_models, tmp_pa
 
 @pytest.mark.slow
 def test_sd15_trains_every_weight_with_ema_in_20_gib_and_the_loop_is_cheap():
-    found = run(model="sd15", random_init=True, batch=1, steps=4, windows=[8, 4, 2, 1], trajectories=1, solver_steps=8,
+    found = run(model="sd15", random_init=True, batch=1, updates=4, windows=[8, 4, 2, 1], trajectories=1, solver_steps=8,
                 gradient_checkpointing=True)
     assert found["weights"]["network"] == found["weights"]["trained"] == 4 * 859_520_964
     assert not found["weights"]["online"] and found["updates"] == 4
     assert found["peak"] <= 20 * GIB
-    inside = found["forward"] + found["backward"] + found["optimiser"]
+    inside = found["forward"] + found["backward"] + found["optimizer"]
     assert found["seconds"] - inside <= 0.05 * (found["forward"] + found["backward"])
 
 
 @pytest.mark.slow
 def test_sdxl_trains_a_lora_in_22_gib():
-    found = run(model="sdxl", random_init=True, batch=1, steps=1, windows=[1], trajectories=1, solver_steps=8, lora=16, precision="bf16",
+    found = run(model="sdxl", random_init=True, batch=1, updates=1, windows=[1], trajectories=1, solver_steps=8, lora=16, precision="bf16",
                 gradient_checkpointing=True, size=512)
     assert found["weights"]["network"] - found["weights"]["trained"] // 1 >= 2 * 2_567_463_684
     assert found["peak"] <= 22 * GIB
@@ -84,14 +84,14 @@ def test_sdxl_trains_a_lora_in_22_gib():
 def test_a_full_size_student_is_a_pipeline_that_stock_diffusers_samples_alike(tmp_path, name, changes):
     (tmp_path / "prompts.txt").write_text("a lighthouse at dawn\n")
     folder = train.main(train.Config(model=name, random_init=True, prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "run"), size=64,
-                                     windows=[2], steps=1, batch=1, trajectories=1, solver_steps=8, grid_steps=0, gradient_checkpointing=True,
+                                     windows=[2], updates=1, batch=1, trajectories=1, solver_steps=8, grid_steps=0, gradient_checkpointing=True,
                                      device="cpu", **changes))
     assert (folder / export.LORA_FILE).exists() == bool(changes)
     stock = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
-    shape = sampler.latent_shape(stock, 64)
+    shape = models.latent_shape(stock, 64)
     with torch.no_grad():
-        ours = sampler.generate(stock, teacher.as_model(stock), PROMPTS, SEEDS, sampler.time_grid(2, 2), size=64)
+        ours = sampler.generate(stock, models.as_model(stock), PROMPTS, SEEDS, sampler.time_grid(2, 2), size=64)
         theirs = stock(PROMPTS, num_inference_steps=2, guidance_scale=1, output_type="latent", latents=sampler.noise(SEEDS, shape),
                        height=64, width=64).images
     assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item())

@@ -10,29 +10,29 @@ import torch
 from conftest import ROOT, torchrun
 from PIL import Image
 
-import bench
-import config
 import eval as evaluation
 import export
-import lab
 import sampler
 import train
+from models import saved
+from runtime import checkpoints
+from runtime import cli as command_line
+from studies import runner
+from tools import bench
 
-MODULES = {"train.py": train, "sampler.py": sampler, "eval.py": evaluation, "bench.py": bench}
+MODULES = {"train.py": train, "sampler.py": sampler, "eval.py": evaluation, "tools.bench": bench}
 
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    """cli("train.py --steps 3") in this process.  Returns: (exit status, stdout, stderr)."""
+    """cli("train.py --updates 3") in this process.  Returns: (exit status, stdout, stderr)."""
     def run(line, *more):
         name, *arguments = [*line.split(), *map(str, more)]
-        main, options = MODULES[name].main, MODULES[name].Config
-        if arguments and arguments[0] in export.COMMANDS:
-            main, options = export.COMMANDS[arguments.pop(0)]
+        main, options = export.COMMANDS[arguments.pop(0)] if name == "export.py" else (MODULES[name].main, MODULES[name].Config)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         status = 0
         try:
-            config.run(main, options, "")
+            command_line.run(main, options, "")
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
@@ -44,7 +44,7 @@ def cli(monkeypatch, capsys):
 def student(random_sd, tmp_path_factory):
     """A 2-window student of the random teacher."""
     out = tmp_path_factory.mktemp("run")
-    return train.main(train.Config(model=str(random_sd), data="sprites", out=str(out), windows=[2], steps=2, batch=2, trajectories=2,
+    return train.main(train.Config(model=str(random_sd), data="sprites", out=str(out), windows=[2], updates=2, batch=2, trajectories=2,
                                    solver_steps=8))
 
 
@@ -84,8 +84,8 @@ def here(tmp_path, monkeypatch, random_sd):
 
 
 BAD = [
-    ("train.py --stesp 5", "did you mean --steps?"),
-    ("train.py --steps five", "invalid int value: 'five'"),
+    ("train.py --updatse 5", "did you mean --updates?"),
+    ("train.py --updates five", "invalid int value: 'five'"),
     ("train.py --windows 8 3", "8 windows do not merge into 3"),
     ("train.py --windows 2 4", "2 windows do not merge into 4"),
     ("train.py --windows 0", "windows"),
@@ -112,8 +112,8 @@ BAD = [
     ("train.py --pretrained_model_name_or_path x", "did you mean --model?"),
     ("train.py --report_to wandb", "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out"),
     ("train.py --mixed_precision bf16", "did you mean --precision?"),
-    ("train.py --max_train_steps 4", "did you mean --steps?"),
-    ("train.py --num_train_epochs 4", "did you mean --steps?"),
+    ("train.py --max_train_steps 4", "did you mean --updates?"),
+    ("train.py --num_train_epochs 4", "did you mean --updates?"),
     ("train.py --resolution 512", "did you mean --size?"),
     ("train.py --gradient_accumulation_steps 4", "did you mean --micro-batch?"),
     ("train.py --rank 4", "did you mean --lora?"),
@@ -123,14 +123,14 @@ BAD = [
     ("sampler.py --guidance_scale 4", "did you mean --guidance?"),
     ("sampler.py --pretrained_model_name_or_path x", "did you mean --model?"),
     ("sampler.py --precision bf16", "did you mean --dtype?"),
-    ("sampler.py export --output_dir x", "did you mean --out?"),
-    ("sampler.py export-delta --pretrained_model_name_or_path x", "did you mean --base?"),
-    ("sampler.py merge --pretrained_model_name_or_path x", "did you mean --model?"),
+    ("export.py checkpoint --output_dir x", "did you mean --out?"),
+    ("export.py delta --pretrained_model_name_or_path x", "did you mean --base?"),
+    ("export.py merge --pretrained_model_name_or_path x", "did you mean --model?"),
     ("eval.py RUN --resolution 512", "did you mean --size?"),
     ("eval.py RUN --guidance_scale 4", "did you mean --guidance?"),
-    ("bench.py --mixed_precision bf16", "did you mean --precision?"),
-    ("bench.py --max_train_steps 4", "did you mean --steps?"),
-    ("train.py --steps 3", "need at least as many updates"),
+    ("tools.bench --mixed_precision bf16", "did you mean --precision?"),
+    ("tools.bench --max_train_steps 4", "did you mean --updates?"),
+    ("train.py --updates 3", "need at least as many updates"),
     ("train.py --recipe proreflwo", "did you mean proreflow?"),
     ("train.py --pairs trajectories", "did you mean trajectory?"),
     ("train.py --space v", "not one of eps, u, x, velocity, end"),
@@ -147,7 +147,7 @@ BAD = [
     ("train.py --high-pass-radius 2", "--high-pass-radius 2.0: must be in [0, 1]"),
     ("train.py --time-base 1", "--time-base 1.0: must be above 0 and not 1"),
     ("train.py --time-base -3", "--time-base -3.0: must be above 0 and not 1"),
-    ("train.py --normalisation lernt", "did you mean learnt?"),
+    ("train.py --normalization lernt", "did you mean learned?"),
     ("train.py --dropout 1", "--dropout 1.0: must be in [0, 1)"),
     ("train.py --projection -1 --windows 1", "--projection -1.0: must be at least 0"),
     ("train.py --projection 0.1", "--projection 0.1: moves the two ends of whole trajectories; use --windows 1"),
@@ -181,21 +181,21 @@ BAD = [
     ("train.py --model file.safetensors --data sprites", "--model file.safetensors"),
     ("train.py --model some/hub --random-init --data sprites", "--model some/hub"),
     ("train.py --model MODEL --data sprites --cache other", "--cache other/trajectories: made with other settings"),
-    ("sampler.py export --checkpoint nowhere.safetensors --out x", "--checkpoint nowhere.safetensors: no such file"),
-    ("sampler.py export --checkpoint DELTA --out empty", "--out empty: exists already"),
-    ("sampler.py export --checkpoint file.safetensors --out x", "not a whole safetensors file"),
-    ("sampler.py export --chekpoint x", "did you mean --checkpoint?"),
-    ("sampler.py export-delta --student nowhere", "--student nowhere: no student there"),
-    ("sampler.py export-delta --student STUDENT --dtype int8", "--dtype int8: not one of fp32, fp16"),
-    ("sampler.py export-delta --student STUDENT --base SDXL", "not the architecture of --student"),
-    ("sampler.py merge --delta nowhere --model MODEL --out x", "--delta nowhere: no such file"),
-    ("sampler.py merge --delta DELTA --model SDXL --out x", "not the architecture of --delta"),
-    ("sampler.py merge --delta DELTA --out x", "--model: name the model"),
-    ("sampler.py merge --delta DELTA --model MODEL", "--out: name a folder"),
+    ("export.py checkpoint --checkpoint nowhere.safetensors --out x", "--checkpoint nowhere.safetensors: no such file"),
+    ("export.py checkpoint --checkpoint DELTA --out empty", "--out empty: exists already"),
+    ("export.py checkpoint --checkpoint file.safetensors --out x", "not a whole safetensors file"),
+    ("export.py checkpoint --chekpoint x", "did you mean --checkpoint?"),
+    ("export.py delta --student nowhere", "--student nowhere: no student there"),
+    ("export.py delta --student STUDENT --dtype int8", "--dtype int8: not one of fp32, fp16"),
+    ("export.py delta --student STUDENT --base SDXL", "not the architecture of --student"),
+    ("export.py merge --delta nowhere --model MODEL --out x", "--delta nowhere: no such file"),
+    ("export.py merge --delta DELTA --model SDXL --out x", "not the architecture of --delta"),
+    ("export.py merge --delta DELTA --out x", "--model: name the model"),
+    ("export.py merge --delta DELTA --model MODEL", "--out: name a folder"),
     ("sampler.py --model STUDENT --prompt fox --size 30", "--size 30: must be a multiple of 8"),
     ("sampler.py --model STUDENT --prompt fox --dtype fp8", "--dtype fp8: not one of"),
-    ("bench.py --parts speed", "--parts speed: not one of training, evaluations, sampling"),
-    ("bench.py --device cuda", "no CUDA device here; use --device cpu"),
+    ("tools.bench --parts speed", "--parts speed: not one of training, evaluations, sampling"),
+    ("tools.bench --device cuda", "no CUDA device here; use --device cpu"),
     ("sampler.py", "no prompt"),
     ("sampler.py --prompt", "--prompt"),
     ("sampler.py --model STUDENT --promt fox", "did you mean --prompt?"),
@@ -234,27 +234,27 @@ def numbers(kind, *types):
     return [name for name, hint in hints.items() if any(each in (hint, *typing.get_args(hint)) for each in types)]
 
 
-CONFIGS = [module.Config for module in (*MODULES.values(), lab)] + [kind for _, kind in export.COMMANDS.values()]
+CONFIGS = [module.Config for module in (*MODULES.values(), runner)] + [kind for _, kind in export.COMMANDS.values()]
 
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_no_option_takes_a_number_that_is_not_finite(kind):
     for name in numbers(kind, float):
         for value in ("nan", "inf", "-inf"):
-            with pytest.raises(config.UserError, match=f"--{name.replace('_', '-')} {value}: must be a finite number"):
-                config.parse(kind, "", [f"--{name.replace('_', '-')}={value}"])
+            with pytest.raises(command_line.UserError, match=f"--{name.replace('_', '-')} {value}: must be a finite number"):
+                command_line.parse(kind, "", [f"--{name.replace('_', '-')}={value}"])
 
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
 def test_every_seed_fits_what_torch_takes_also_after_a_run_has_derived_its_own(kind):
     if "seed" not in kind.__dataclass_fields__:
         return
-    for value in (-1, config.MAX_SEED + 1, 18 * 10 ** 12, 10 ** 20):
-        with pytest.raises(config.UserError, match=f"--seed {value}: must be at least 0 and at most 4294967295"):
-            config.parse(kind, "", [f"--seed={value}"])
-    assert config.parse(kind, "", [f"--seed={config.MAX_SEED}"]).seed == config.MAX_SEED
-    torch.manual_seed((config.MAX_SEED * 1_000_003 + 10 ** 8) * 1024 + 1023)              # train.py's: 1024 processes, 10^8 updates
-    sampler.generators([config.MAX_SEED + 10 ** 9])
+    for value in (-1, command_line.MAX_SEED + 1, 18 * 10 ** 12, 10 ** 20):
+        with pytest.raises(command_line.UserError, match=f"--seed {value}: must be at least 0 and at most 4294967295"):
+            command_line.parse(kind, "", [f"--seed={value}"])
+    assert command_line.parse(kind, "", [f"--seed={command_line.MAX_SEED}"]).seed == command_line.MAX_SEED
+    torch.manual_seed((command_line.MAX_SEED * 1_000_003 + 10 ** 8) * 1024 + 1023)              # train.py's: 1024 processes, 10^8 updates
+    sampler.generators([command_line.MAX_SEED + 10 ** 9])
 
 
 NUMBERS = [(file, name) for file, module in MODULES.items() for name in numbers(module.Config, int, float)]
@@ -262,7 +262,7 @@ NUMBERS = [(file, name) for file, module in MODULES.items() for name in numbers(
 
 @pytest.mark.parametrize("file, name", NUMBERS)
 def test_every_number_has_a_range(cli, here, student, file, name):
-    required = {"train.py": "", "sampler.py": f"--model {student} --prompt fox", "eval.py": f"{student.parent}", "bench.py": ""}[file]
+    required = {"train.py": "", "sampler.py": f"--model {student} --prompt fox", "eval.py": f"{student.parent}", "tools.bench": ""}[file]
     status, _, err = cli(f"{file} {required} --{name.replace('_', '-')}=-8")
     assert status == 2 and f"--{name.replace('_', '-')}" in err and "-8" in err and err.count("\n") == 1, err
 
@@ -274,7 +274,7 @@ def test_a_recipe_that_starts_from_images_needs_images(cli, here, random_sd):
 
 
 def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
-    line = f"train.py --model {random_sd} --data sprites --steps 4 --batch 2 --trajectories 2 --solver-steps 8 --out o"
+    line = f"train.py --model {random_sd} --data sprites --updates 4 --batch 2 --trajectories 2 --solver-steps 8 --out o"
     assert cli(line)[0] == 0
     status, _, err = cli(line, "--lr", 0.01)
     assert status == 2 and "lr 0.0002 -> 0.01" in err
@@ -282,7 +282,7 @@ def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
 
 
 def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
-    line = "train.py --data sprites --steps 4 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
+    line = "train.py --data sprites --updates 4 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
     assert cli(line, "nowhere")[0] == 2
     assert cli(line, random_sd)[0] == 0
     status, _, err = cli(line, random_sd, "--no-resume")
@@ -290,14 +290,14 @@ def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
 
 
 def test_a_cache_of_another_teacher_is_refused(cli, here, random_sd, small_models):
-    line = "train.py --data sprites --steps 4 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
+    line = "train.py --data sprites --updates 4 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
     assert cli(line, random_sd, "--out", "a")[0] == 0
     status, _, err = cli(line, small_models["sd15"], "--out", "b")
     assert status == 2 and "--cache c/trajectories: made with other settings" in err and "'teacher'" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_where_and_keeps_the_checkpoint(cli, here, random_sd):
-    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 40 --solver-steps 8 --recipe "
+    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --updates 40 --solver-steps 8 --recipe "
                          "reflow --lr 1e30 --checkpoint-steps 1 --out o")
     found = re.search(r"loss \S+ at step (\d+), window \(0.000, 1.000\], t = (\S+), stage 0 \(1 windows\);", err)
     assert status == 2 and found and 0 < float(found[2]) <= 1 and "lower --lr" in err
@@ -317,23 +317,22 @@ def test_a_gradient_that_is_not_finite_is_not_kept(cli, here, random_sd, monkeyp
         calls.append(real(parameters, norm))
         return calls[-1] * (float("inf") if len(calls) == 3 else 1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 8 --solver-steps 8 --recipe reflow "
+    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --updates 8 --solver-steps 8 --recipe reflow "
                          "--checkpoint-steps 1 --out o")
     assert status == 2 and "gradient norm inf at step 2, stage 0 (1 windows)" in err
     assert sorted(file.name for file in (here / "o").glob("checkpoint-*")) == ["checkpoint-000001.safetensors", "checkpoint-000002.safetensors"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(cli, here, random_sd, monkeypatch):
-    import student
-    real_save = student.save_file
+    real_save = checkpoints.save_file
 
     def save(tensors, file, metadata):
         if int(metadata["step"]) > 1:
             file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         real_save(tensors, file, metadata)
-    monkeypatch.setattr(student, "save_file", save)
-    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --steps 8 --solver-steps 8 --recipe reflow "
+    monkeypatch.setattr(checkpoints, "save_file", save)
+    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --updates 8 --solver-steps 8 --recipe reflow "
                          "--checkpoint-steps 1 --out o")
     assert status == 2 and "no space left on the device" in err
     assert [file.name for file in (here / "o").glob("checkpoint-*")] == ["checkpoint-000001.safetensors"]
@@ -341,18 +340,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(cli, here, random_sd, monkeypatch
 
 def test_data_cache_makes_what_training_then_uses(here, random_sd, run_file):
     options = ["--model", random_sd, "--data", "sprites", "--trajectories", 3, "--solver-steps", 8, "--cache", here / "c"]
-    done = run_file("data.py", "cache", *options)
+    done = run_file("train.py", "--cache-only", *options)
     assert done.returncode == 0 and "c: 3 trajectories" in done.stdout, done.stderr[-2000:]
     made = {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
-    train.main(train.Config(model=str(random_sd), data="sprites", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", steps=4,
+    train.main(train.Config(model=str(random_sd), data="sprites", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", updates=4,
                             batch=2, grid_steps=0))
     assert made and made == {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
     Image.new("RGB", (40, 40)).save(here / "empty" / "a.png")
     (here / "empty" / "a.txt").write_text("black")
-    done = run_file("data.py", "cache", "--model", random_sd, "--data", here / "empty", "--recipe", "perflow", "--cache", here / "c")
+    done = run_file("train.py", "--cache-only", "--model", random_sd, "--data", here / "empty", "--recipe", "perflow", "--cache", here / "c")
     assert done.returncode == 0 and "c: 1 latents" in done.stdout, done.stderr[-2000:]
-    done = run_file("data.py", "cahce")
-    assert done.returncode == 2 and "python data.py cache" in done.stderr
 
 
 def test_sampler_writes_what_was_asked_for(cli, here, student):
@@ -382,9 +379,9 @@ def test_unknown_words_are_named(cli, here, student):
 
 
 def test_the_newest_student_is_the_default(here, student):
-    assert sampler.default_model().endswith("student-2") and "assets" in sampler.default_model()
+    assert saved.default_model().endswith("student-2") and "assets" in saved.default_model()
     shutil.copytree(student, here / "runs" / "x" / "student-2")
-    assert sampler.default_model() == "runs/x/student-2"
+    assert saved.default_model() == "runs/x/student-2"
 
 
 def test_help_lists_every_option_with_its_comment(cli):
@@ -397,8 +394,8 @@ def test_help_lists_every_option_with_its_comment(cli):
 @pytest.mark.parametrize("ranks, said", [((0, 1), "error: bad"), ((1,), "error (process 1): bad")], ids=["all", "the second"])
 def test_a_mistake_is_said_once_whichever_process_meets_it(tmp_path, run_file, ranks, said):
     script = tmp_path / "meets.py"
-    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport config\n"
-                      f"sys.exit(config.fail('bad')) if int(os.environ['RANK']) in {ranks} else time.sleep(60)\n")
+    script.write_text(f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom runtime import cli\n"
+                      f"sys.exit(cli.fail('bad')) if int(os.environ['RANK']) in {ranks} else time.sleep(60)\n")
     done = run_file(script, launcher=torchrun(2))
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode != 0 and lines == [said]

@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-import coco
-import sampler
-from config import UserError
+from data import coco, imaging
+from runtime.cli import UserError
 
 SPLITS = ("val2014", "val2017")
 
@@ -97,7 +96,7 @@ def test_pixels_to_tensor_and_back_is_the_identity():
     levels = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2))
     tensor = coco.tensor([levels, levels])
     assert tensor.shape == (2, 3, 16, 16) and tensor.dtype == torch.float32 and tensor.min() == -1 and tensor.max() == 1
-    assert all(np.array_equal(np.array(picture), np.array(levels)) for picture in sampler.to_pil(tensor))
+    assert all(np.array_equal(np.array(picture), np.array(levels)) for picture in imaging.to_pil(tensor))
 
 
 def test_images_are_those_of_the_numbers_in_their_order_and_gray_ones_have_three_channels(folder):

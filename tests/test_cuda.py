@@ -10,23 +10,21 @@ from conftest import ROOT, SMALL, start_python
 from fake_cuda import CudaTensor, fake_cuda
 from torch.distributed.tensor import DTensor
 
-import config
-import student
-import teacher
 import train
+from models import architectures, load, student
+from runtime import checkpoints, cli, processes, progress
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """SD 1.5's architecture at a thousandth of its size."""
-    import architectures
     folder = tmp_path_factory.mktemp("models") / "sd15"
     architectures.build("sd15", **SMALL["sd15"]).save_pretrained(folder)
     return folder
 
 
 def options(model, out, device, **changes):
-    return train.Config(**{**dict(model=str(model), data="sprites", out=str(out), windows=[2, 1], steps=4, batch=2, micro_batch=1,
+    return train.Config(**{**dict(model=str(model), data="sprites", out=str(out), windows=[2, 1], updates=4, batch=2, micro_batch=1,
                                   trajectories=4, solver_steps=8, log_steps=1, checkpoint_steps=2, grid_steps=0, device=device), **changes})
 
 
@@ -36,18 +34,18 @@ def losses(out):
 
 def stopped_after(step, c):
     """A run that dies after this update."""
-    real = train.write_log
+    real = progress.write_log
 
     def write_log(file, board, line):
         real(file, board, line)
         if line["step"] == step:
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "write_log", write_log)
+        patch.setattr(progress, "write_log", write_log)
         train.main(c)
 
 
-@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), dict(pairs="student", normalisation="learnt", precision="bf16"),
+@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), dict(pairs="student", normalization="learned", precision="bf16"),
                                      dict(pairs="student", lora=2, precision="bf16"),
                                      dict(pairs="consistency", windows=[1])],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
@@ -63,12 +61,12 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
     with fake_cuda():
         stopped_after(3, options(model, tmp_path / "cuda", "cuda", **changes))
         train.main(options(model, tmp_path / "cuda", "cuda", **changes))
-        (_, done, network, normaliser, optimizer, ema), = restored
-        states = student.states(network, normaliser, optimizer, ema)
+        (_, done, network, normalizer, optimizer, ema), = restored
+        states = checkpoints.states(network, normalizer, optimizer, ema)
         assert done > 0 and states and {*map(str, network.buffers())} == set()
         for name, (p, parts) in states.items():
             moments = {"exp_avg", "exp_avg_sq", "step"}
-            assert set(parts) == {"normaliser", *moments} if name.startswith("normaliser.") else set(parts) == {"student", "ema", *moments}
+            assert set(parts) == {"normalizer", *moments} if name.startswith("normalizer.") else set(parts) == {"student", "ema", *moments}
             for part, tensor in parts.items():
                 assert isinstance(tensor, CudaTensor) and tensor.dtype == torch.float32, (name, part)
                 assert part == "step" and tensor.shape == () or tensor.stride() == p.stride(), (name, part)
@@ -88,7 +86,7 @@ def one_process(monkeypatch):
 
 @pytest.mark.parametrize("lora", [0, 2])
 def test_shards_of_cuda_networks_are_made_of_contiguous_weights_and_stay_shards(model, one_process, lora):
-    unet = teacher.load_pipeline(str(model)).unet
+    unet = load.load_pipeline(str(model)).unet
     inputs = torch.randn(2, 8, 8, 8)[:, :unet.config.in_channels], torch.tensor([500.0, 20.0]), torch.randn(2, 5, 32)
     expected = unet(*inputs).sample
     c = train.Config(lora=lora, shard=True)
@@ -98,7 +96,7 @@ def test_shards_of_cuda_networks_are_made_of_contiguous_weights_and_stay_shards(
         with torch.no_grad():
             assert torch.allclose(one(*inputs).sample, expected, atol=1e-5)
         assert all(isinstance(p, DTensor) for p in one.parameters())
-    frozen.become(student.trained(network), c)
+    frozen.become(checkpoints.trained(network), c)
 
 
 def test_sharded_and_whole_runs_agree_with_pictures_and_a_resume_between(model, tmp_path):
@@ -114,7 +112,7 @@ def test_only_the_first_process_keeps_what_is_gathered(one_process):
     import weakref
     mesh, alive, most = dist.init_device_mesh("cpu", (1,)), [], []
     whole = {str(i): torch.randn(4, 4) for i in range(6)}
-    shards = {name: student.distribute_tensor(value, mesh) for name, value in whole.items()}
+    shards = {name: checkpoints.distribute_tensor(value, mesh) for name, value in whole.items()}
     real = DTensor.full_tensor
 
     def full_tensor(self):
@@ -124,8 +122,8 @@ def test_only_the_first_process_keeps_what_is_gathered(one_process):
         return found
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", full_tensor)
-        assert student.gather_full(shards, rank=1) == {} and len(most) == 6 and max(most) <= 2
-        found = student.gather_full(shards, rank=0)
+        assert checkpoints.gather_full(shards, rank=1) == {} and len(most) == 6 and max(most) <= 2
+        found = checkpoints.gather_full(shards, rank=0)
     assert all(torch.equal(found[name], value) and type(found[name]) is torch.Tensor for name, value in whole.items())
 
 
@@ -135,7 +133,7 @@ def test_only_the_first_process_keeps_what_is_gathered(one_process):
 def test_a_stop_on_cuda_waits_for_the_update_it_keeps():
     """The signal of update s is known after s + 1: whether s + 1 was finite is known then as well."""
     with fake_cuda():
-        flags = train.StopFlags(torch.device("cuda"), 1)
+        flags = processes.StopFlags(torch.device("cuda"), 1)
         good, bad = torch.zeros((), dtype=torch.bool).to("cuda"), torch.ones((), dtype=torch.bool).to("cuda")
         assert flags(False, good) == [False, False] and flags(True, good) == [False, False]
         assert flags(False, bad) == [True, True] and not flags.pending
@@ -155,8 +153,8 @@ def test_a_weight_that_is_not_finite_never_becomes_a_checkpoint_or_a_student(mod
             with torch.no_grad():
                 self.param_groups[0]["params"][-1].fill_(float("inf"))
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with fake_cuda() if device == "cuda" else contextlib.nullcontext(), pytest.raises(config.UserError, match="is not finite"):
-        train.main(options(model, tmp_path, device, windows=[1], steps=2, checkpoint_steps=every))
+    with fake_cuda() if device == "cuda" else contextlib.nullcontext(), pytest.raises(cli.UserError, match="is not finite"):
+        train.main(options(model, tmp_path, device, windows=[1], updates=2, checkpoint_steps=every))
     assert [file.name for file in tmp_path.glob("checkpoint-*")] == kept and not list(tmp_path.glob("student-*"))
 
 
@@ -167,7 +165,9 @@ SLOW = """
 import datetime, os, sys, time
 sys.path.insert(0, {root!r})
 import torch, torch.distributed as dist
-import data, export, student, train
+import export, train
+from data import captioned
+from runtime import checkpoints
 real = dist.init_process_group
 dist.init_process_group = lambda *args, **options: real(*args, **{{"timeout": datetime.timedelta(seconds={timeout}), **options}})
 
@@ -183,10 +183,10 @@ train.main(train.{config!r})
 """
 
 
-@pytest.mark.parametrize("place", ["data, 'open_dataset'", "student, 'save_file'", "export, 'export'"])
+@pytest.mark.parametrize("place", ["captioned, 'open_dataset'", "checkpoints, 'save_file'", "export, 'export'"])
 def test_a_process_that_works_alone_for_longer_than_the_timeout_is_waited_for(model, tmp_path, monkeypatch, place):
     script, timeout = tmp_path / "slow.py", 5
-    c = options(model, tmp_path / "out", "cpu", windows=[1], steps=2)
+    c = options(model, tmp_path / "out", "cpu", windows=[1], updates=2)
     script.write_text(SLOW.format(root=str(ROOT), timeout=timeout, sleep=timeout + 1, places=f"[({place})]", config=c))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

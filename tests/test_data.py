@@ -14,8 +14,10 @@ from conftest import FORKS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
-from config import UserError
+import train
+from data import captioned, formats, imaging
+from runtime import seeds, store
+from runtime.cli import UserError
 
 CAPTIONS = ["a red fox", "two cats, one asleep", "a red fox", "ein Vogel über dem Meer"]      # one twice, a comma, not ASCII
 NAMES = ["a", "b", "c", "d"]
@@ -23,7 +25,7 @@ NAMES = ["a", "b", "c", "d"]
 
 def picture(i, mode="RGB", size=(24, 17)):
     """A noisy PIL image; another one for every i."""
-    pixels = torch.randint(256, (size[1], size[0], 3), generator=data.generator(0, i), dtype=torch.uint8).numpy()
+    pixels = torch.randint(256, (size[1], size[0], 3), generator=seeds.generator(0, i), dtype=torch.uint8).numpy()
     return Image.fromarray(pixels).convert(mode)
 
 
@@ -209,7 +211,7 @@ def quiet_hub(tmp_path_factory, monkeypatch):
 
 
 def open_(path, **options):
-    return data.open_dataset(str(path), "", seed=0, **options)
+    return captioned.open_dataset(str(path), "", seed=0, **options)
 
 
 def refusal(path, **options):
@@ -243,18 +245,18 @@ def test_a_sample_number_is_the_same_image_in_every_run_and_each_epoch_holds_all
     epochs = [one.rows(range(4 * e, 4 * e + 4)) for e in range(12)]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(map(tuple, epochs))) > 4
     assert [other.rows([k])[0] for k in reversed(range(48))] == list(itertools.chain(*epochs))[::-1]
-    assert data.open_dataset(str(tmp_path), "", seed=1).rows(range(48)) != one.rows(range(48))
+    assert captioned.open_dataset(str(tmp_path), "", seed=1).rows(range(48)) != one.rows(range(48))
 
 
 def test_images_of_any_shape_and_mode_become_squares_in_minus_one_to_one(tmp_path):
     images = {"wide.png": picture(0, size=(90, 20)), "tall.png": picture(1, size=(20, 91)), "small.png": picture(2, size=(3, 5)),
-              "palette.png": picture(3, "P"), "alpha.png": picture(4, "RGBA"), "grey.png": picture(5, "L"), "bits.png": picture(6, "1")}
+              "palette.png": picture(3, "P"), "alpha.png": picture(4, "RGBA"), "gray.png": picture(5, "L"), "bits.png": picture(6, "1")}
     dataset = open_(write_txt(tmp_path, {name: encoded(image) for name, image in images.items()}, ["x"] * 7))
     batch = dataset.decode(range(7), 16)
     assert batch.shape == (7, 3, 16, 16) and batch.dtype == torch.float32
     assert batch.min() >= -1 and batch.max() <= 1 and batch.std() > 0.1
-    grey = batch[sorted(images).index("grey.png")]
-    assert torch.equal(grey[0], grey[1])
+    gray = batch[sorted(images).index("gray.png")]
+    assert torch.equal(gray[0], gray[1])
 
 
 def test_the_crop_is_central_and_extremes_reach_one(tmp_path):
@@ -328,8 +330,8 @@ def test_the_middle_of_a_strip_is_what_resizing_all_of_it_gives():
         ramp = Image.linear_gradient("L").rotate(90).resize((width, 20)).convert("RGB")
         whole = ramp.resize((int(64 * width / 20), 64), Image.Resampling.LANCZOS)
         left = round((whole.width - 64) / 2)
-        whole = data.tensor([whole.crop((left, 0, left + 64, 64))])
-        assert (data.tensor([data.square(ramp, 64)]) - whole).abs().max() * 127.5 <= 1 and whole.std() > 0
+        whole = imaging.tensor([whole.crop((left, 0, left + 64, 64))])
+        assert (imaging.tensor([imaging.square(ramp, 64)]) - whole).abs().max() * 127.5 <= 1 and whole.std() > 0
 
 
 def test_a_camera_s_orientation_is_obeyed(tmp_path):
@@ -395,15 +397,14 @@ def test_a_name_on_the_hub_is_loaded_by_datasets_alone(tmp_path, monkeypatch):
 
 def test_pictures_that_are_given_and_not_used_are_printed(tmp_path, capsys, random_sd):
     """Pairs from the teacher's own trajectories use the captions alone: one line says so, and how to use the pictures."""
-    import train
     write_txt(tmp_path, GOOD, CAPTIONS)
     text = (f"--data {tmp_path}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or --forward-rate R "
             "uses its pictures\n")
     cases = [(str(tmp_path), {}, 1), (str(tmp_path), {"forward_rate": 0.5}, 0), (str(tmp_path), {"pairs": "data"}, 0),
              (str(tmp_path), {"projection": 0.1, "windows": [1]}, 0), ("sprites", {}, 0)]
     for i, (source, options, times) in enumerate(cases):
-        train.make_cache(train.Config(model=str(random_sd), data=source, trajectories=2, solver_steps=8, batch=2,
-                                      cache=f"{tmp_path}/.cache{i}", **options))
+        train.main(train.Config(model=str(random_sd), data=source, trajectories=2, solver_steps=8, batch=2, cache_only=True,
+                                cache=f"{tmp_path}/.cache{i}", **options))
         assert capsys.readouterr().out.count(text) == times, options
 
 
@@ -412,11 +413,11 @@ def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
     assert endless.size is None and endless.rows([5, 3]) == [5, 3] and endless.skipped == []
     assert torch.equal(endless.images([5, 3], 32), endless.decode(endless.rows([5, 3]), 32))
     (tmp_path / "p.txt").write_text("fox\n\ncat \nfox\n")
-    prompts = data.open_dataset("", str(tmp_path / "p.txt"), seed=0)
+    prompts = captioned.open_dataset("", str(tmp_path / "p.txt"), seed=0)
     drawn = [prompts.captions[i] for i in prompts.caption_indices(range(300))]
     assert prompts.images is None and prompts.captions == ["", "fox", "cat"] and 150 < drawn.count("fox") < 250 and "" not in drawn
     with pytest.raises(UserError, match="give either --data"):
-        data.open_dataset("sprites", "p.txt", seed=0)
+        captioned.open_dataset("sprites", "p.txt", seed=0)
 
 
 LINE_ENDS_OF_STR = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"     # where str.splitlines() cuts and no editor or format ends a line
@@ -434,13 +435,13 @@ def test_only_a_newline_ends_a_line(tmp_path, write):
         lines = {"txt": captions, "csv": ["prompt", *captions], "jsonl": [
             json.dumps({"prompt": caption}, ensure_ascii=False) for caption in captions]}[write.split(".")[1]]
         (tmp_path / write).write_bytes("\r\n".join(lines).encode())
-        assert data.open_dataset("", str(tmp_path / write), seed=0).captions == ["", *captions]
+        assert captioned.open_dataset("", str(tmp_path / write), seed=0).captions == ["", *captions]
 
 
 def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
     def prompts(name, text, column=""):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        return data.open_dataset("", str(tmp_path / name), seed=0, caption_column=column).captions[1:]
+        return captioned.open_dataset("", str(tmp_path / name), seed=0, caption_column=column).captions[1:]
 
     def refused(*args):
         with pytest.raises(UserError) as error:
@@ -693,8 +694,8 @@ def test_a_file_that_changes_after_the_check_is_named(tmp_path):
 @pytest.fixture
 def decoded(monkeypatch):
     """A list that grows by a name for every picture that is decoded."""
-    seen, picture = [], data.Images._picture
-    monkeypatch.setattr(data.Images, "_picture", lambda self, row: seen.append(row.name) or picture(self, row))
+    seen, picture = [], captioned.Images._picture
+    monkeypatch.setattr(captioned.Images, "_picture", lambda self, row: seen.append(row.name) or picture(self, row))
     return seen
 
 
@@ -723,18 +724,18 @@ def test_what_is_remembered_of_a_dataset_changes_with_what_reads_it(tmp_path, de
     assert len(decoded) == 4 and open_(path, checked=checked).key == first.key and len(decoded) == 4
     monkeypatch.setattr(PIL, "__version__", "99")
     assert open_(path, checked=checked).key == first.key and len(decoded) == 8
-    monkeypatch.setattr(data, "DECODING", data.DECODING + 1)
+    monkeypatch.setattr(captioned, "DECODING", captioned.DECODING + 1)
     assert open_(path, checked=checked).key != first.key and len(decoded) == 8
 
 
 def test_many_images_are_checked_to_the_last(tmp_path, monkeypatch, capsys):
     """More than one slice of the check: the bar shows, and a bad image in the second slice is found."""
-    rows = [data.Row(f"row {i}", (i,), "x") for i in range(1200)]
+    rows = [formats.Row(f"row {i}", (i,), "x") for i in range(1200)]
     good = encoded(Image.new("RGB", (1, 1)))
     read = {(i,): good for i in range(1200)} | {(1100,): b"torn"}
-    dataset = data.Images("many", rows, read.get, 0, skip_bad=True)
+    dataset = captioned.Images("many", rows, read.get, 0, skip_bad=True)
     assert dataset.skipped == ["row 1100"] and dataset.size == 1199 and "checking images" in capsys.readouterr().err
-    data.Images("few", rows[:3], read.get, 0)
+    captioned.Images("few", rows[:3], read.get, 0)
     assert capsys.readouterr().err == ""
 
 
@@ -762,7 +763,7 @@ def check(rows, indices):
 
 
 def test_rows_come_in_the_order_asked_from_files_left_on_disk(tmp_path, solve):
-    rows = data.cached(tmp_path / "c", 10, SETTINGS, solve, shard=4)
+    rows = store.cached(tmp_path / "c", 10, SETTINGS, solve, shard=4)
     assert len(rows) == 10 and solve.made == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     check(rows, [9, 0, 4, 4, 3, 9])
     check(rows, torch.tensor([7, 1]))
@@ -777,33 +778,33 @@ def test_rows_come_in_the_order_asked_from_files_left_on_disk(tmp_path, solve):
 
 
 def test_the_bar_moves_with_every_batch_that_is_solved(tmp_path, solve, monkeypatch):
-    moves, real = [], data.tqdm
-    monkeypatch.setattr(data, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
-    rows = data.cached(tmp_path, 21, SETTINGS, solve, shard=8, batch=3)
+    moves, real = [], store.tqdm
+    monkeypatch.setattr(store, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
+    rows = store.cached(tmp_path, 21, SETTINGS, solve, shard=8, batch=3)
     assert [len(numbers) for numbers in solve.made] == moves == [3, 3, 2, 3, 3, 2, 3, 2]
     check(rows, list(range(21)))
 
 
 def test_a_row_costs_its_own_bytes_not_the_shard_s(tmp_path, monkeypatch):
     """500 rows of 36 kB in shards of 128: 64 random ones allocate 2.4 MB, and no file is opened again."""
-    rows = data.cached(tmp_path, 500, {}, lambda numbers: {"z": torch.zeros(len(numbers), 9, 8, 8, 16)}, shard=128)
-    monkeypatch.setattr(data, "safe_open", None)
-    wanted = torch.randint(500, (64,), generator=data.generator(0)).tolist()
+    rows = store.cached(tmp_path, 500, {}, lambda numbers: {"z": torch.zeros(len(numbers), 9, 8, 8, 16)}, shard=128)
+    monkeypatch.setattr(store, "safe_open", None)
+    wanted = torch.randint(500, (64,), generator=seeds.generator(0)).tolist()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         assert rows[wanted]["z"].shape == (64, 9, 8, 8, 16)
     assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages()) <= 2 * 64 * 9 * 8 * 8 * 16 * 4
 
 
 def test_a_larger_count_extends_and_a_smaller_one_makes_nothing(tmp_path, solve):
-    data.cached(tmp_path, 10, SETTINGS, solve, shard=4)
+    store.cached(tmp_path, 10, SETTINGS, solve, shard=4)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     solve.made.clear()
-    rows = data.cached(tmp_path, 17, SETTINGS, solve, shard=4)
+    rows = store.cached(tmp_path, 17, SETTINGS, solve, shard=4)
     assert solve.made == [[8, 9, 10, 11], [12, 13, 14, 15], [16]]
     assert all((tmp_path / name).stat().st_mtime_ns == before[name] for name in ("00000.safetensors", "00001.safetensors"))
     check(rows, list(range(17))[::-1])
     solve.made.clear()
-    rows = data.cached(tmp_path, 6, SETTINGS, solve, shard=4)
+    rows = store.cached(tmp_path, 6, SETTINGS, solve, shard=4)
     assert not solve.made and len(rows) == 6 and torch.equal(rows[range(6)]["caption"], torch.arange(6) * 7)
     with pytest.raises(IndexError):
         rows[[6]]
@@ -811,20 +812,20 @@ def test_a_larger_count_extends_and_a_smaller_one_makes_nothing(tmp_path, solve)
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "missing"])
 def test_a_damaged_shard_is_remade(tmp_path, solve, damage):
-    data.cached(tmp_path, 10, SETTINGS, solve, shard=4)
+    store.cached(tmp_path, 10, SETTINGS, solve, shard=4)
     file = tmp_path / "00001.safetensors"
     content = {"truncated": file.read_bytes()[:-8], "empty": b"", "garbage": b"\xff" * 999, "missing": None}[damage]
     file.unlink()                                          # a new inode: the old one may be mapped
     if content is not None:
         file.write_bytes(content)
     solve.made.clear()
-    check(data.cached(tmp_path, 10, SETTINGS, solve, shard=4), list(range(10)))
+    check(store.cached(tmp_path, 10, SETTINGS, solve, shard=4), list(range(10)))
     assert solve.made == [[4, 5, 6, 7]]
 
 
 def test_another_shard_size_does_not_mix_rows_up(tmp_path, solve):
     for shard in (4, 2, 4, 3):
-        check(data.cached(tmp_path, 10, SETTINGS, solve, shard=shard), list(range(10)))
+        check(store.cached(tmp_path, 10, SETTINGS, solve, shard=shard), list(range(10)))
 
 
 def test_a_kill_half_way_loses_one_shard_at_most(tmp_path, solve):
@@ -833,14 +834,14 @@ def test_a_kill_half_way_loses_one_shard_at_most(tmp_path, solve):
             raise KeyboardInterrupt
         return solve(numbers)
     with pytest.raises(KeyboardInterrupt):
-        data.cached(tmp_path, 16, SETTINGS, killed, shard=4)
+        store.cached(tmp_path, 16, SETTINGS, killed, shard=4)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     stale = tmp_path / ".00002.safetensors.7-0123abcd.part"
     stale.write_bytes(b"half")                                          # as if it had been killed while writing,
     os.utime(stale, (0, 0))                                             # long ago
     assert sorted(before) == ["00000.safetensors", "00001.safetensors"]
     solve.made.clear()
-    check(data.cached(tmp_path, 16, SETTINGS, solve, shard=4), list(range(16)))
+    check(store.cached(tmp_path, 16, SETTINGS, solve, shard=4), list(range(16)))
     assert solve.made == [[8, 9, 10, 11], [12, 13, 14, 15]] and not list(tmp_path.glob("*.part"))
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in before.items())
 
@@ -858,42 +859,42 @@ def test_two_ranks_make_every_shard_once(tmp_path, solve):
             if next(waits):
                 raise Reached
         with pytest.raises(Reached):
-            data.cached(tmp_path, 18, SETTINGS, solve, 4, 1, 2, barrier)
+            store.cached(tmp_path, 18, SETTINGS, solve, 4, 1, 2, barrier)
         made.append([numbers[0] for numbers in solve.made])
         solve.made.clear()
     steps = iter([rank_1, lambda: None])
-    rows = data.cached(tmp_path, 18, SETTINGS, solve, 4, 0, 2, lambda: next(steps)())
+    rows = store.cached(tmp_path, 18, SETTINGS, solve, 4, 0, 2, lambda: next(steps)())
     assert made == [[4, 12]] and [numbers[0] for numbers in solve.made] == [0, 8, 16]
     check(rows, list(range(18)))
 
 
 def test_other_settings_are_refused_with_their_difference(tmp_path, solve):
-    data.cached(tmp_path, 2, SETTINGS, solve)
-    data.cached(tmp_path, 2, {"steps": [32, 16], "teacher": "x"}, solve)
+    store.cached(tmp_path, 2, SETTINGS, solve)
+    store.cached(tmp_path, 2, {"steps": [32, 16], "teacher": "x"}, solve)
     for settings, difference in (({**SETTINGS, "teacher": "y"}, "'teacher': ('x', 'y')"),
                                  ({"teacher": "x"}, "'steps': ([32, 16], 'absent')"),
                                  ({**SETTINGS, "new": None}, "'new': ('absent', None)")):
         with pytest.raises(UserError) as error:
-            data.cached(tmp_path, 2, settings, solve)
+            store.cached(tmp_path, 2, settings, solve)
         assert f"--cache {tmp_path}: made with other settings (there, here): {{{difference}}}; choose another" in str(error.value)
     assert len(solve.made) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        data.cached(tmp_path / "file" / "c", 2, SETTINGS, solve)
+        store.cached(tmp_path / "file" / "c", 2, SETTINGS, solve)
 
 
 def test_a_full_disk_is_one_line_and_the_old_shard_stays(tmp_path, solve, monkeypatch):
-    data.cached(tmp_path, 3, SETTINGS, solve, shard=4)
+    store.cached(tmp_path, 3, SETTINGS, solve, shard=4)
 
     def full(tensors, file, metadata):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(data, "save_file", full)
+    monkeypatch.setattr(store, "save_file", full)
     with pytest.raises(UserError, match="00000.safetensors: no space left on the device"):
-        data.cached(tmp_path, 4, SETTINGS, solve, shard=4)
+        store.cached(tmp_path, 4, SETTINGS, solve, shard=4)
     assert len(load_file(tmp_path / "00000.safetensors")["z"]) == 3 and not list(tmp_path.glob("*.part"))
-    monkeypatch.setattr(data, "save_file", save_file)
-    check(data.cached(tmp_path, 4, SETTINGS, solve, shard=4), [3, 0])
+    monkeypatch.setattr(store, "save_file", save_file)
+    check(store.cached(tmp_path, 4, SETTINGS, solve, shard=4), [3, 0])
 
 
 # ---- several processes, and power cuts ----
@@ -901,7 +902,7 @@ def test_a_full_disk_is_one_line_and_the_old_shard_stays(tmp_path, solve, monkey
 
 def share_a_cache(folder, count, barrier):
     """One of two processes. Each shard is half written by both at once before either goes on."""
-    save = data.save_file
+    save = store.save_file
 
     def save_slowly(tensors, part, metadata):
         save(tensors, part, metadata)
@@ -910,8 +911,8 @@ def share_a_cache(folder, count, barrier):
         barrier.wait(300)
         part.write_bytes(content)
         barrier.wait(300)
-    data.save_file = save_slowly
-    rows = data.cached(folder, count, SETTINGS, lambda numbers: {"caption": torch.tensor(list(numbers)) * 7}, shard=4)
+    store.save_file = save_slowly
+    rows = store.cached(folder, count, SETTINGS, lambda numbers: {"caption": torch.tensor(list(numbers)) * 7}, shard=4)
     assert torch.equal(rows[range(count)]["caption"], torch.arange(count) * 7)
 
 
@@ -930,16 +931,16 @@ def test_two_processes_that_share_a_cache_both_end_with_whole_parts(tmp_path):
 
 def claim_a_cache(folder, settings, saw_nothing, others_turn, result):
     """One of two processes that both find no manifest: it writes its own only after others_turn."""
-    write = data.write_atomically
+    write = store.write_atomically
 
     def write_late(target, *args, **options):
         if target.name == "manifest.json":
             saw_nothing.set()
             others_turn.wait(300)
         write(target, *args, **options)
-    data.write_atomically = write_late
+    store.write_atomically = write_late
     try:
-        data.cached(folder, 4, settings, lambda numbers: {"caption": torch.full((len(numbers),), settings["value"])})
+        store.cached(folder, 4, settings, lambda numbers: {"caption": torch.full((len(numbers),), settings["value"])})
         result.put(settings["value"])
     except UserError as error:
         result.put(str(error))
@@ -965,17 +966,17 @@ def test_a_cache_on_a_disk_without_hard_links_and_a_truncated_manifest(tmp_path,
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
     monkeypatch.setattr(os, "link", refuse)
-    check(data.cached(tmp_path / "c", 3, SETTINGS, solve), [2, 0])
+    check(store.cached(tmp_path / "c", 3, SETTINGS, solve), [2, 0])
     (tmp_path / "c" / "manifest.json").write_text('{"teacher')
     with pytest.raises(UserError, match="manifest.json is truncated; delete the folder"):
-        data.cached(tmp_path / "c", 3, SETTINGS, solve)
+        store.cached(tmp_path / "c", 3, SETTINGS, solve)
 
 
 def test_a_longer_shard_that_another_process_made_meanwhile_stays(tmp_path, solve):
     def late(numbers):
-        data.cached(tmp_path, 4, SETTINGS, solve, shard=4)
+        store.cached(tmp_path, 4, SETTINGS, solve, shard=4)
         return solve(numbers)
-    rows = data.cached(tmp_path, 2, SETTINGS, late, shard=4)
+    rows = store.cached(tmp_path, 2, SETTINGS, late, shard=4)
     assert len(rows) == 2 and len(load_file(tmp_path / "00000.safetensors")["z"]) == 4
 
 
@@ -995,7 +996,7 @@ def test_what_is_renamed_is_on_the_disk_first_and_the_name_after(tmp_path, monke
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
     for _ in range(2):                                     # the second time over an old one
         events.clear()
-        data.write_atomically(target, write)
+        store.write_atomically(target, write)
         at = events.index("rename")
         before = [os.path.basename(event) for event in events[:at]]
         assert len(before) == (3 if kind == "folder" else 1) and before[-1].endswith(".part") and events[at + 1:] == [str(tmp_path)]
@@ -1008,12 +1009,12 @@ def test_an_error_while_writing_leaves_the_old_target_and_nothing_else(tmp_path,
     def fail(*_):
         raise error
     target = tmp_path / "target"
-    data.write_atomically(target, lambda part: (part.mkdir(), (part / "a").write_text("old")))
+    store.write_atomically(target, lambda part: (part.mkdir(), (part / "a").write_text("old")))
     for where in ("fsync", "replace", None):
         with monkeypatch.context() as patched, pytest.raises(type(error)):
             if where:
                 patched.setattr(os, where, fail)
-            data.write_atomically(target, lambda part: (part.mkdir(), where or fail()))
+            store.write_atomically(target, lambda part: (part.mkdir(), where or fail()))
         assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target], where
 
 
@@ -1023,9 +1024,9 @@ def test_only_what_no_process_can_be_writing_any_more_is_cleaned_away(tmp_path):
     for name in (*kept, *gone):
         (tmp_path / name).mkdir() if "folder" in name else (tmp_path / name).write_text("")
     (tmp_path / gone[1] / "a").write_text("")
-    old = os.stat(tmp_path).st_mtime - 2 * data.STALE
+    old = os.stat(tmp_path).st_mtime - 2 * store.STALE
     for path in (*map(tmp_path.joinpath, [*kept[1:], *gone]), tmp_path / gone[1] / "a"):
         os.utime(path, (old, old))
     os.utime(tmp_path / gone[1], (old, old))
-    data.write_atomically(tmp_path / "x", lambda part: part.write_text(""))
+    store.write_atomically(tmp_path / "x", lambda part: part.write_text(""))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "x"])

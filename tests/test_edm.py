@@ -9,9 +9,11 @@ from test_train import weights
 
 import reflow
 import sampler
+import solvers
 import teacher
 import train
-from config import UserError
+from models import load, saved
+from runtime.cli import UserError
 
 SIGMA = dict(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
 KINDS = [("epsilon", 0.5), ("v_prediction", 0.5), ("v_prediction", 1.0)]
@@ -51,7 +53,7 @@ def test_the_clock_is_edms_ramp_down_to_sigma_min_then_the_data_and_its_own_inve
     schedule, t = schedule_of(), torch.linspace(0, 1, 2001, dtype=torch.float64)
     alpha, sigma = schedule(t)
     assert torch.allclose(alpha ** 2 + sigma ** 2, torch.ones_like(t), atol=1e-15) and (alpha[0], sigma[0]) == (1, 0)
-    s = sampler.sigma_karras(schedule, t)
+    s = solvers.sigma_karras(schedule, t)
     assert schedule.floor == 0.001 and s[2].item() == pytest.approx(0.002, rel=1e-12) and s[-1].item() == pytest.approx(80, rel=1e-12)
     root = s[2:] ** (1 / 7)
     assert torch.allclose(root.diff(), root.diff()[:1].expand(1998), atol=1e-12)           # even in the seventh root above the floor
@@ -65,7 +67,7 @@ def test_the_clock_is_edms_ramp_down_to_sigma_min_then_the_data_and_its_own_inve
 @pytest.mark.parametrize("windows", [2, 4, 8])
 def test_every_window_crosses_noise_that_the_network_knows(windows):
     """None is spent below sigma_min: the last one starts well above it (with a ramp down to 0, that of 4 windows starts at 0.0049)."""
-    starts = sampler.sigma_karras(schedule_of(), torch.tensor(reflow.boundaries(windows), dtype=torch.float64))[:-1]
+    starts = solvers.sigma_karras(schedule_of(), torch.tensor(reflow.boundaries(windows), dtype=torch.float64))[:-1]
     root = torch.cat([starts, torch.tensor([0.002], dtype=torch.float64)]) ** (1 / 7)
     assert (root.diff() < 0).all() and root.diff().max() / root.diff().min() > 0.98        # all equally long, up to the 1/1000 below the floor
     assert starts[-1] > 10 * 0.002
@@ -80,7 +82,7 @@ def test_levels_that_are_no_ramp_are_refused(changes):
 def test_the_network_is_told_a_quarter_of_the_logarithm_and_nothing_below_sigma_min():
     schedule = schedule_of()
     t = known_times(schedule)
-    expected = stock("epsilon", 0.5).precondition_noise(sampler.sigma_karras(schedule, t))
+    expected = stock("epsilon", 0.5).precondition_noise(solvers.sigma_karras(schedule, t))
     assert torch.allclose(schedule.timestep(t).double(), expected, atol=1e-6)
     assert torch.equal(schedule.timestep(torch.tensor([0.0, schedule.floor / 2])), schedule.timestep(torch.tensor([schedule.floor] * 2)))
 
@@ -114,7 +116,7 @@ def test_x_hat_of_a_gaussian_is_what_diffusers_makes_of_the_same_network(predict
 @pytest.mark.parametrize("prediction, sigma_data", KINDS)
 def test_ddim_is_diffusers_euler_in_sigma_on_the_same_times(tmp_path, kind, prediction, sigma_data):
     folder = save(tmp_path / "m", stock(prediction, sigma_data, kind))
-    pipeline, model, _ = sampler.open_model(str(folder))
+    pipeline, model, _ = saved.open_model(str(folder))
     theirs = stock(prediction, sigma_data)
     theirs.set_timesteps(sigmas=torch.tensor([0.0, 0.1, 0.35, 0.6, 0.8, 1.0]), num_inference_steps=6)
     noise = sampler.noise([3, 4], (3, 16, 16))
@@ -131,7 +133,7 @@ def test_ddim_is_diffusers_euler_in_sigma_on_the_same_times(tmp_path, kind, pred
 def test_the_edm_grid_is_diffusers_own():
     schedule, theirs = schedule_of(), stock("epsilon", 0.5)
     theirs.set_timesteps(9)
-    found = sampler.sigma_karras(schedule, sampler.time_grid(9 + 1, 1, sampler.edm_grid, schedule))
+    found = solvers.sigma_karras(schedule, sampler.time_grid(9 + 1, 1, solvers.edm_grid, schedule))
     assert found[-1] == 0 and len(found) == 11
     theirs.set_timesteps(10)
     assert torch.allclose(found, theirs.sigmas.double(), rtol=1e-5)
@@ -145,7 +147,7 @@ def test_ddim_approaches_the_gaussians_flow_and_heun_does_so_faster():
     exact = network.mean + network.std * (z - alpha * network.mean) / (alpha ** 2 * network.std ** 2 + sigma ** 2).sqrt()
     errors = {steps: (sampler.ddim(model, z, sampler.time_grid(steps), {}) - exact).abs().max().item() for steps in (30, 90, 270)}
     assert errors[30] > 2.5 * errors[90] > 6 * errors[270], errors
-    heun = sampler.dpm2(model, z, sampler.time_grid(45), {}, r=1.0)
+    heun = solvers.dpm2(model, z, sampler.time_grid(45), {}, r=1.0)
     assert (heun - exact).abs().max() < 0.5 * errors[90]
 
 
@@ -163,12 +165,12 @@ def test_inversion_starts_at_sigma_min_and_comes_back():
 
 def test_what_does_not_go_with_edm_is_refused(tmp_path):
     folder = save(tmp_path / "m", stock("epsilon", 0.5))
-    pipeline, model, _ = sampler.open_model(str(folder))
+    pipeline, model, _ = saved.open_model(str(folder))
     for solver in ("dpmsolver++", "unipc", "lcm"):
         with pytest.raises(UserError, match="needs a table of betas.*EDM's; use ddim"):
             sampler.generate(pipeline, model, [""], [0], sampler.time_grid(2), solver=solver)
     with pytest.raises(UserError, match="prediction type 'sample' of EDMDPMSolver"):
-        teacher.load_pipeline(str(save(tmp_path / "x", stock("sample", 0.5, EDMDPMSolverMultistepScheduler))))
+        load.load_pipeline(str(save(tmp_path / "x", stock("sample", 0.5, EDMDPMSolverMultistepScheduler))))
 
 
 def test_a_ddim_pipeline_that_has_lost_its_edm_scheduler_is_refused(tmp_path):
@@ -179,7 +181,7 @@ def test_a_ddim_pipeline_that_has_lost_its_edm_scheduler_is_refused(tmp_path):
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DDIMPipeline"}))
     for name in ("saved", "named"):
         with pytest.raises(UserError, match="has put a DDIM scheduler in the place of its EDM scheduler"):
-            teacher.load_pipeline(str(tmp_path / name))
+            load.load_pipeline(str(tmp_path / name))
 
 
 # ---- a student ----------------------------------------------------------------------------------------------------------
@@ -188,12 +190,12 @@ def test_a_ddim_pipeline_that_has_lost_its_edm_scheduler_is_refused(tmp_path):
 def test_a_student_keeps_the_edm_scheduler_and_starts_as_its_teacher(tmp_path):
     folder = save(tmp_path / "m", EDMEulerScheduler(sigma_min=0.01, sigma_max=40.0, sigma_data=0.4, prediction_type="v_prediction"))
     last = train.main(options(folder, tmp_path / "out", lr=1e-12, windows=[2]))
-    pipeline, model, info = sampler.open_model(str(last))
+    pipeline, model, info = saved.open_model(str(last))
     assert type(pipeline.scheduler) is EDMEulerScheduler and type(pipeline) is DDPMPipeline and info["windows"] == 2
     assert (model.schedule.key, model.prediction) == (("edm", 0.01, 40.0, 0.4), "v_prediction")
     card = (last / "README.md").read_text()
     assert "python sampler.py" in card and "DDIM does not apply" in card
-    teachers, plain, _ = sampler.open_model(str(folder))
+    teachers, plain, _ = saved.open_model(str(folder))
     times = sampler.time_grid(4, 2)
     ours, theirs = (sampler.generate(*pair, ["", ""], [0, 1], times) for pair in ((pipeline, model), (teachers, plain)))
     assert torch.allclose(ours, theirs, atol=1e-4)
@@ -201,7 +203,7 @@ def test_a_student_keeps_the_edm_scheduler_and_starts_as_its_teacher(tmp_path):
 
 def test_a_student_of_an_edm_teacher_learns(tmp_path):
     folder = save(tmp_path / "m", stock("epsilon", 0.5))
-    last = train.main(options(folder, tmp_path / "out", recipe="reflow", steps=60, batch=16, lr=1e-3, trajectories=16, log_steps=5))
+    last = train.main(options(folder, tmp_path / "out", recipe="reflow", updates=60, batch=16, lr=1e-3, trajectories=16, log_steps=5))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert not torch.equal(weights(last)["conv_in.weight"], UNet2DModel.from_pretrained(folder / "unet").conv_in.weight)

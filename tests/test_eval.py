@@ -17,24 +17,24 @@ from PIL import Image
 from test_coco import make_coco
 from transformers import CLIPModel
 
-import architectures
-import coco
-import data
 import eval as evaluation
-import metrics
+import models
 import sampler
-import sprites
 import teacher
-import tiny
 import train
-from config import UserError
+from data import coco, sprites
+from evaluation import measuring, metrics, protocols
+from models import architectures, saved
+from runtime import store
+from runtime.cli import UserError
+from tools import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 COUNT = 20                       # images of the fake COCO
 
 
-class Colours(torch.nn.Module):
-    """Stands in for Inception, asked as it is: 6 features, the mean colours of an image's upper and lower half."""
+class Colors(torch.nn.Module):
+    """Stands in for Inception, asked as it is: 6 features, the mean colors of an image's upper and lower half."""
 
     def forward(self, images, return_features: bool = False):
         assert images.dtype == torch.uint8 and return_features
@@ -44,7 +44,7 @@ class Colours(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Straightness costs more than all the rest here."""
-    monkeypatch.setattr(evaluation, "STRAIGHTNESS_STEPS", 2)
+    monkeypatch.setattr(measuring, "STRAIGHTNESS_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def parts(tmp_path_factory):
     """Folder with COCO, an Inception, a CLIPModel for any image and one for 32 pixels."""
     folder = tmp_path_factory.mktemp("parts")
     make_coco(folder / "coco", COUNT)
-    torch.jit.script(Colours()).save(folder / "inception.pt")
+    torch.jit.script(Colors()).save(folder / "inception.pt")
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     config = tiny.make_clip(tokenizer).config
@@ -86,13 +86,13 @@ def options(parts, cache, protocol="coco2017-5k", **more):
     coco_parts = dict(data=str(parts / "coco"), clip=str(parts / "clip"), inception=str(parts / "inception.pt"))
     own = dict(clip=str(parts / "tiny-clip")) if protocol == "tiny" else coco_parts
     small = dict(size=32, n=16, real=18, steps=[2], ddim_steps=[1], teacher_steps=4, batch=8, paths=5)
-    return evaluation.Config(protocol=protocol, cache=str(cache), **(own | small | more))
+    return protocols.Config(protocol=protocol, cache=str(cache), **(own | small | more))
 
 
 @pytest.fixture(scope="module")
 def judge(parts, small_models, tmp_path_factory):
     """An Evaluator of coco2017-5k, its teacher the small SD 1.5."""
-    return evaluation.Evaluator(options(parts, tmp_path_factory.mktemp("judge"), teacher=str(small_models["sd15"])))
+    return measuring.Evaluator(options(parts, tmp_path_factory.mktemp("judge"), teacher=str(small_models["sd15"])))
 
 
 def without_time(row):
@@ -103,7 +103,7 @@ def without_time(row):
 
 
 def test_protocols_are_what_their_names_say():
-    found = evaluation.PROTOCOLS
+    found = protocols.PROTOCOLS
     assert list(found) == ["tiny", "pixel", "coco2017-5k", "sdxl-coco2017-5k", "coco2014-30k"]
     assert [(p.split, p.n, p.size, p.fid_size, p.rule) for p in found.values()] == [
         ("sprites", 2048, None, None, ""), ("sprites-by-group", 2048, 16, 32, ""), ("val2017", 5000, 512, None, "first"),
@@ -139,7 +139,7 @@ def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
         assert row["fd_interval"][0] < row["fd_corrected"] < row["fd_interval"][1] and row["seconds_per_image"] > 0 and row["guidance"] == 1.5
         assert row["fd"] > 0 and row["cmmd"] > 0 and row["kid_std"] >= 0 and abs(row["clip"]) <= 100
     text = result["protocol"]["text"]
-    for item in [*items, f"name: {protocol}", "n: 14", "real: 16", "crop: centre", "6 features", "clip: clip;",
+    for item in [*items, f"name: {protocol}", "n: 14", "real: 16", "crop: center", "6 features", "clip: clip;",
                  "features: inception, not the published Inception (SHA-256", "clip score: 100 x mean cosine",
                  "steps: teacher 4, plain 2, students 2",
                  "a guided pair is 2, in the column beside it 1", "guidance: 1.5", "scheduler: the model's own schedule", "solver: DDIM",
@@ -160,7 +160,7 @@ def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
 def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_anew(random_sd, parts, tmp_path, monkeypatch):
     run = tmp_path / "run"
     train.main(train.Config(model=str(random_sd), data="sprites", batch=2, trajectories=2, solver_steps=8, out=str(run), name="proreflow",
-                            windows=[2, 1], steps=2, grid_steps=0))
+                            windows=[2, 1], updates=2, grid_steps=0))
     c = options(parts, tmp_path / "cache", "tiny", run=str(run), n=80, real=80, steps=[1, 2], teacher_steps=2, size=None, paths=4, batch=64)
     result = evaluation.main(c)
     assert [(row["method"], row["windows"], row["steps"]) for row in result["rows"]] == [
@@ -178,11 +178,11 @@ def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_a
 
 
 def test_evaluation_pictures_are_fresh_and_hold_the_held_out_pairs():
-    images, captions = evaluation.real_images(800, "reference")
-    again, other = evaluation.real_images(800, "reference"), evaluation.real_images(800, "prompts")
+    images, captions = measuring.real_images(800, "reference")
+    again, other = measuring.real_images(800, "reference"), measuring.real_images(800, "prompts")
     assert torch.equal(images, again[0]) and captions == again[1] != other[1]
-    assert set(captions) & {f"{name} on {colour}" for name in sprites.load_sheet()[0] for colour in sprites.BACKGROUNDS
-                            if sprites.is_held_out(name, colour)}
+    assert set(captions) & {f"{name} on {color}" for name in sprites.load_sheet()[0] for color in sprites.BACKGROUNDS
+                            if sprites.is_held_out(name, color)}
 
 
 def test_sprites_hold_out_a_tenth_and_training_never_draws_it():
@@ -201,9 +201,9 @@ def test_sprites_hold_out_a_tenth_and_training_never_draws_it():
 def test_every_column_is_the_direct_computation(judge, parts, students):
     folder, seeds, prompts = students["sd15"] / "student-2", range(1_000_000, 1_000_016), judge.prompts
     row = judge.row(folder, 4)
-    pipeline, model, _ = sampler.open_model(str(folder))
+    pipeline, model, _ = saved.open_model(str(folder))
     z = sampler.generate(pipeline, model, prompts, seeds, sampler.time_grid(4, 2), 1.5, batch=8)
-    images, network, clip = teacher.decode(pipeline, z), metrics.Inception(parts / "inception.pt"), metrics.Clip(parts / "clip")
+    images, network, clip = models.decode(pipeline, z), metrics.Inception(parts / "inception.pt"), metrics.Clip(parts / "clip")
     real = coco.Coco(parts / "coco", "val2017", "first", 18)
     reference = real.images(range(18), 32)
     assert prompts == real.captions[:16]
@@ -218,14 +218,14 @@ def test_every_column_is_the_direct_computation(judge, parts, students):
     assert row["cmmd"] == pytest.approx(metrics.cmmd(mine, clip.images(reference)), rel=1e-4)
     assert row["clip"] == pytest.approx(metrics.clip_score(mine, clip.texts(prompts)), rel=1e-4)
 
-    other, top, _ = sampler.open_model(judge.c.teacher)
+    other, top, _ = saved.open_model(judge.c.teacher)
     times = sampler.time_grid(4)
     samples = sampler.generate(other, top, prompts, seeds, times, 1.5, batch=8)
-    own = metrics.mean_interval(metrics.frechet_groups(network.images(images), network.images(teacher.decode(other, samples))))[0]
+    own = metrics.mean_interval(metrics.frechet_groups(network.images(images), network.images(models.decode(other, samples))))[0]
     assert row["fd_teacher_corrected"] == pytest.approx(own, rel=1e-4, abs=1e-4 * scale)
     assert row["endpoint_error"] == pytest.approx((z[:5] - samples[:5]).square().mean().sqrt().item(), rel=1e-4)
     texts = prompts[:5], [None] * 5
-    (cond, uncond), (top_cond, top_uncond) = ([teacher.encode_text(one, text) for text in texts] for one in (pipeline, other))
+    (cond, uncond), (top_cond, top_uncond) = ([models.encode_text(one, text) for text in texts] for one in (pipeline, other))
     noise, visited = sampler.noise(seeds[:5], (4, 8, 8)), []
     assert row["straightness"] == pytest.approx(metrics.straightness(model, noise, cond, 2, 2, 1.5, uncond), rel=1e-4)
     end = sampler.ddim(top, noise, times, top_cond, 1.5, top_uncond, lambda state: visited.append(state["z"]))
@@ -236,7 +236,7 @@ def test_every_column_is_the_direct_computation(judge, parts, students):
 
 def test_measures_of_batches_are_those_of_all_trajectories(judge, parts, students, tmp_path):
     """Straightness and chord error are kept as means of batches of unequal size: 3 and 2 of 5."""
-    other = evaluation.Evaluator(dataclasses.replace(judge.c, batch=3, cache=str(tmp_path)))
+    other = measuring.Evaluator(dataclasses.replace(judge.c, batch=3, cache=str(tmp_path)))
     one, two = (each.row(students["sd15"] / "student-2", 2) for each in (judge, other))
     for column in ("straightness", "chord_error", "endpoint_error", "fd", "kid", "cmmd", "clip", "nfe"):
         assert two[column] == pytest.approx(one[column], rel=1e-3, abs=1e-6), column
@@ -276,12 +276,12 @@ def test_an_edit_changes_every_answer_and_its_name_the_row(judge, students):
 
 def test_images_without_a_caption_do_not_enter_the_clip_score(random_sd, parts, tmp_path):
     c = options(parts, tmp_path, "tiny", teacher=str(random_sd), n=80, real=80, teacher_steps=1, paths=1, batch=64)
-    judge = evaluation.Evaluator(c)
+    judge = measuring.Evaluator(c)
     rows, given = judge.teacher_rows[range(80)]["clip"], [i for i, prompt in enumerate(judge.prompts) if prompt]
     expected = metrics.clip_score(rows[given], judge.clip.texts([judge.prompts[i] for i in given]))
     assert judge.row(random_sd, 1)["clip"] == pytest.approx(expected, rel=1e-6) and 0.8 < len(given) / 80 < 1
-    assert judge.prompts == evaluation.real_images(80, "prompts")[1]
-    assert torch.allclose(judge.reference["clip"], judge.clip.images(evaluation.real_images(80, "reference")[0]), atol=1e-5)
+    assert judge.prompts == measuring.real_images(80, "prompts")[1]
+    assert torch.allclose(judge.reference["clip"], judge.clip.images(measuring.real_images(80, "reference")[0]), atol=1e-5)
 
 
 # ---- the same rows however they come about -------------------------------------------------------------------------
@@ -289,10 +289,11 @@ def test_images_without_a_caption_do_not_enter_the_clip_score(random_sd, parts, 
 
 def test_rows_are_the_same_on_one_process_and_two(parts, students, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "SHARD", 8)                     # 3 shards, so that two processes share them
+    monkeypatch.setattr(measuring, "SHARD", 8)                     # 3 shards, so that two processes share them
     script = tmp_path / "shards.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport eval\neval.SHARD, eval.STRAIGHTNESS_STEPS = 8, 2\n"
-                      "eval.config.run(eval.main, eval.Config, '')\n")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport eval\nfrom evaluation import measuring\n"
+                      "measuring.SHARD, measuring.STRAIGHTNESS_STEPS = 8, 2\n"
+                      "eval.cli.run(eval.main, eval.Config, '')\n")
     for run in ("one", "two"):
         shutil.copytree(students["sd15"], run)
     c = options(parts, "cache-one", run="one", n=COUNT, real=COUNT, teacher_steps=2, batch=4, paths=6)
@@ -312,7 +313,7 @@ def test_rows_are_the_same_on_one_process_and_two(parts, students, tmp_path, mon
 
 
 def test_each_process_makes_every_other_shard(judge, students, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "SHARD", 4)
+    monkeypatch.setattr(measuring, "SHARD", 4)
     folder, each = students["sd15"] / "student-2", copy.copy(judge)
     each.c, each.processes = dataclasses.replace(judge.c, cache=str(tmp_path)), (0, 2, lambda: None)
     with pytest.raises(FileNotFoundError):                          # the other's are not there yet
@@ -326,18 +327,18 @@ def test_each_process_makes_every_other_shard(judge, students, tmp_path, monkeyp
 def test_image_i_has_its_own_seed_whatever_the_batch_and_the_number_of_images(judge, students, tmp_path):
     folder = students["sd15"] / "student-2"
     rows = judge.features(folder, 2)[range(16)]
-    other = evaluation.Evaluator(dataclasses.replace(judge.c, batch=5, n=18, cache=str(tmp_path)))
+    other = measuring.Evaluator(dataclasses.replace(judge.c, batch=5, n=18, cache=str(tmp_path)))
     more = other.features(folder, 2)[range(18)]
     for key in ("inception", "clip"):
         assert torch.allclose(rows[key], more[key][:16], atol=1e-4)
-    shifted = evaluation.Evaluator(dataclasses.replace(judge.c, seed=1_000_001, cache=str(tmp_path)))
+    shifted = measuring.Evaluator(dataclasses.replace(judge.c, seed=1_000_001, cache=str(tmp_path)))
     assert not torch.allclose(rows["inception"], shifted.features(folder, 2)[range(16)]["inception"], atol=1e-4)
 
 
 def test_an_interrupted_row_goes_on_where_it_was_and_comes_out_the_same(judge, students, tmp_path, monkeypatch):
-    folder, decode, calls = students["sd15"] / "student-2", teacher.decode, []
-    monkeypatch.setattr(evaluation, "SHARD", 4)
-    other = evaluation.Evaluator(dataclasses.replace(judge.c, batch=4, cache=str(tmp_path)))
+    folder, decode, calls = students["sd15"] / "student-2", models.decode, []
+    monkeypatch.setattr(measuring, "SHARD", 4)
+    other = measuring.Evaluator(dataclasses.replace(judge.c, batch=4, cache=str(tmp_path)))
     whole = other.features(folder, 3)[range(16)]
     shutil.rmtree(next(tmp_path.glob("student-2-3-*")))
 
@@ -346,7 +347,7 @@ def test_an_interrupted_row_goes_on_where_it_was_and_comes_out_the_same(judge, s
         if len(calls) == 3:
             raise KeyboardInterrupt
         return decode(*arguments)
-    monkeypatch.setattr(teacher, "decode", interrupted)
+    monkeypatch.setattr(models, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         other.features(folder, 3)
     shards = {file: file.stat().st_mtime_ns for file in next(tmp_path.glob("student-2-3-*")).glob("*.safetensors")}
@@ -370,7 +371,7 @@ def test_a_retrained_student_has_rows_of_its_own(judge, small_models, tmp_path):
 
 @pytest.mark.parametrize("change", [dict(seed=7), dict(guidance=2.0), dict(dtype="bf16"), dict(size=24)], ids=str)
 def test_other_settings_are_other_rows(judge, tmp_path, change):
-    other = evaluation.Evaluator(dataclasses.replace(judge.c, **change))
+    other = measuring.Evaluator(dataclasses.replace(judge.c, **change))
     for find in (lambda e: e.teacher_rows[range(16)]["inception"], lambda e: e.trajectories(e.c.teacher, 2)[range(5)]["straightness"]):
         assert not torch.allclose(find(other), find(judge), atol=1e-6)
     assert torch.equal(other.reference["clip"], judge.reference["clip"]) == ("size" not in change)
@@ -390,13 +391,13 @@ def test_rows_are_named_after_all_that_decides_them(judge, students):
 def test_other_real_images_are_another_reference(judge, parts, tmp_path):
     folder = shutil.copytree(parts / "coco", tmp_path / "coco")
     Image.new("RGB", (50, 40), "red").save(folder / "val2017" / f"{103:012d}.jpg")
-    other = evaluation.Evaluator(dataclasses.replace(judge.c, data=str(folder)))
+    other = measuring.Evaluator(dataclasses.replace(judge.c, data=str(folder)))
     same = (other.reference["inception"] == judge.reference["inception"]).all(1).tolist()
     assert same == [i != 3 for i in range(18)]
 
 
 def test_saved_images_are_those_that_were_measured(judge, parts, students, tmp_path):
-    kept = evaluation.Evaluator(dataclasses.replace(judge.c, save_images=str(tmp_path / "images")))
+    kept = measuring.Evaluator(dataclasses.replace(judge.c, save_images=str(tmp_path / "images")))
     rows = kept.features(students["sd15"] / "student-2", 2)[range(16)]
     network = metrics.Inception(parts / "inception.pt")
     for name, count, features in (("reference", 18, kept.reference["inception"]), ("student-2-2-ddim", 16, rows["inception"])):
@@ -413,17 +414,17 @@ def test_a_guide_stands_in_for_no_text_in_every_row_and_is_part_of_its_name(judg
         return folder
     weak, weaker, folder = like_the_teacher("weak", 3), like_the_teacher("weaker", 4), like_the_teacher("student-2", 5)
     (folder / "reflow.json").write_text(json.dumps(dict(method="reflow", windows=2, teacher=judge.c.teacher)))
-    led = evaluation.Evaluator(dataclasses.replace(judge.c, guide=str(weak), guidance=2.0))
+    led = measuring.Evaluator(dataclasses.replace(judge.c, guide=str(weak), guidance=2.0))
     row = led.row(folder, 4)
     assert (row["nfe"], row["nfe_pairs_as_one"], row["guidance"]) == (8, 4, 2.0)
 
     def sample(name, times):
-        (pipeline, model, _), (_, guide, _) = map(sampler.open_model, map(str, (name, weak)))
-        both, seeds = sampler.guided(model, guide), range(1_000_000, 1_000_016)
+        (pipeline, model, _), (_, guide, _) = map(saved.open_model, map(str, (name, weak)))
+        both, seeds = teacher.guided(model, guide), range(1_000_000, 1_000_016)
         return pipeline, sampler.generate(pipeline, both, led.prompts, seeds, times, 2.0, batch=8)
     (pipeline, z), (_, ends) = sample(folder, sampler.time_grid(4, 2)), sample(judge.c.teacher, sampler.time_grid(4))
     features = led.features(folder, 4)[range(16)]["inception"]
-    assert torch.allclose(features, led.network.images(teacher.decode(pipeline, z)), atol=2e-3)
+    assert torch.allclose(features, led.network.images(models.decode(pipeline, z)), atol=2e-3)
     assert row["endpoint_error"] == pytest.approx((z[:5] - ends[:5]).square().mean().sqrt().item(), rel=1e-4)
 
     given = dict(steps=2, solver="ddim", guidance=2.0, edit=None, count=16)
@@ -445,7 +446,7 @@ def test_only_the_published_inception_makes_a_fid(judge, parts, students, monkey
     assert "| FD corrected (95%) | FD | FD to teacher, corrected | KD x 1000 |" in text
     assert "\nFD: Frechet distance on inception, not the published" in text
     monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256((parts / "inception.pt").read_bytes()).hexdigest())
-    published = evaluation.Evaluator(judge.c)
+    published = measuring.Evaluator(judge.c)
     text = evaluation.table(dict(protocol=published.describe([]), rows=[row]))
     assert "| FID corrected (95%) | FID | FID to teacher, corrected | KID x 1000 |" in text
     assert "\nFID: Frechet distance on Inception 2015-12-05, 6 features, corrected" in text
@@ -454,7 +455,7 @@ def test_only_the_published_inception_makes_a_fid(judge, parts, students, monkey
 
 
 def test_a_table_leaves_open_what_is_not_known(judge, students):
-    few = evaluation.Evaluator(dataclasses.replace(judge.c, n=13, teacher_steps=3))
+    few = measuring.Evaluator(dataclasses.replace(judge.c, n=13, teacher_steps=3))
     row = few.row(students["sd15"] / "student-2", 2)
     text = evaluation.table(dict(protocol=few.describe([dict(config=dict(ema=0.0)), {}]), rows=[row]))
     assert row["chord_error"] is None and f"| {row['straightness'][0]:.3f} {row['straightness'][1]:.3f} | - | " in text
@@ -505,12 +506,12 @@ def test_several_runs_of_one_recipe_are_named_and_in_order(judge, parts, student
     (dict(device="tpu"), r"--device tpu: not one of cpu, cuda")], ids=str)
 def test_what_cannot_be_measured_is_refused_in_one_line(judge, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        evaluation.Evaluator(dataclasses.replace(judge.c, cache=str(tmp_path), **change))
+        measuring.Evaluator(dataclasses.replace(judge.c, cache=str(tmp_path), **change))
 
 
 def test_tiny_wants_ten_images_a_feature(parts, tmp_path):
     with pytest.raises(UserError, match="--n 79: must be at least 80 for a Frechet distance on the 8 features of tiny-clip"):
-        evaluation.Evaluator(options(parts, tmp_path, "tiny", n=79, real=80))
+        measuring.Evaluator(options(parts, tmp_path, "tiny", n=79, real=80))
 
 
 def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, tmp_path):
@@ -531,14 +532,14 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
 
 def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):
     with pytest.raises(UserError):
-        evaluation.Evaluator(dataclasses.replace(judge.c, cache=str(tmp_path), n=6))
+        measuring.Evaluator(dataclasses.replace(judge.c, cache=str(tmp_path), n=6))
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_user_gives_overrides_the_protocol():
-    c, protocol = evaluation.resolve(evaluation.Config(protocol="coco2014-30k", data="x"))
-    assert (c.n, c.real, c.guidance, c.size, c.teacher, c.batch, c.clip) == (30000, 30000, 1.5, None, "sd15", 16, evaluation.VIT_G)
+    c, protocol = protocols.resolve(protocols.Config(protocol="coco2014-30k", data="x"))
+    assert (c.n, c.real, c.guidance, c.size, c.teacher, c.batch, c.clip) == (30000, 30000, 1.5, None, "sd15", 16, protocols.VIT_G)
     given = dict(n=3, guidance=0.0, size=64, teacher="y", clip="z", paths=1, batch=2)
-    c, _ = evaluation.resolve(evaluation.Config(protocol="sdxl-coco2017-5k", data="x", **given))
+    c, _ = protocols.resolve(protocols.Config(protocol="sdxl-coco2017-5k", data="x", **given))
     assert (c.n, c.real, c.guidance, c.size, c.teacher, c.batch, c.clip, c.paths) == (3, 5000, 0.0, 64, "y", 2, "z", 1)
-    assert protocol.note and np.isfinite(protocol.guidance) and data.digest(protocol)
+    assert protocol.note and np.isfinite(protocol.guidance) and store.digest(protocol)

@@ -17,11 +17,14 @@ from test_train import interrupted, small, weights
 
 import eval as evaluation
 import export
+import models
 import sampler
-import teacher
-import tiny
 import train
-from config import UserError
+from evaluation import measuring, protocols
+from models import load, saved, student
+from runtime import checkpoints
+from runtime.cli import UserError
+from tools import tiny
 
 PROMPTS, SEEDS = ["red heart on blue", "animal"], [3, 4]
 FAMILIES = ["tiny", "sd15", "sd21", "sdxl"]
@@ -42,7 +45,7 @@ def students(teachers, tmp_path_factory):
         key = (family, *sorted(changes.items()))
         if key not in made:
             out = tmp_path_factory.mktemp(family)
-            train.main(small(teachers[family], out, lr=1e-3, steps=8, **changes))
+            train.main(small(teachers[family], out, lr=1e-3, updates=8, **changes))
             made[key] = out
         return made[key]
     return run
@@ -50,14 +53,14 @@ def students(teachers, tmp_path_factory):
 
 def latents(folder, steps, guidance, prompts=PROMPTS):
     """By sampler.py."""
-    pipeline, model, info = sampler.open_model(str(folder))
+    pipeline, model, info = saved.open_model(str(folder))
     return sampler.generate(pipeline, model, prompts, SEEDS, sampler.time_grid(steps, info.get("windows", 1)), guidance)
 
 
 def stock_latents(pipeline, steps, guidance, prompts=PROMPTS):
     """By diffusers' own pipeline, from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
-    noise = sampler.noise(SEEDS, sampler.latent_shape(pipeline))
+    noise = sampler.noise(SEEDS, models.latent_shape(pipeline))
     return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", latents=noise).images
 
 
@@ -114,7 +117,7 @@ def test_a_lora_is_the_whole_student_when_load_lora_weights_puts_it_on_the_teach
 
 def test_every_layer_inside_the_blocks_has_an_adapter(students):
     layers = {name.split(".lora_")[0].removeprefix("unet.") for name in load_file(students("sd15", lora=3) / "student-2" / export.LORA_FILE)}
-    unet = teacher.load_pipeline(str(students("sd15") / "student-2")).unet
+    unet = load.load_pipeline(str(students("sd15") / "student-2")).unet
     inside = {name for name, module in unet.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
               and name.split(".")[0] in ("down_blocks", "mid_block", "up_blocks")}
     assert layers == inside
@@ -157,15 +160,14 @@ def test_a_difference_merged_into_the_base_is_the_student_and_into_another_model
 
 def test_merge_lora_is_the_adapted_network(random_sd):
     """W + B A for linear layers and convolutions alike, against peft's own forward."""
-    import student
-    unet = teacher.load_pipeline(str(random_sd)).unet
+    unet = load.load_pipeline(str(random_sd)).unet
     c = train.Config(lora=3)
     student.make_student(c, unet, torch.device("cpu"))
     with torch.no_grad():
-        for p in student.trained(unet).values():
+        for p in checkpoints.trained(unet).values():
             p.normal_(std=0.1)
     inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
-    other = teacher.load_pipeline(str(random_sd)).unet
+    other = load.load_pipeline(str(random_sd)).unet
     untouched = unet.eval()(*inputs).sample
     export.merge_lora(other.state_dict(), export.adapters(unet.state_dict()))
     assert torch.allclose(other.eval()(*inputs).sample, untouched, atol=1e-3 * untouched.abs().max().item())
@@ -181,7 +183,7 @@ def stock(folder):
     return pipeline
 
 
-SHIPPED = [str(file.parent) for file in sorted(teacher.ASSETS.glob("*/README.md"))]
+SHIPPED = [str(file.parent) for file in sorted(load.ASSETS.glob("*/README.md"))]
 
 
 @pytest.fixture(params=[*SHIPPED, "tiny", "sd21", "sdxl", "bf16 lora", "tiny.save"], ids=lambda name: name.split("/")[-1])
@@ -191,7 +193,7 @@ def written(request, students, random_sd, tmp_path, monkeypatch):
         return Path(request.param)
     if request.param == "tiny.save":
         monkeypatch.setattr(tiny, "ASSETS", tmp_path)
-        pipeline = teacher.load_pipeline(str(random_sd))
+        pipeline = load.load_pipeline(str(random_sd))
         tiny.save(pipeline, tiny.make_clip(pipeline.tokenizer))
         return tmp_path
     family, changes = ("tiny", dict(lora=2, precision="bf16")) if "lora" in request.param else (request.param, {})
@@ -235,16 +237,15 @@ def test_the_line_of_a_students_card_gives_what_sampler_gives_in_the_default_dty
 
 @pytest.mark.parametrize("family, changes, windows, exact, others", [
     ("tiny", {}, 4, [4, 8, 20, 40], [12]), ("tiny", {}, 1, [1, 2, 4, 5], [3, 6]),
-    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), ("tiny", dict(recipe="perflow"), 4, [4], [8]),
-    ("tiny", dict(windows=[3], solver_steps=24), 3, [], [3, 6])])
+    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), ("tiny", dict(recipe="perflow"), 4, [4], [8])])
 def test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names(students, tmp_path, family, changes, windows, exact, others):
     folder = students(family, **{key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}) / f"student-{windows}"
     info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
     assert export.exact_steps(pipeline.scheduler, windows, info["path"])[:4] == exact
     card = (folder / "README.md").read_text()
-    assert (f"{', '.join(map(str, exact))}, ... steps" if len(exact) > 1 else f"exactly {windows} step" if exact else
-            "1000 timesteps do not divide into 3 windows") in card
-    assert ("python sampler.py --model FOLDER --prompt PROMPT --steps 3" in card) == (not exact)
+    assert (f"{', '.join(map(str, exact))}, ... steps" if len(exact) > 1 else f"exactly {windows} step") in card
+    assert export.exact_steps(pipeline.scheduler, 3, "vp") == []             # older students of 3 windows: sampler.py alone
+    assert "do not divide into 3 windows" in export.agreement(pipeline.scheduler, 3, "vp")
     for steps in exact[:3] + others:
         apart = (latents(folder, steps, 1.0) - stock_latents(pipeline, steps, 1.0)).abs().max()
         assert apart <= 1e-4 if steps in exact else apart > 1e-3, steps
@@ -264,7 +265,7 @@ def test_merge_says_where_stock_samplers_agree(students, teachers, tmp_path, cap
 
 def test_image_to_image_starts_at_boundaries_at_the_strengths_that_the_card_names():
     """Multiples of 1 / steps. Diffusers rounds steps x strength down (0.8 of two steps is 0.5), and below one step it fails."""
-    folder = teacher.ASSETS / "student-2"
+    folder = load.ASSETS / "student-2"
     card = (folder / "README.md").read_text()
     assert "a strength that is a multiple of 1 / num_inference_steps (with 2 steps 0.5 or 1)" in card
     pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
@@ -274,9 +275,9 @@ def test_image_to_image_starts_at_boundaries_at_the_strengths_that_the_card_name
     def drawn(steps, strength, output_type="latent"):
         return pipeline("red heart on blue", image=image, num_inference_steps=steps, strength=strength, guidance_scale=1,
                         output_type=output_type, generator=torch.Generator().manual_seed(1)).images
-    ours, model, _ = sampler.open_model(str(folder))
-    z_0 = teacher.encode(ours, image * 2 - 1)
-    noise, cond = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(1)), teacher.encode_text(ours, ["red heart on blue"])
+    ours, model, _ = saved.open_model(str(folder))
+    z_0 = models.encode(ours, image * 2 - 1)
+    noise, cond = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(1)), models.encode_text(ours, ["red heart on blue"])
     for steps, strength in ((2, 0.5), (2, 1.0), (4, 0.25), (4, 0.75)):
         a, b = (c.float() for c in model.coefficients(torch.tensor([strength], dtype=torch.float64), 4))
         times = sampler.time_grid(steps, 2)[round(steps * (1 - strength)):]
@@ -300,13 +301,13 @@ def test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt(students, teache
     export.export_delta(export.DeltaConfig(str(folder), "", str(file)))
     delta, touched = load_file(file), {f"{layer}.weight" for layer in pairs}
     assert after.keys() == before.keys() == delta.keys() and len(touched) == len(pairs) < len(delta)
-    learnt = {f"{layer}.weight": (up.flatten(1).double() @ down.flatten(1).double()).view(before[f"{layer}.weight"].shape)
+    learned = {f"{layer}.weight": (up.flatten(1).double() @ down.flatten(1).double()).view(before[f"{layer}.weight"].shape)
               for layer, (down, up) in pairs.items()}
-    error = sum((after[name].double() - before[name].double() - value).square().sum() for name, value in learnt.items())
-    assert error.sqrt() <= 1e-3 * sum(value.square().sum() for value in learnt.values()).sqrt()
+    error = sum((after[name].double() - before[name].double() - value).square().sum() for name, value in learned.items())
+    assert error.sqrt() <= 1e-3 * sum(value.square().sum() for value in learned.values()).sqrt()
     for name, value in delta.items():
         if name in touched:
-            assert torch.allclose(value.double(), learnt[name], atol=1e-9, rtol=1e-5), name
+            assert torch.allclose(value.double(), learned[name], atol=1e-9, rtol=1e-5), name
         else:
             assert not value.any() and torch.equal(after[name], before[name]), name
 
@@ -324,9 +325,9 @@ MEANING = dict(
     recipe="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
     lora="test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt",
     guidance_teacher="test_the_card_says_that_guidance_is_in_the_student")
-TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalisation time_law time_base time_inside direction_weight direction_space
+TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalization time_law time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
-    steps batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
+    cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
     device""".split())
 
 
@@ -334,13 +335,13 @@ def test_every_option_that_changes_what_a_model_means_has_a_reader():
     fields = {field.name for field in dataclasses.fields(train.Config)}
     assert fields == MEANING.keys() | TRAINING and not MEANING.keys() & TRAINING     # a new option: which of the two is it?
     assert all(callable(globals()[test]) for test in MEANING.values())
-    assert export.SETTINGS == {key: getattr(train.Config(), key) for key in export.SETTINGS} and export.SETTINGS.keys() < MEANING.keys()
+    assert saved.SETTINGS == {key: getattr(train.Config(), key) for key in saved.SETTINGS} and saved.SETTINGS.keys() < MEANING.keys()
 
 
 def opened_by_eval(folder, info):
     """As eval.py opens a model of a run whose student has this reflow.json."""
     c = SimpleNamespace(dtype="fp32", guide="", size=None)
-    return evaluation.Evaluator.open(SimpleNamespace(opened=(None, None), c=c, device="cpu", student=info), str(folder))
+    return measuring.Evaluator.open(SimpleNamespace(opened=(None, None), c=c, device="cpu", student=info), str(folder))
 
 
 @pytest.mark.parametrize("family", ["tiny", "sdxl"])
@@ -352,7 +353,7 @@ def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, 
     assert image.shape == (1, 48, 48, 3)
     assert (latents(folder, 2, 1.0) - stock_latents(pipeline, 2, 1.0)).abs().max() <= 1e-4
     for name in (folder, teachers[family]):
-        assert teacher.native_size(opened_by_eval(name, info)[0]) == (48, 48)
+        assert models.native_size(opened_by_eval(name, info)[0]) == (48, 48)
     sampler.main(sampler.Config(["fox"], str(folder), out=str(tmp_path / "a.png"), compare=True, scale=1))
     export.export_delta(export.DeltaConfig(str(folder), "", str(tmp_path / "d.safetensors")))
     export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(teachers[family]), str(tmp_path / "merged")))
@@ -363,12 +364,12 @@ def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, 
 def test_a_student_is_guided_by_the_null_embedding_it_was_trained_with(students, teachers, family, null):
     folder = students(family, null_text=null, windows=(2,)) / "student-2"
     info = json.loads((folder / "reflow.json").read_text())
-    plain = teacher.load_pipeline(str(folder))
-    expected = teacher.encode_text(plain, [None], null=null)
+    plain = load.load_pipeline(str(folder))
+    expected = models.encode_text(plain, [None], null=null)
     for name in (folder, teachers[family]):
-        found = teacher.encode_text(opened_by_eval(name, info)[0], [None])
+        found = models.encode_text(opened_by_eval(name, info)[0], [None])
         assert all(torch.equal(found[key], expected[key]) for key in expected)
-    unlike = teacher.encode_text(teacher.load_pipeline(str(teachers[family])), [None])
+    unlike = models.encode_text(load.load_pipeline(str(teachers[family])), [None])
     assert not torch.equal(unlike["encoder_hidden_states"], expected["encoder_hidden_states"])
     apart = (latents(folder, 2, 2.5) - stock_latents(stock(folder), 2, 2.5)).abs().max()
     told = "With other guidance use sampler.py" in (folder / "README.md").read_text()
@@ -376,13 +377,13 @@ def test_a_student_is_guided_by_the_null_embedding_it_was_trained_with(students,
 
 
 def test_a_teacher_from_a_single_file_is_opened_again_with_its_configuration(teachers, tmp_path, monkeypatch):
-    p = teacher.load_pipeline(str(teachers["sd15"]))
+    p = load.load_pipeline(str(teachers["sd15"]))
     parts = {**ldm_unet(p.unet), **ldm_vae(p.vae), **ldm_clip(p.text_encoder, "cond_stage_model.transformer.")}
     save_file({name: value.contiguous() for name, value in parts.items()}, tmp_path / "single.safetensors")
-    c = small(tmp_path / "single.safetensors", tmp_path / "run", windows=[2], steps=2, model_config=str(teachers["sd15"]), checkpoint_steps=1)
+    c = small(tmp_path / "single.safetensors", tmp_path / "run", windows=[2], updates=2, model_config=str(teachers["sd15"]), checkpoint_steps=1)
     folder = train.main(c)
     info = json.loads((folder / "reflow.json").read_text())
-    monkeypatch.setattr(teacher, "PRESETS", {})            # whoever asks for the published configuration fails
+    monkeypatch.setattr(load, "PRESETS", {})            # whoever asks for the published configuration fails
     opened_by_eval(c.model, info)
     sampler.main(sampler.Config(["fox"], str(folder), out=str(tmp_path / "a.png"), compare=True, scale=1))
     file = tmp_path / "d.safetensors"
@@ -396,9 +397,9 @@ def test_a_teacher_from_a_single_file_is_opened_again_with_its_configuration(tea
 
 def test_a_random_teacher_is_opened_again_with_its_seed(teachers, tmp_path):
     """In half precision it is the same network, rounded: a LoRA trained on that is added to this."""
-    folder = train.main(small(teachers["tiny"], tmp_path / "run", random_init=True, seed=5, windows=[2], steps=2, lora=2, precision="bf16"))
+    folder = train.main(small(teachers["tiny"], tmp_path / "run", random_init=True, seed=5, windows=[2], updates=2, lora=2, precision="bf16"))
     info = json.loads((folder / "reflow.json").read_text())
-    made = [teacher.load_pipeline(str(teachers["tiny"]), dtype, True, 5).unet.state_dict() for dtype in (torch.float32, torch.bfloat16)]
+    made = [load.load_pipeline(str(teachers["tiny"]), dtype, True, 5).unet.state_dict() for dtype in (torch.float32, torch.bfloat16)]
     found = opened_by_eval(teachers["tiny"], info)[0].unet.state_dict()
     for name, value in found.items():
         assert torch.equal(value, made[0][name]) and torch.equal(value.bfloat16(), made[1][name]), name
@@ -416,4 +417,4 @@ def test_students_that_were_opened_in_several_ways_are_evaluated_one_by_one(stud
     for name, changes in (("a", {}), ("b", dict(null_text="zeros", windows=(2,)))):
         shutil.copytree(students("tiny", **changes) / "student-2", tmp_path / name / "student-2")
     with pytest.raises(UserError, match=r"students of runs with several --null-text \(auto, zeros\); evaluate them one by one"):
-        evaluation.main(evaluation.Config(str(tmp_path), device="cpu"))
+        evaluation.main(protocols.Config(str(tmp_path), device="cpu"))

@@ -1,4 +1,4 @@
-"""Identities of losses.py: zero at the target, exact decomposition, limits, the high-pass map, normalised losses, gradients."""
+"""Identities of losses.py: zero at the target, exact decomposition, limits, the high-pass map, normalized losses, gradients."""
 import math
 
 import pytest
@@ -156,53 +156,53 @@ def test_high_pass_that_cannot_be_inverted_or_filtered_is_refused():
         losses.high_pass_loss(torch.zeros(4, 1, 2, 2), torch.zeros(4, 4, 2, 2))
 
 
-# ---- normalised losses ---------------------------------------------------------------------------------------------
+# ---- normalized losses ---------------------------------------------------------------------------------------------
 
 
-def test_normalised_weighs_the_student_and_teaches_the_normaliser_apart():
+def test_normalized_weighs_the_student_and_teaches_the_normalizer_apart():
     value = torch.tensor([0.5, 2.0, 0.01], dtype=torch.float64, requires_grad=True)
     predicted = torch.tensor([0.0, 1.0, -3.0], dtype=torch.float64, requires_grad=True)
-    total = losses.normalised(value, predicted)
+    total = losses.normalized(value, predicted)
     expected = value / predicted.exp() + (value.log() - predicted).square()
     assert total.shape == (3,) and torch.allclose(total, expected)
-    student, normaliser = torch.autograd.grad(total.sum(), (value, predicted))
+    student, normalizer = torch.autograd.grad(total.sum(), (value, predicted))
     assert torch.allclose(student, (-predicted).exp())                               # no gradient through log value
-    assert torch.allclose(normaliser, 2 * (predicted - value.log()))                 # nor through the weight
+    assert torch.allclose(normalizer, 2 * (predicted - value.log()))                 # nor through the weight
 
 
-def test_normalised_is_the_plain_loss_plus_a_constant_while_the_prediction_is_0():
+def test_normalized_is_the_plain_loss_plus_a_constant_while_the_prediction_is_0():
     value = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    gradient, = torch.autograd.grad(losses.normalised(value, torch.zeros(2, dtype=torch.float64)).sum(), value)
+    gradient, = torch.autograd.grad(losses.normalized(value, torch.zeros(2, dtype=torch.float64)).sum(), value)
     assert torch.equal(gradient, torch.ones(2, dtype=torch.float64))
 
 
-def test_normalised_by_the_true_mean_log_has_the_scale_of_no_region():
+def test_normalized_by_the_true_mean_log_has_the_scale_of_no_region():
     value = torch.tensor([1e-3, 1.0, 1e3])
-    assert losses.normalised(value, value.log()).tolist() == pytest.approx([1] * 3)
+    assert losses.normalized(value, value.log()).tolist() == pytest.approx([1] * 3)
 
 
 def test_the_floor_bounds_the_weight_and_the_target_also_at_loss_zero():
     value, low = torch.zeros(2, requires_grad=True), torch.tensor([-50.0, -1.0], requires_grad=True)
-    total = losses.normalised(value, low, floor=0.01)
+    total = losses.normalized(value, low, floor=0.01)
     assert total.tolist() == pytest.approx([(math.log(0.01) + 50) ** 2, (math.log(0.01) + 1) ** 2])
     total.sum().backward()
     assert value.grad.tolist() == pytest.approx([100, math.e]) and low.grad.isfinite().all()
 
 
-def test_self_normalised_is_constant_with_the_gradient_of_the_logarithm_above_the_floor():
+def test_self_normalized_is_constant_with_the_gradient_of_the_logarithm_above_the_floor():
     value = torch.tensor([0.5, 1e-3, 1e-6, 0.0], dtype=torch.float64, requires_grad=True)
-    found = losses.self_normalised(value, floor=1e-4)
+    found = losses.self_normalized(value, floor=1e-4)
     assert torch.allclose(found, torch.tensor([1, 1, 0.01, 0], dtype=torch.float64))
     gradient, = torch.autograd.grad(found.sum(), value)
     assert torch.allclose(gradient, torch.tensor([2, 1e3, 1e4, 1e4], dtype=torch.float64))
 
 
-def test_normalised_losses_refuse_other_shapes_and_no_floor():
+def test_normalized_losses_refuse_other_shapes_and_no_floor():
     for value, predicted, floor in (((3,), (3, 1), 1e-4), ((3,), (3,), 0.0), ((2, 2), (2, 2), 1.0)):
         with pytest.raises(ValueError, match="floor"):
-            losses.normalised(torch.ones(value), torch.ones(predicted), floor)
+            losses.normalized(torch.ones(value), torch.ones(predicted), floor)
     with pytest.raises(ValueError, match="floor"):
-        losses.self_normalised(torch.ones(3), 0.0)
+        losses.self_normalized(torch.ones(3), 0.0)
 
 
 # ---- the network that predicts the size of a loss ----
@@ -218,7 +218,7 @@ def test_it_starts_at_zero_so_that_every_weight_is_one_and_its_head_learns_at_on
     torch.manual_seed(0)
     network, z, t = losses.LossNormalizer(4), torch.randn(5, 4, 8, 8), torch.rand(5)
     assert network(z, t).abs().max() == 0
-    losses.normalised(torch.full((5,), 0.1), network(z, t)).mean().backward()
+    losses.normalized(torch.full((5,), 0.1), network(z, t)).mean().backward()
     assert network.head[-1].weight.grad.abs().max() > 0 and network.head[-1].bias.grad.abs().max() > 0
     assert 2e5 < sum(p.numel() for p in network.parameters()) < 1e6
 
@@ -248,7 +248,7 @@ def test_it_learns_the_mean_log_of_a_loss_that_hangs_on_time_and_on_the_latent()
         z, t, mean_log = draw(128)
         value = (mean_log + 0.5 * torch.randn(128, generator=generator)).exp()
         optimizer.zero_grad()
-        losses.normalised(value, network(z, t)).mean().backward()
+        losses.normalized(value, network(z, t)).mean().backward()
         optimizer.step()
     z, t, mean_log = draw(512)
     with torch.no_grad():

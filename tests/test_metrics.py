@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPModel
 
-import metrics
 import reflow
 import sampler
 import teacher
-import tiny
-from config import UserError
+from data import sprites
+from evaluation import metrics
+from models import load
+from runtime.cli import UserError
+from tools import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -171,7 +173,7 @@ def test_kid_needs_two_images_of_each():
 
 
 def gaussian_mmd(a, b, sigma=10.0):
-    """1000 x the biased squared MMD of the normalised rows, pair by pair."""
+    """1000 x the biased squared MMD of the normalized rows, pair by pair."""
     a, b = ([x / x.norm() for x in s] for s in (a, b))
 
     def mean(s, t):
@@ -188,7 +190,7 @@ def test_cmmd_is_the_direct_sum_in_blocks_of_any_size():
 
 
 def test_cmmd_of_two_points_is_the_closed_form_and_of_a_set_with_itself_0():
-    x, y = torch.eye(3)[:2] * 7                                      # at a distance of sqrt(2) once normalised
+    x, y = torch.eye(3)[:2] * 7                                      # at a distance of sqrt(2) once normalized
     assert metrics.cmmd(x.repeat(5, 1), y.repeat(3, 1)) == pytest.approx(2000 * (1 - math.exp(-0.01)), abs=1e-10)
     near = torch.tensor([[1, 0, 0], [math.cos(1e-5), math.sin(1e-5), 0]], dtype=torch.float64)    # no digit is lost to 1 - 1
     assert metrics.cmmd(near[:1], near[1:]) == pytest.approx(2000 * (1e-10 / 200), rel=1e-5)
@@ -252,7 +254,7 @@ def test_clip_without_a_preprocessor_takes_its_own_size_as_it_is(clip_folders):
 
 
 @pytest.mark.parametrize("size", [(40, 48), (64, 48), (32, 32), (20, 20)], ids=str)
-def test_clip_images_are_resized_cropped_and_normalised_as_the_folder_says(clip_folders, size):
+def test_clip_images_are_resized_cropped_and_normalized_as_the_folder_says(clip_folders, size):
     clip, model = metrics.Clip(clip_folders[1]), CLIPModel.from_pretrained(clip_folders[1])
     images, rows = pictures(3, *size), []
     for image in ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy():
@@ -280,8 +282,7 @@ def test_clip_texts_keep_their_order_repeated_cut_or_empty(clip_folders):
 
 
 def test_the_embedded_clip_knows_its_pictures():
-    import sprites
-    clip = metrics.Clip(teacher.ASSETS / "tiny-clip")
+    clip = metrics.Clip(load.ASSETS / "tiny-clip")
     images, captions, _ = sprites.draw(64, torch.Generator().manual_seed(0))
     score = metrics.clip_score(clip.images(images), clip.texts(captions))
     assert clip.name == "tiny-clip" and score > 40 > metrics.clip_score(clip.images(images), clip.texts(captions[1:] + captions[:1]))
@@ -309,7 +310,7 @@ def test_a_clip_that_cannot_be_loaded_is_one_line_with_a_remedy(clip_folders, tm
 
 
 class StandIn(torch.nn.Module):
-    """Asked as NVIDIA's Inception is: 8 features, or their softmax."""
+    """CountingModel as NVIDIA's Inception is: 8 features, or their softmax."""
 
     def __init__(self):
         super().__init__()

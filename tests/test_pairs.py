@@ -10,13 +10,13 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import config
-import data
+import models
 import reflow
 import sampler
 import teacher
 import train
 from pairs import check_windows, couple
+from runtime import cli, seeds, store
 
 
 def draw(file, seed):
@@ -53,7 +53,7 @@ def ends(pairs, numbers, windows=4, solver=None, steps=2):
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_sample_is_the_same_in_any_batch(make, changes):
     pairs, _, pipeline = make(**changes)
-    solver = teacher.as_model(pipeline)
+    solver = models.as_model(pipeline)
     whole, parts = ends(pairs, (4, 12), solver=solver), [ends(pairs, (k, k + 2), solver=solver) for k in range(4, 12, 2)]
     for i in range(5):
         assert torch.allclose(whole[i], torch.cat([part[i] for part in parts]), atol=1e-5)
@@ -65,7 +65,7 @@ def test_a_sample_is_the_same_in_any_batch(make, changes):
 def test_reused_pairs_share_their_window_and_differ_in_time(make):
     pairs, recipe, pipeline = make(pairs="data", reuse=3)
     asked = []
-    solver = teacher.as_model(pipeline, lambda z, *_: None)
+    solver = models.as_model(pipeline, lambda z, *_: None)
     solver.network = lambda z, timestep, **cond: asked.append(len(z)) or torch.zeros_like(z)
     t, t_start, t_end, z_start, z_end, cond = ends(pairs, (0, 12), solver=solver)
     assert asked == [4, 4]                                    # four pairs, two steps: not twelve
@@ -78,10 +78,10 @@ def test_reused_pairs_share_their_window_and_differ_in_time(make):
 
 
 def test_trajectories_are_solved_a_micro_batch_at_a_time_and_the_bar_moves_with_each(make, monkeypatch):
-    moves, real = [], data.tqdm
-    monkeypatch.setattr(data, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
+    moves, real = [], store.tqdm
+    monkeypatch.setattr(store, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
     make(micro_batch=4)
-    assert moves == [5, 4, 2]                              # 5 images are checked first
+    assert moves == [4, 2]
 
 
 def test_trajectories_are_the_teachers_own_and_carry_their_text(make, small_models):
@@ -92,14 +92,14 @@ def test_trajectories_are_the_teachers_own_and_carry_their_text(make, small_mode
     rows = pairs.rows[range(6)]
     for key, value in text.items():
         assert torch.allclose(rows[key], value, atol=1e-6)
-    z = torch.stack([torch.randn(pairs.shape, generator=data.generator(0, "noise", k)) for k in range(6)])
+    z = torch.stack([torch.randn(pairs.shape, generator=seeds.generator(0, "noise", k)) for k in range(6)])
     with torch.no_grad():
-        end = sampler.ddim(teacher.as_model(pipeline), z, sampler.time_grid(8), text)
+        end = sampler.ddim(models.as_model(pipeline), z, sampler.time_grid(8), text)
     assert torch.equal(rows["z"][:, 0], z) and torch.allclose(rows["z"][:, -1], end, atol=1e-4)
     # re-solving one window from its cached start ends at its cached end
     times = torch.linspace(0.75, 0.5, 3, dtype=torch.float64)
     with torch.no_grad():
-        middle = sampler.ddim(teacher.as_model(pipeline), rows["z"][:, 2], times, text)
+        middle = sampler.ddim(models.as_model(pipeline), rows["z"][:, 2], times, text)
     assert torch.allclose(middle, rows["z"][:, 4], atol=1e-4)
     # what a window is given are its two boundaries
     t, t_start, t_end, z_start, z_end, _ = ends(pairs, (0, 16), windows=2)
@@ -111,10 +111,10 @@ def test_trajectories_are_the_teachers_own_and_carry_their_text(make, small_mode
 
 def test_pairs_from_images_start_at_noised_latents_and_end_where_the_solver_says(make):
     pairs, _, pipeline = make(pairs="data", text_dropout=0.0)
-    solver = teacher.as_model(pipeline)
+    solver = models.as_model(pipeline)
     t, t_start, t_end, z_start, z_end, cond = ends(pairs, (0, 6), windows=4, solver=solver, steps=2)
-    latents = teacher.encode(pipeline, pairs.dataset.images(range(6), 32))
-    eps = torch.stack([torch.randn(pairs.shape, generator=data.generator(0, "eps", k)) for k in range(6)])
+    latents = models.encode(pipeline, pairs.dataset.images(range(6), 32))
+    eps = torch.stack([torch.randn(pairs.shape, generator=seeds.generator(0, "eps", k)) for k in range(6)])
     alpha, sigma = (v.float()[:, None, None, None] for v in solver.schedule(t_start))
     assert torch.allclose(z_start, alpha * latents + sigma * eps, atol=1e-5)
     for i in range(6):
@@ -127,7 +127,7 @@ def test_pairs_from_images_start_at_noised_latents_and_end_where_the_solver_says
 def test_cached_latents_are_the_same_pairs_and_a_dropped_caption_is_the_null_embedding(make, tmp_path):
     online, _, pipeline = make(pairs="data", text_dropout=0.5)
     stored, _, _ = make(pairs="data", text_dropout=0.5, cache_latents=True, cache=str(tmp_path / "latents"))
-    solver = teacher.as_model(pipeline)
+    solver = models.as_model(pipeline)
     a, b = (ends(pairs, (0, 12), solver=solver) for pairs in (online, stored))
     assert online.online and not stored.online
     for i in range(5):
@@ -142,7 +142,7 @@ def test_cached_latents_are_the_same_pairs_and_a_dropped_caption_is_the_null_emb
 def test_guidance_moves_the_teachers_pairs(make):
     pairs, _, pipeline = make(pairs="data", guidance_teacher=4.0)
     plain, _, _ = make(pairs="data")
-    solver = teacher.as_model(pipeline)
+    solver = models.as_model(pipeline)
     assert not torch.allclose(ends(pairs, (0, 4), solver=solver)[4], ends(plain, (0, 4), solver=solver)[4], atol=1e-3)
 
 
@@ -157,8 +157,8 @@ def test_guidance_enters_a_chain_of_students_once(make, changes):
             with_text = (encoder_hidden_states - null).flatten(1).abs().amax(1) > 1e-4
             return (eps * with_text.float())[:, None, None, None].expand_as(z)
         return answer
-    solver = teacher.as_model(pipeline)
-    student = teacher.as_model(pipeline, path=reflow.PATHS[recipe.path], windows=8)
+    solver = models.as_model(pipeline)
+    student = models.as_model(pipeline, path=reflow.PATHS[recipe.path], windows=8)
     solver.network, student.network = network(1.0), network(4.0)
     for solving in (solver, student)[:1 if recipe.pairs == "consistency" else 2]:
         t, t_start, t_end, z_start, z_end, _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
@@ -168,7 +168,7 @@ def test_guidance_enters_a_chain_of_students_once(make, changes):
 
 def test_the_students_own_jump_stays_at_noise_that_the_network_knows(make):
     pairs, *_ , pipeline = make(recipe="lcm", solver_steps=4)
-    asked, solver, student = [], teacher.as_model(pipeline), teacher.as_model(pipeline)
+    asked, solver, student = [], models.as_model(pipeline), models.as_model(pipeline)
     solver.schedule = student.schedule = pairs.schedule = teacher.EDMSchedule(0.002, 80.0, 0.5)
     student.network = lambda z, timestep, **cond: asked.append(timestep) or z
     pairs.ends(pairs.fetch(range(64), 1), solver, 1, student)
@@ -205,7 +205,7 @@ def test_whatever_decides_a_caches_content_is_in_its_key(make, small_models, pho
     make(**options)
     make(**options)                                                                      # the same again is the same cache
     change(model, pictures)
-    with pytest.raises(config.UserError, match=f"made with other settings .*'{named}'"):
+    with pytest.raises(cli.UserError, match=f"made with other settings .*'{named}'"):
         make(**options)
 
 
@@ -221,7 +221,7 @@ def test_the_same_prompts_drawn_at_other_rates_are_another_cache(make, tmp_path)
     (tmp_path / "a.txt").write_text("fox\nheart\n")
     make(**common)
     (tmp_path / "a.txt").write_text("fox\nheart\nheart\n")
-    with pytest.raises(config.UserError, match="captions"):
+    with pytest.raises(cli.UserError, match="captions"):
         make(**common)
 
 
@@ -245,7 +245,7 @@ def test_models_that_are_not_square_train_on_their_own_shape_and_refuse_square_p
         assert rows["z"].shape[2:] == (4, 8, 16)
         assert name == "sd15" or rows["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
         for changes in (dict(pairs="data"), dict(forward_rate=0.5), dict(recipe="lcm")):
-            with pytest.raises(config.UserError, match="made for 32 x 64 pixels, and pictures are cropped to squares; give --size 32"):
+            with pytest.raises(cli.UserError, match="made for 32 x 64 pixels, and pictures are cropped to squares; give --size 32"):
                 make(model=str(model), out=str(tmp_path / f"{name}-{len(changes)}"), **changes)
 
 
@@ -260,10 +260,10 @@ def test_stock_schedulers_stop_at_every_boundary_of_the_windows_that_are_accepte
         if exact:
             check_windows((windows,), schedule)
         else:
-            with pytest.raises(config.UserError, match=f"--windows {windows}: does not divide the model's 1000 timesteps"):
+            with pytest.raises(cli.UserError, match=f"--windows {windows}: does not divide the model's 1000 timesteps"):
                 check_windows((windows,), schedule)
         check_windows((windows,), teacher.EDMSchedule(0.002, 80.0, 0.5))                 # has no timesteps
-    with pytest.raises(config.UserError, match="--windows 16: .*; use for instance 10 or 20"):
+    with pytest.raises(cli.UserError, match="--windows 16: .*; use for instance 10 or 20"):
         check_windows((16, 8), schedule)
 
 
@@ -272,10 +272,10 @@ def test_a_cache_of_other_prompts_text_or_size_is_refused(make, tmp_path):
     (tmp_path / "b").mkdir()
     common = dict(data="", prompts=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache"))
     make(**common)
-    with pytest.raises(config.UserError, match="size"):
+    with pytest.raises(cli.UserError, match="size"):
         make(**common, size=16)
     (tmp_path / "a.txt").write_text("fox\ncat\n")
-    with pytest.raises(config.UserError, match="captions"):
+    with pytest.raises(cli.UserError, match="captions"):
         make(**common)
 
 
@@ -287,13 +287,13 @@ def test_windows_of_the_cache_serve_every_stage():
 
 
 def test_endless_pictures_cannot_be_cached(make):
-    with pytest.raises(config.UserError, match="endless"):
+    with pytest.raises(cli.UserError, match="endless"):
         make(data="sprites", pairs="data", cache_latents=True)
 
 
 def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
     pairs, recipe, pipeline = make(recipe="lcm", windows=[1], solver_steps=4)
-    solver, student = teacher.as_model(pipeline), teacher.as_model(pipeline)
+    solver, student = models.as_model(pipeline), models.as_model(pipeline)
     student.network = lambda z, timestep, **cond: 0.3 * z                   # known at once: x_hat = (1 - 0.3 sigma) z / alpha
     t, t_start, t_end, z_start, z_end, cond = pairs.ends(pairs.fetch(range(8), 1), solver, 4, student)
     assert torch.equal(t, t_start) and not t_end.any() and (t < 0.25).any() and (t > 0.25).any()
@@ -315,18 +315,18 @@ def test_forward_trajectories_end_at_real_latents_and_are_inverted_by_the_teache
     pairs, _, pipeline = make(forward_rate=0.5, text_dropout=0.5)
     assert [len(rows) for rows in pairs.rows.parts] == [3, 3] and len(pairs.rows) == 6
     rows, backward = pairs.rows[range(3, 6)], pairs.rows[range(3)]
-    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), 32))
+    latents = models.encode(pipeline, pairs.dataset.images(range(3), 32))
     assert torch.allclose(rows["z"][:, -1], latents, atol=1e-5)
     text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])
     assert torch.allclose(rows["encoder_hidden_states"], text["encoder_hidden_states"], atol=1e-5)
     with torch.no_grad():
-        noise = sampler.invert(teacher.as_model(pipeline), latents, sampler.time_grid(8), text)
+        noise = sampler.invert(models.as_model(pipeline), latents, sampler.time_grid(8), text)
     assert torch.allclose(rows["z"][:, 0], noise, atol=1e-4)
     assert torch.equal(backward["z"][:, 0], pairs.noises(range(3)))                       # and the others are still the teacher's own
     # all nine boundaries lie in order: the way from one to the next is a step of the inversion
     times = torch.tensor([0.5, 0.375], dtype=torch.float64)
     with torch.no_grad():
-        back = sampler.invert(teacher.as_model(pipeline), rows["z"][:, 5], times, text)
+        back = sampler.invert(models.as_model(pipeline), rows["z"][:, 5], times, text)
     assert torch.allclose(rows["z"][:, 4], back, atol=1e-4)
 
 
@@ -367,7 +367,7 @@ def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_th
     pairs, _, pipeline = make(forward_rate=0.5, windows=[1], projection=0.02, text_dropout=0.0)
     before, after = plain.rows[range(6)], pairs.rows[range(6)]
     assert after["z"].shape[1] == 2
-    latents = teacher.encode(pipeline, pairs.dataset.images(range(3), 32))
+    latents = models.encode(pipeline, pairs.dataset.images(range(3), 32))
     text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])["encoder_hidden_states"]
     assert torch.equal(after["z"][:3, 0], before["z"][:3, 0])                             # backward: the noise stays
     for i in range(3):                                                                    # the data is real, and brings its caption

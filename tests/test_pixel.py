@@ -10,16 +10,16 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from test_train import same_bits, small, weights
 
-import bench
-import data
 import eval as evaluation
 import export
+import models
 import sampler
-import sprites
-import teacher
-import tiny
 import train
-from config import UserError
+from data import captioned, imaging, sprites
+from evaluation import measuring, protocols
+from models import configs, load, pixel, saved
+from runtime.cli import UserError
+from tools import bench, tiny
 
 LABELS = list(sprites.OBJECTS)
 UNET = dict(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
@@ -38,7 +38,7 @@ def save(folder, scheduler=None, labels=None, kind=DDPMPipeline, **changes):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def folders(tmp_path_factory):
     """Folders by kind: unconditional; classes, named, with a null class; numbers, without names and so without null class; gray."""
     root = tmp_path_factory.mktemp("pixel")
     return dict(unconditional=save(root / "unconditional"), gray=save(root / "gray", in_channels=1, out_channels=1),
@@ -47,18 +47,18 @@ def models(tmp_path_factory):
 
 
 def options(folder, out, **changes):
-    return small(folder, out, **{"data": "sprites-by-group", "steps": 8, "lr": 1e-3, **changes})
+    return small(folder, out, **{"data": "sprites-by-group", "updates": 8, "lr": 1e-3, **changes})
 
 
 @pytest.fixture(scope="module")
-def students(models, tmp_path_factory):
+def students(folders, tmp_path_factory):
     """students(kind): the folder of a run, trained once."""
     made = {}
 
     def run(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            train.main(options(models[kind], made[kind]))
+            train.main(options(folders[kind], made[kind]))
         return made[kind]
     return run
 
@@ -74,9 +74,9 @@ def test_an_unconditional_student_is_sampled_alike_by_ddim_pipeline(students, ki
     stock.set_progress_bar_config(disable=True)
     assert type(stock) is DDIMPipeline and not stock.scheduler.config.clip_sample
     theirs = stock(2, num_inference_steps=steps, eta=0.0, output_type="pt", generator=sampler.generators([3, 4])).images
-    pipeline, model, info = sampler.open_model(str(folder))
+    pipeline, model, info = saved.open_model(str(folder))
     z = sampler.generate(pipeline, model, ["", ""], [3, 4], sampler.time_grid(steps, info["windows"]))
-    assert (teacher.decode(pipeline, z) / 2 + 0.5 - theirs).abs().max() <= 1e-4      # its pictures are in [0, 1]
+    assert (models.decode(pipeline, z) / 2 + 0.5 - theirs).abs().max() <= 1e-4      # its pictures are in [0, 1]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5, 0.0])
@@ -89,64 +89,64 @@ def test_a_student_with_classes_is_sampled_alike_by_its_own_stock_scheduler(stud
         for timestep in stock.scheduler.timesteps:
             given, null = (stock.unet(z, timestep, class_labels=value).sample for value in (labels, torch.full((3,), 8)))
             z = stock.scheduler.step(null + guidance * (given - null), timestep, z).prev_sample
-    pipeline, model, _ = sampler.open_model(str(folder))
+    pipeline, model, _ = saved.open_model(str(folder))
     ours = sampler.generate(pipeline, model, prompts, [3, 4, 5], sampler.time_grid(8, 4), guidance)
     assert (ours - z).abs().max() <= 1e-4
 
 
-def test_the_latents_are_the_pixels_and_gray_is_shown_as_rgb(models):
+def test_the_latents_are_the_pixels_and_gray_is_shown_as_rgb(folders):
     images = sprites.draw(2, torch.Generator().manual_seed(0))[0]
-    rgb, gray = (teacher.load_pipeline(str(models[kind])) for kind in ("classes", "gray"))
-    assert torch.equal(teacher.encode(rgb, images), images) and torch.equal(teacher.decode(rgb, images), images)
-    assert teacher.decode(rgb, 3 * images).abs().max() == 1
-    luma = teacher.encode(gray, images)
+    rgb, gray = (load.load_pipeline(str(folders[kind])) for kind in ("classes", "gray"))
+    assert torch.equal(models.encode(rgb, images), images) and torch.equal(models.decode(rgb, images), images)
+    assert models.decode(rgb, 3 * images).abs().max() == 1
+    luma = models.encode(gray, images)
     assert luma.shape == (2, 1, 32, 32) and torch.allclose(luma[:, 0], images[:, 0] * 0.299 + images[:, 1] * 0.587 + images[:, 2] * 0.114)
-    shown = teacher.decode(gray, luma)
+    shown = models.decode(gray, luma)
     assert shown.shape == images.shape and torch.equal(shown[:, 2], luma[:, 0])
-    assert torch.allclose(teacher.encode(gray, shown), luma, atol=1e-6)          # gray pictures come back
-    assert teacher.native_size(rgb) == (16, 16) and sampler.latent_shape(gray, 20) == (1, 20, 20)
+    assert torch.allclose(models.encode(gray, shown), luma, atol=1e-6)          # gray pictures come back
+    assert models.native_size(rgb) == (16, 16) and models.latent_shape(gray, 20) == (1, 20, 20)
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_the_name_of_a_class_and_none_is_the_null_class(models):
-    named, numbers, without = (teacher.load_pipeline(str(models[kind])) for kind in ("classes", "numbers", "unconditional"))
-    cond = teacher.encode_text(named, ["heart", "animal", "", None])
+def test_a_prompt_is_the_name_of_a_class_and_none_is_the_null_class(folders):
+    named, numbers, without = (load.load_pipeline(str(folders[kind])) for kind in ("classes", "numbers", "unconditional"))
+    cond = models.encode_text(named, ["heart", "animal", "", None])
     assert cond["class_labels"].tolist() == [7, 0, 8, 8] and cond["class_labels"].dtype == torch.int64
-    assert teacher.encode_text(numbers, ["2", "0"])["class_labels"].tolist() == [2, 0]
-    assert teacher.encode_text(without, ["anything", "", None]) == {}
-    assert [teacher.has_null(p) for p in (named, numbers, without)] == [True, False, False]
-    assert teacher.class_names(numbers) == ["0", "1", "2"] and teacher.class_names(without) == []
+    assert models.encode_text(numbers, ["2", "0"])["class_labels"].tolist() == [2, 0]
+    assert models.encode_text(without, ["anything", "", None]) == {}
+    assert [models.has_null(p) for p in (named, numbers, without)] == [True, False, False]
+    assert pixel.class_names(numbers) == ["0", "1", "2"] and pixel.class_names(without) == []
     with pytest.raises(UserError, match="prompt 'fox': not one of this model's 8 classes: animal, food, .*heart"):
-        teacher.encode_text(named, ["fox"])
+        models.encode_text(named, ["fox"])
     with pytest.raises(UserError, match="prompt '3': not one"):
-        teacher.encode_text(numbers, ["3"])
+        models.encode_text(numbers, ["3"])
     for null in ("", None):
         with pytest.raises(UserError, match="no null class"):
-            teacher.encode_text(numbers, [null])
+            models.encode_text(numbers, [null])
     with pytest.raises(UserError, match="--null-text zeros: .* no text"):
-        teacher.encode_text(named, ["food"], null="zeros")
+        models.encode_text(named, ["food"], null="zeros")
 
 
 def test_of_many_classes_the_nearest_are_named(tmp_path):
     labels = [f"class {i}" for i in range(1000)]
-    pipeline = teacher.load_pipeline(str(save(tmp_path / "m", labels=labels, num_class_embeds=1001)))
+    pipeline = load.load_pipeline(str(save(tmp_path / "m", labels=labels, num_class_embeds=1001)))
     with pytest.raises(UserError, match="1000 classes: .*class 77.*, ...") as found:
-        teacher.encode_text(pipeline, ["clas 77"])
+        models.encode_text(pipeline, ["clas 77"])
     assert len(str(found.value)) < 300
 
 
-def test_what_needs_a_null_class_is_refused_where_there_is_none(models, tmp_path):
+def test_what_needs_a_null_class_is_refused_where_there_is_none(folders, tmp_path):
     times = sampler.time_grid(1)
     for kind, prompt, reason in (("unconditional", "", "is unconditional"), ("numbers", "1", "has no null class")):
-        pipeline, model, _ = sampler.open_model(str(models[kind]))
+        pipeline, model, _ = saved.open_model(str(folders[kind]))
         with pytest.raises(UserError, match=f"guidance 2: this model {reason}; use guidance 1"):
             sampler.generate(pipeline, model, [prompt], [0], times, 2.0)
         with pytest.raises(UserError, match=f"guidance 2: this model {reason}"):
-            train.main(options(models[kind], tmp_path / kind, guidance_teacher=2.0))
+            train.main(options(folders[kind], tmp_path / kind, guidance_teacher=2.0))
     with pytest.raises(UserError, match="--text-dropout 0.1: .* use --text-dropout 0"):
-        train.main(options(models["numbers"], tmp_path / "d"))
+        train.main(options(folders["numbers"], tmp_path / "d"))
 
 
 @pytest.mark.parametrize("text, reason", [('["a", "a"]', "list of different names"), ('{"a": 0}', "list of different names"),
@@ -155,7 +155,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, text, reason):
     folder = save(tmp_path / "m", num_class_embeds=9)
     (folder / "labels.json").write_text(text)
     with pytest.raises(UserError, match=f"--model .*labels.json .*{reason}"):
-        teacher.load_pipeline(str(folder))
+        load.load_pipeline(str(folder))
 
 
 @pytest.mark.parametrize("changes, reason", [
@@ -163,14 +163,14 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, text, reason):
     (dict(class_embed_type="timestep"), "class_embed_type .* 'timestep'"), (dict(time_embedding_type="fourier"), "embedding_type .* 'fourier'")])
 def test_a_unet_that_is_asked_otherwise_is_refused(tmp_path, changes, reason):
     with pytest.raises(UserError, match=f"--model .*: .*{reason}"):
-        teacher.load_pipeline(str(save(tmp_path / "m", **changes)))
+        load.load_pipeline(str(save(tmp_path / "m", **changes)))
 
 
 def test_a_latent_model_without_text_is_still_refused(tmp_path):
     autoencoder = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4)
     diffusers.LDMPipeline(autoencoder, UNet2DModel(**UNET), tiny.make_scheduler()).save_pretrained(tmp_path / "ldm")
     with pytest.raises(UserError, match=r"LDMPipeline is not a text-to-image pipeline .*\(no vae, text_encoder\)"):
-        teacher.load_pipeline(str(tmp_path / "ldm"))
+        load.load_pipeline(str(tmp_path / "ldm"))
 
 
 # ---- from training to tables ----------------------------------------------------------------------------------------------
@@ -179,20 +179,20 @@ def test_a_latent_model_without_text_is_still_refused(tmp_path):
 @pytest.mark.parametrize("changes", [dict(pairs="trajectory"), dict(pairs="student"), dict(pairs="data", reuse=2),
                                      dict(pairs="consistency", windows=[1])], ids=lambda changes: changes["pairs"])
 @pytest.mark.parametrize("kind", ["unconditional", "classes"])
-def test_the_same_loop_trains_pixels_from_every_kind_of_pairs(models, tmp_path, kind, changes):
-    last = train.main(options(models[kind], tmp_path, grid_steps=4, **changes))
-    assert not same_bits(weights(last), weights(models[kind])) and list((tmp_path / "grids").glob("*.png"))
+def test_the_same_loop_trains_pixels_from_every_kind_of_pairs(folders, tmp_path, kind, changes):
+    last = train.main(options(folders[kind], tmp_path, grid_steps=4, **changes))
+    assert not same_bits(weights(last), weights(folders[kind])) and list((tmp_path / "grids").glob("*.png"))
 
 
-def test_classes_without_null_class_train_from_their_names(models, tmp_path):
+def test_classes_without_null_class_train_from_their_names(folders, tmp_path):
     (tmp_path / "names.txt").write_text("0\n2\n")
-    last = train.main(options(models["numbers"], tmp_path / "out", data="", prompts=str(tmp_path / "names.txt"), text_dropout=0.0))
+    last = train.main(options(folders["numbers"], tmp_path / "out", data="", prompts=str(tmp_path / "names.txt"), text_dropout=0.0))
     assert not (last / "labels.json").exists()             # none is invented
-    pipeline, model, _ = sampler.open_model(str(last))
+    pipeline, model, _ = saved.open_model(str(last))
     assert sampler.generate(pipeline, model, ["1"], [0], sampler.time_grid(1)).isfinite().all()
 
 
-def test_a_student_keeps_the_labels_says_how_it_is_sampled_and_is_resumed(models, students, tmp_path):
+def test_a_student_keeps_the_labels_says_how_it_is_sampled_and_is_resumed(folders, students, tmp_path):
     named, without = (students(kind) / "student-2" for kind in ("classes", "unconditional"))
     assert json.loads((named / "labels.json").read_text()) == LABELS and not (without / "labels.json").exists()
     assert "--prompt CLASS --steps 2" in (named / "README.md").read_text()
@@ -201,47 +201,47 @@ def test_a_student_keeps_the_labels_says_how_it_is_sampled_and_is_resumed(models
     assert same_bits(export.trained_weights(named, 0), weights(named))
     shutil.copytree(students("classes"), tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "student-1")        # the last stage begins anew from student-2
-    last = train.main(options(models["classes"], students("classes"), resume=True))
-    c = options(models["classes"], tmp_path / "again", cache=str(students("classes") / "cache"))
+    last = train.main(options(folders["classes"], students("classes"), resume=True))
+    c = options(folders["classes"], tmp_path / "again", cache=str(students("classes") / "cache"))
     settings = json.loads((tmp_path / "again" / "config.json").read_text())
     (tmp_path / "again" / "config.json").write_text(json.dumps({**settings, "out": c.out, "cache": c.cache}))
     (tmp_path / "again" / "checkpoint-000008.safetensors").unlink(missing_ok=True)
     assert same_bits(weights(train.main(c)), weights(last))
 
 
-def test_a_difference_is_merged_into_another_pixel_model(models, students, tmp_path):
+def test_a_difference_is_merged_into_another_pixel_model(folders, students, tmp_path):
     student = students("unconditional") / "student-4"
     export.export_delta(export.DeltaConfig(str(student), "", str(tmp_path / "d.safetensors")))
-    export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(models["unconditional"]), str(tmp_path / "merged")))
+    export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(folders["unconditional"]), str(tmp_path / "merged")))
     for name, value in weights(student).items():
         assert torch.allclose(weights(tmp_path / "merged")[name], value, atol=1e-6)
 
 
-def test_lora_is_refused(models, tmp_path):
+def test_lora_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match="--lora 2: diffusers puts no adapters on a UNet2DModel"):
-        train.main(options(models["unconditional"], tmp_path, lora=2))
+        train.main(options(folders["unconditional"], tmp_path, lora=2))
 
 
-def test_random_init_knows_the_architecture_of_a_folder(models):
-    random, trained = (teacher.load_pipeline(str(models["classes"]), random_init=flag).unet.state_dict() for flag in (True, False))
+def test_random_init_knows_the_architecture_of_a_folder(folders):
+    random, trained = (load.load_pipeline(str(folders["classes"]), random_init=flag).unet.state_dict() for flag in (True, False))
     assert {k: v.shape for k, v in random.items()} == {k: v.shape for k, v in trained.items()} and not same_bits(random, trained)
 
 
-def test_latents_are_cached_as_pixels(models, tmp_path):
+def test_latents_are_cached_as_pixels(folders, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, image in enumerate(sampler.to_pil(sprites.draw(4, torch.Generator().manual_seed(0))[0])):
+    for i, image in enumerate(imaging.to_pil(sprites.draw(4, torch.Generator().manual_seed(0))[0])):
         image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(LABELS[i])
-    last = train.main(options(models["classes"], tmp_path / "out", data=str(folder), pairs="data", cache_latents=True))
+    last = train.main(options(folders["classes"], tmp_path / "out", data=str(folder), pairs="data", cache_latents=True))
     rows = load_file(tmp_path / "out" / "cache" / "latents" / "00000.safetensors")
-    dataset = data.open_dataset(str(folder), "", 0)
+    dataset = captioned.open_dataset(str(folder), "", 0)
     assert torch.equal(rows["z_0"], dataset.decode(range(4), 16)) and rows["class_labels"].tolist() == [0, 1, 2, 3] and last.exists()
 
 
-def test_sampler_needs_a_prompt_only_where_there_is_a_class(models, tmp_path):
+def test_sampler_needs_a_prompt_only_where_there_is_a_class(folders, tmp_path):
     def run(kind, **changes):
-        sampler.main(sampler.Config(model=str(models[kind]), steps=2, out=str(tmp_path / f"{kind}.png"), **changes))
+        sampler.main(sampler.Config(model=str(folders[kind]), steps=2, out=str(tmp_path / f"{kind}.png"), **changes))
     run("unconditional")
     run("classes", prompt=["food"])
     run("classes", prompt=["food"], guidance=2.0, grid=True, save_steps=True)
@@ -254,7 +254,7 @@ def test_sampler_needs_a_prompt_only_where_there_is_a_class(models, tmp_path):
 
 @pytest.mark.parametrize("kind", ["classes", "unconditional"])
 def test_protocol_pixel_measures_students_against_their_teacher(students, tmp_path, kind):
-    result = evaluation.main(evaluation.Config(run=str(students(kind)), protocol="pixel", n=640, real=640, steps=[1], ddim_steps=[1],
+    result = evaluation.main(protocols.Config(run=str(students(kind)), protocol="pixel", n=640, real=640, steps=[1], ddim_steps=[1],
                                                teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu"))
     found = result["protocol"]
     assert found["size"] == "16 pixels as generated, 32 as both networks see them"
@@ -265,7 +265,7 @@ def test_protocol_pixel_measures_students_against_their_teacher(students, tmp_pa
 
 
 def test_real_pictures_of_protocol_pixel_are_drawn_at_its_size():
-    images, captions = evaluation.real_images(300, "prompts", sprites.GROUP_LEVELS, 16)
+    images, captions = measuring.real_images(300, "prompts", sprites.GROUP_LEVELS, 16)
     assert images.shape == (300, 3, 16, 16) and set(captions) == {"", *LABELS} and 10 <= captions.count("") <= 55
 
 
@@ -284,7 +284,7 @@ def test_shrunk_pictures_are_antialiased():
 
 
 def test_pictures_by_group_are_the_same_pictures_with_class_names():
-    by_group, plain = data.open_dataset("sprites-by-group", "", 3), data.open_dataset("sprites", "", 3)
+    by_group, plain = captioned.open_dataset("sprites-by-group", "", 3), captioned.open_dataset("sprites", "", 3)
     assert torch.equal(by_group.images(range(4), 32), plain.images(range(4), 32))
     assert set(by_group.captions) == {"", *LABELS} and by_group.captions[0] == ""
     captions = [by_group.captions[i] for i in by_group.caption_indices(range(400))]
@@ -299,8 +299,8 @@ def test_the_pixel_model_is_built_trained_and_named(tmp_path, monkeypatch):
     folder = tmp_path / "assets" / "tiny-pixel"
     assert json.loads((folder / "labels.json").read_text()) == LABELS
     assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
-    pipeline = teacher.load_pipeline(str(folder))
-    assert teacher.has_null(pipeline) and teacher.read_schedule(pipeline.scheduler)[1] == "v_prediction"
+    pipeline = load.load_pipeline(str(folder))
+    assert models.has_null(pipeline) and configs.read_schedule(pipeline.scheduler)[1] == "v_prediction"
     assert torch.allclose(pipeline.unet.conv_in.weight, built.unet.conv_in.weight, atol=1e-3)
 
 
@@ -324,15 +324,15 @@ def test_pixel_loss_is_zero_where_the_network_knows_v_and_one_where_it_says_noth
 
 @pytest.mark.skipif(not (ROOT / "assets" / "tiny-pixel").exists(), reason="assets/tiny-pixel has not been built: python tiny.py --pixel")
 def test_the_embedded_pixel_model_is_a_preset_that_knows_its_classes():
-    pipeline, model, _ = sampler.open_model("pixel")
-    assert teacher.class_names(pipeline) == LABELS and teacher.has_null(pipeline) and teacher.native_size(pipeline) == (16, 16)
-    assert teacher.PRESETS["pixel"][1] in data.SPRITES
+    pipeline, model, _ = saved.open_model("pixel")
+    assert pixel.class_names(pipeline) == LABELS and models.has_null(pipeline) and models.native_size(pipeline) == (16, 16)
+    assert load.PRESETS["pixel"][1] in sprites.SPRITES
     z = sampler.generate(pipeline, model, LABELS, range(8), sampler.time_grid(16))
     assert z.isfinite().all() and z.abs().mean() < 1 and (z.abs() > 1.3).float().mean() < 0.01       # pictures, not noise
 
 
-def test_bench_times_a_pixel_model(models, capsys):
-    c = bench.Config(model=str(models["classes"]), prompt="food", updates=1, batch=2, steps=2, repeats=1)
+def test_bench_times_a_pixel_model(folders, capsys):
+    c = bench.Config(model=str(folders["classes"]), prompt="food", updates=1, batch=2, steps=2, repeats=1)
     found = bench.training(c, "cpu")
     assert found["evaluations"]["student"] == 2 and found["weights"]["text"] == found["weights"]["vae"] == 0
     assert set(bench.sampling(c, "cpu")) == {"ours", "network"} and "diffusers' pipeline" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every command of the README runs, in order, each half in an empty folder, with budgets shrunk; every number in it is the file's."""
+"""Every command of README.md and docs runs, in order, with budgets shrunk; every table is what the files say; every name and link is there."""
 import json
 import re
 import shlex
@@ -8,65 +8,99 @@ import tomllib
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_python, torchrun
 from diffusers import DiffusionPipeline
 from test_eval import parts  # noqa: F401  a fixture
 
-import eval as evaluation
+import models
 import reflow
-import report
-from config import UserError
+from data import imaging, sprites
+from runtime.cli import UserError
+from studies import results
 
 README = (ROOT / "README.md").read_text()
-EMBEDDED, OWN = ([line for block in re.findall(r"```bash\n(.*?)```", part, re.S) for line in block.splitlines()]
-                 for part in README.split("## Your own Stable Diffusion"))
-SMALL = {"train.py": "--steps 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4",
-         "data.py": "--trajectories 2 --solver-steps 8", "bench.py": "--parts training",
-         "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2", "tiny.py": "--help",
-         "eval.py --study": "--n 80 --real 80 --paths 2 --clip {parts}/tiny-clip",
+PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+# names that the pages have already and the code has not yet: delete with the rename
+
+# script or module, with the words that must be there as well -> what makes it short; the last that fits
+SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4",
+         "train.py --cache-only": "--trajectories 2 --solver-steps 8", "tools.bench": "--parts training", "tools.tiny": "--help",
+         "studies": "--n 80 --real 80 --paths 2 --clip {parts}/tiny-clip",
+         "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2",
          "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
                                "--inception {parts}/inception.pt",
          "eval.py --protocol pixel": "--n 640 --real 640 --teacher-steps 2 --ddim-steps 1"}
 # what this machine does not have, and the number that a short run ends with
 STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", "checkpoint-003000": "checkpoint-000008"}
 
+# pages whose commands run one after the other in one empty folder, and what they leave there
+GROUPS = {
+    ("README.md", "docs/training.md"): (
+        "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
+        "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json", "runs/merged/model_index.json"),
+    ("docs/results.md", "docs/costs.md"): ("pixel.png", "reflow-2d.png", "runs/train/grid.png", "runs/pixel/grid.png",
+                                           "runs/coco/results.json")}
 
-# what the commands of either half leave
-EMBEDDED_FILES = ("heart.png", "zoo.png", "compare.png", "compare-steps.png", "pixel.png", "reflow-2d.png", "runs/train/grid.png",
-                  "runs/pixel/grid.png", "runs/coco/results.json", "results/report.html")
-OWN_FILES = ("lighthouse.png", "runs/merged/model_index.json", "runs/sdxl/student-1/pytorch_lora_weights.safetensors",
-             "runs/photos-now/reflow.json")
+
+def commands(text):
+    return [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+
+
+def shrunk(line, models, fakes):
+    """A line of a page as (program, arguments) that run here in seconds. program: make, python or torchrun; the first arguments are the
+    file, or -m and a module. models: small ones by name; fakes: folder of small CLIP, Inception, COCO."""
+    for word, other in STAND_IN.items():
+        line = line.replace(word, other.format(**models))
+    program, *words = shlex.split(line)
+    if program == "make":
+        return program, [*words, "-n"]
+    if program == "torchrun":
+        words = words[1:]
+    name = words[1] if words[0] == "-m" else words[0]
+    options = [value for key, value in SMALL.items() if key.split()[0] == name and set(key.split()[1:]) <= set(words)]
+    words += options[-1].format(parts=fakes).split() if options else []
+    return program, words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("commands, files", [(EMBEDDED, EMBEDDED_FILES), (OWN, OWN_FILES)], ids=["embedded", "own"])
-def test_every_command_runs(tmp_path, small_models, parts, commands, files):  # noqa: F811
+@pytest.mark.parametrize("pages", GROUPS, ids=lambda pages: "-".join(re.findall(r"\w+(?=\.md)", " ".join(pages))))
+def test_every_command_runs(tmp_path, small_models, parts, pages):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("fox\nred heart on blue\n")
     (tmp_path / "photos").mkdir()
-    evaluation.sampler.to_pil(evaluation.real_images(1, "readme")[0])[0].save(tmp_path / "photos" / "a.png")
+    imaging.to_pil(sprites.draw(1, torch.Generator().manual_seed(0))[0])[0].save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "a.txt").write_text("a photo")
     shutil.copytree(tmp_path / "photos", tmp_path / "shards")
     shutil.copytree(parts / "coco", tmp_path / "coco")
-    assert len(commands) >= 12
-    for line in commands:
-        if line == ". .venv/bin/activate":
-            continue
-        for word, other in STAND_IN.items():
-            line = line.replace(word, other.format(**small_models))
-        words = shlex.split(line)
-        if words[0] == "make":
-            command, where = [*words, "-n"], ROOT
-        else:
-            script = next(word for word in words if word.endswith(".py"))
-            words[words.index(script)] = str(ROOT / script)
-            launcher, rest = ((), words[1:]) if words[0] == "python" else ((*torchrun(2), "--"), words[2:])         # else --n is torchrun's
-            less = next((value for key, value in reversed(SMALL.items()) if key.split()[0] == script and set(key.split()[1:]) <= set(words)), "")
-            command, where = [*launcher, *rest, *less.format(parts=parts).split()], tmp_path
-        outside = command[0] == "make" or launcher
-        done = subprocess.run(command, cwd=where, capture_output=True, text=True) if outside else run_python(command, where)
+    for line in (line for page in pages for line in commands(PAGES[page]) if line != ". .venv/bin/activate"):
+        program, words = shrunk(line, small_models, parts)
+        if program == "python":
+            done = run_python(words, tmp_path)
+        else:                                               # after -- the rest is the script's: torchrun has options of its own
+            launcher = ["make"] if program == "make" else [*torchrun(2), "--"]
+            done = subprocess.run([*launcher, *words], cwd=ROOT if program == "make" else tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr[-2000:])
-    for file in files:
+    for file in GROUPS[pages]:
         assert (tmp_path / file).stat().st_size > 500, file
+
+
+def test_every_page_with_commands_is_run():
+    assert {page for page, text in PAGES.items() if commands(text)} == {page for pages in GROUPS for page in pages}
+
+
+def test_the_python_of_the_readme_runs_and_does_what_it_says(tmp_path):
+    """The minimal reflow, a tenth of it: one step comes nearer to the teacher's end."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 1 and not any("```python" in text for page, text in PAGES.items() if page != "README.md")
+    code = blocks[0]
+    for full, less in (("* 80", "* 10"), ("320", "40"), ("256", "32"), ("range(100)", "range(12)")):
+        assert full in code
+        code = code.replace(full, less)
+    (tmp_path / "minimal.py").write_text(code)
+    done = run_python([str(tmp_path / "minimal.py")], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = map(float, re.findall(r"\d\.\d+", done.stdout))
+    assert 0.4 < before < 0.8 and after < 0.95 * before
 
 
 CARDS = {"README.md": README, **{f"assets/{file.parent.name}": file.read_text() for file in (ROOT / "assets").glob("*/README.md")}}
@@ -86,7 +120,7 @@ def test_every_line_of_a_card_that_samples_runs_in_the_default_dtype(tmp_path, n
             made = eval(line, dict(DiffusionPipeline=DiffusionPipeline, prompt="red heart on blue",
                                    folder=ROOT / (name if name.startswith("assets") else "assets/student-2")))
             assert made.images[0].size == (32, 32) and np.asarray(made.images[0]).std() > 20
-    assert any(line.startswith(("DiffusionPipeline", "python sampler.py --")) for line in lines) or name == "assets/tiny-clip"
+    assert any(line.startswith(("DiffusionPipeline", "python sampler.py --")) for line in lines) or name in ("assets/tiny-clip", "assets/scenes")
 
 
 def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
@@ -96,22 +130,78 @@ def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
     assert pins == bounds
 
 
-def test_tables_are_the_files(tmp_path):
-    """The README's tables and the studies' pages are what `python report.py --readme README.md` writes from the committed results."""
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    emptied = re.sub(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", r"\1\3", README, flags=re.S)
-    assert len(emptied) < 0.8 * len(README)
-    (tmp_path / "README.md").write_text(emptied)
-    for file in (tmp_path / "results" / "studies").glob("*.md"):
-        file.write_text("old")
-    report.main(report.Config(str(tmp_path / "results" / "studies"), str(tmp_path / "results" / "tiny.json"), str(tmp_path / "report.html"),
-                              str(tmp_path / "README.md")))
-    assert (tmp_path / "README.md").read_text() == README
-    for file in (tmp_path / "results" / "studies").glob("*.md"):
-        assert file.read_text() == (ROOT / "results" / "studies" / file.name).read_text(), file.name
-    (tmp_path / "README.md").write_text(emptied.replace("<!-- /tiny -->", ""))
-    with pytest.raises(UserError, match="has no marks <!-- tiny --> and <!-- /tiny -->"):
-        report.write_readme(tmp_path / "README.md", dict(tiny="x"))
+# ---- tables and pages are what python -m studies.results writes ------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with results, README.md and docs as committed."""
+    for folder in ("results", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    return tmp_path
+
+
+def test_every_page_and_table_is_what_the_results_say(copy):
+    emptied = {page: re.sub(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", r"\1\3", text, flags=re.S) for page, text in PAGES.items()}
+    assert sum(map(len, emptied.values())) < sum(map(len, PAGES.values())) - 5000
+    for page, text in emptied.items():
+        (copy / page).write_text(text)
+    written = ["results/README.md", *(f"results/studies/{file.name}" for file in (ROOT / "results" / "studies").glob("*.md"))]
+    for page in written:
+        (copy / page).unlink()
+    results.main(results.Config(str(copy)))
+    for page in (*PAGES, *written):
+        assert (copy / page).read_text() == (ROOT / page).read_text(), page
+    assert sorted(re.findall(r"<!-- (\w+) -->", "".join(PAGES.values()))) == sorted(results.BLOCKS)        # each is shown once
+
+
+def test_every_study_has_its_question_answer_picture_and_page_on_one_page():
+    page = (ROOT / "results" / "README.md").read_text()
+    for file in (ROOT / "results" / "studies").glob("*.json"):
+        study = json.loads(file.read_text())
+        assert f"**{study['question']}** {study['verdict'][0]}" in page and f"(studies/{file.stem}.png)" in page
+        assert f"## [{file.stem}](studies/{file.stem}.md)" in page
+        assert all(sentence in page for sentence in study["verdict"] if "run again" in sentence)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace("<!-- /short -->", ""), "needs the marks <!-- short --> and <!-- /short -->"),
+    (lambda text: text + "<!-- short -->\n<!-- /short -->\n", "once each"),
+    (lambda text: text.replace("short -->", "shorts -->"), "did you mean short")])
+def test_marks_that_are_wrong_are_one_line_and_leave_the_page(copy, change, message):
+    (copy / "README.md").write_text(changed := change(README))
+    with pytest.raises(UserError, match=f"README.md.*{message}"):
+        results.main(results.Config(str(copy)))
+    assert (copy / "README.md").read_text() == changed
+
+
+def spoil(folder, what):
+    """Leave one thing wrong in a folder of results."""
+    file, picture = folder / "studies" / "pairs.json", folder / "studies" / "pairs.png"
+    content = json.loads(file.read_text())
+    {"truncated": lambda: file.write_text('{"name": "pa'),
+     "not text": lambda: file.write_bytes(b"\xff\xfe{}"),
+     "list": lambda: file.write_text("[]"),
+     "key": lambda: file.write_text(json.dumps({key: value for key, value in content.items() if key != "verdict"})),
+     "ragged": lambda: file.write_text(json.dumps(content | dict(tables=[["a", ["x", "y"], [[1, 2], [3]]]]))),
+     "no picture": picture.unlink,
+     "truncated picture": lambda: picture.write_bytes(picture.read_bytes()[:-5]),
+     "no study": lambda: shutil.rmtree(folder / "studies"),
+     "no demo": (folder / "demo.json").unlink,
+     "demo": lambda: (folder / "demo.json").write_text('{"rows": []}')}[what]()
+
+
+@pytest.mark.parametrize("what, message", [
+    ("truncated", "pairs.json: not valid JSON"), ("not text", "pairs.json: not valid JSON"), ("list", "pairs.json: has no question"),
+    ("key", "pairs.json: has no verdict.*python -m studies pairs"), ("ragged", "pairs.json: the table 'a'.*python -m studies pairs"),
+    ("no picture", "pairs.png: missing.*python -m studies pairs"), ("truncated picture", "pairs.png: not a whole PNG"),
+    ("no study", "no study's results.*python -m studies all"), ("no demo", "demo.json: missing"), ("demo", "demo.json: has no protocol")])
+def test_results_that_are_not_whole_are_named_and_no_page_is_changed(copy, what, message):
+    spoil(copy / "results", what)
+    with pytest.raises(UserError, match=message):
+        results.main(results.Config(str(copy)))
+    assert all((copy / page).read_text() == text for page, text in PAGES.items())
 
 
 def test_one_name_one_meaning():
@@ -124,21 +214,45 @@ def test_one_name_one_meaning():
     assert "--name" not in (ROOT / "Makefile").read_text()
 
 
-def test_the_pixel_models_table_is_the_files():
-    few, nine = (json.loads((ROOT / "results" / f"{name}.json").read_text())["rows"] for name in ("pixel", "pixel-9"))
-    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd']:.2f}" for row in few + nine}
-    for label, method in (("teacher", "ddim"), ("simple-reflow, 1,000 updates", "simple-reflow")):
-        by = {steps: fd[method, steps, "ddim"] for steps in (1, 2, 4)}
-        best = fd["dpm2:0.5/sigmoid:10" if label == "teacher" else method, 9, "dpm2:0.5/sigmoid:10"]
-        last = fd["teacher", 32, "ddim"] if label == "teacher" else "-"
-        assert f"| {label} | {by[1]} | {by[2]} | {by[4]} | {best} | {last} |" in README, label
+# ---- the pages as text -----------------------------------------------------------------------------------------------
 
 
-def test_links_and_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 14 * 1024 and len(README.split()) < 2600
+
+
+def test_links_and_their_headings_exist():
+    def headings(file):                                     # as GitHub makes anchors of them
+        titles = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for page, text in (*PAGES.items(), ("results/README.md", (ROOT / "results" / "README.md").read_text())):
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+            name, _, anchor = target.partition("#")
+            file = (ROOT / page).parent / name
+            assert file.exists(), (page, target)
+            assert not anchor or anchor in headings(file), (page, target)
+
+
+def test_the_readme_names_every_file_of_the_root():
     files = set(re.findall(r"`(\w+\.py)`", README))
     assert files == {file.name for file in ROOT.glob("*.py")}
+
+
+def test_every_name_in_the_equations_is_one_of_that_file():
+    rows = re.findall(r"`([\w/]+\.py)`: (`\w+`(?:, `\w+`)*)", PAGES["docs/equations.md"])
+    assert len(rows) >= 18
+    for file, names in rows:
+        text = (ROOT / file).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?:def|class) {name}\b|^{name} =", text, re.M), (file, name)
+
+
+def test_what_a_network_family_has_is_what_extending_says():
+    section = PAGES["docs/extending.md"].split("## A network family")[1]
+    named = set(re.findall(r"`(\w\w+)`", section)) - {"FAMILIES"}
+    shared = set.intersection(*({name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+                                for module in models.FAMILIES))
+    assert shared and named == shared | {"NETWORK", "CLASS", "TEXT_ENCODERS", "LORA_LAYERS"}
 
 
 @pytest.mark.parametrize("folder, limit", [("tiny-sd", 14), ("tiny-clip", 3), ("student-2", 13), ("tiny-pixel", 5)])

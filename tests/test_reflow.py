@@ -11,7 +11,7 @@ import losses
 import pairs
 import reflow
 import teacher
-import tiny
+from tools import tiny
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, 7, 8, 10, 1000])
@@ -99,12 +99,12 @@ def test_every_recipe_names_rows_that_exist():
 
 
 @pytest.mark.parametrize("steps", [4, 5, 100, 8001])
-def test_stage_steps_sum_and_leave_no_stage_out(steps):
+def test_stage_updates_sum_and_leave_no_stage_out(steps):
     for recipe in reflow.RECIPES.values():
-        counts = reflow.stage_steps(recipe, steps)
+        counts = reflow.stage_updates(recipe, steps)
         assert sum(counts) == steps and min(counts) >= 1
     with pytest.raises(ValueError, match="steps = 3"):
-        reflow.stage_steps(reflow.RECIPES["default"], 3)
+        reflow.stage_updates(reflow.RECIPES["default"], 3)
 
 
 def test_uniform_time_law_stays_in_the_half_open_interval():
@@ -329,7 +329,7 @@ def test_normalization_weighs_the_values_and_not_what_is_logged():
     model, ends, times, (x, eps), shift = window_of_a_trajectory(2)
     with torch.no_grad():
         shift[1] = 0.5
-    recipe = reflow.Recipe(normalisation="learnt")
+    recipe = reflow.Recipe(normalization="learned")
     plain = reflow.student_loss(model, ends, times, {}, reflow.Recipe())[1]["loss"]
     values, parts = reflow.student_loss(model, ends, times, {}, recipe, normalizer=lambda z, t: torch.full((6,), math.log(0.1)))
     assert torch.allclose(parts["loss"], plain) and torch.allclose(plain, torch.full((6,), 0.25))

@@ -11,14 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-import config
+import models
 import reflow
 import sampler
+import solvers
 import teacher
-import tiny
+from data import imaging
+from models import load, saved
+from runtime import cli
+from tools import tiny
 
 ORDERS = {"ddim": 1, "heun": 2, "dpm2": 2, **{f"dpm2, r = {r}": 2 for r in (0.2, 0.7)}}
-OURS = {name: functools.partial(sampler.dpm2, r=float(name.split()[-1])) if "=" in name else sampler.SOLVERS[name] for name in ORDERS}
+OURS = {name: functools.partial(solvers.dpm2, r=float(name.split()[-1])) if "=" in name else sampler.SOLVERS[name] for name in ORDERS}
 STOCK = {"dpmsolver++": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler, "lcm": diffusers.LCMScheduler}
 
 
@@ -52,30 +56,30 @@ def test_sigmoid_grid_is_its_closed_form_symmetric_and_uniform_in_the_limit():
     u = torch.linspace(0, 1, 6, dtype=torch.float64)
     rise = {5: [0, 0.126, 0.356, 0.644, 0.874, 1], 10: [0, 0.041, 0.266, 0.734, 0.959, 1], 20: [0, 0.002, 0.119, 0.881, 0.998, 1]}
     for kappa, expected in rise.items():
-        times = sampler.sigmoid_grid(u, 1.0, 0.0, None, kappa)
+        times = solvers.sigmoid_grid(u, 1.0, 0.0, None, kappa)
         assert torch.allclose(1 - times, torch.tensor(expected, dtype=torch.float64), atol=5e-4)
         assert torch.allclose(times + times.flip(0), torch.ones(6, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(sampler.sigmoid_grid(u, 0.5, 0.25, None, 1e-3), 0.5 - 0.25 * u, atol=1e-6)
+    assert torch.allclose(solvers.sigmoid_grid(u, 0.5, 0.25, None, 1e-3), 0.5 - 0.25 * u, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [2, 5, 10])
 def test_edm_grid_is_diffusers_karras_sigmas(schedule, steps):
     scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True)
     scheduler.set_timesteps(steps)
-    found = sampler.sigma_karras(schedule, sampler.time_grid(steps, 1, sampler.edm_grid, schedule))
+    found = solvers.sigma_karras(schedule, sampler.time_grid(steps, 1, solvers.edm_grid, schedule))
     assert torch.allclose(found, scheduler.sigmas.double(), rtol=1e-4)
 
 
 def test_edm_grid_inside_a_window_is_even_in_the_seventh_root(schedule):
-    times = sampler.edm_grid(torch.linspace(0, 1, 5, dtype=torch.float64), 0.75, 0.5, schedule)
-    root = sampler.sigma_karras(schedule, times) ** (1 / 7)
+    times = solvers.edm_grid(torch.linspace(0, 1, 5, dtype=torch.float64), 0.75, 0.5, schedule)
+    root = solvers.sigma_karras(schedule, times) ** (1 / 7)
     assert times[0] == pytest.approx(0.75, abs=1e-12) and times[-1] == pytest.approx(0.5, abs=1e-12)
     assert torch.allclose(root.diff(), root.diff()[:1].expand(4), atol=1e-10)
 
 
 def test_time_of_inverts_sigma_karras_also_between_timesteps(schedule):
     t = torch.linspace(0, 1, 3000, dtype=torch.float64).reshape(3, -1)
-    assert torch.allclose(schedule.time_of(sampler.sigma_karras(schedule, t)), t, atol=1e-10)
+    assert torch.allclose(schedule.time_of(solvers.sigma_karras(schedule, t)), t, atol=1e-10)
     assert schedule.time_of(torch.tensor([1e9, torch.inf])).tolist() == [1, 1]
 
 
@@ -83,13 +87,13 @@ def test_grids_that_cannot_be_are_refused(schedule):
     u = torch.linspace(0, 1, 3, dtype=torch.float64)
     for kappa in (0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="kappa = .*above 0"):
-            sampler.sigmoid_grid(u, 1, 0, schedule, kappa)
+            solvers.sigmoid_grid(u, 1, 0, schedule, kappa)
     with pytest.raises(ValueError, match="5 steps: some lie closer"):
-        sampler.time_grid(5, 1, functools.partial(sampler.sigmoid_grid, kappa=500))
+        sampler.time_grid(5, 1, functools.partial(solvers.sigmoid_grid, kappa=500))
     with pytest.raises(ValueError, match="infinite at t = 1"):
-        sampler.time_grid(5, 1, sampler.edm_grid, zero_terminal_snr())
+        sampler.time_grid(5, 1, solvers.edm_grid, zero_terminal_snr())
     with pytest.raises(ValueError, match="1 steps cannot cross 2 windows"):
-        sampler.time_grid(1, 2, sampler.edm_grid, schedule)
+        sampler.time_grid(1, 2, solvers.edm_grid, schedule)
 
 
 def zero_terminal_snr():
@@ -132,7 +136,7 @@ def test_second_order_pays_at_equal_cost_down_to_clean_data_on_the_edm_grid_only
     """The last step is DDIM in all: from t = 0.05, where the uniform grid of 20 steps leaves it, that is most of the error."""
     network, model = gaussian
     z, errors = normal(16, 3), {}
-    for spacing in (sampler.edm_grid, sampler.uniform_grid):
+    for spacing in (solvers.edm_grid, sampler.uniform_grid):
         for name, steps in (("ddim", 39), ("heun", 20), ("dpm2", 20)):
             end = sampler.SOLVERS[name](model, z, sampler.time_grid(steps, 1, spacing, schedule), {})
             errors[spacing.__name__, name] = (end - network.flow(z, 1.0, 0.0)).abs().max().item()
@@ -158,7 +162,7 @@ def test_heun_is_the_trapezoid_in_sigma_karras_and_dpm2_its_published_formula(ga
     sigma_m = sigma ** (1 - r) * sigma_next ** r
     middle = eps(z / a + (sigma_m - sigma) * first, sigma_m)
     dpm2 = a_next * (z / a + (sigma_next - sigma) * ((1 - 1 / (2 * r)) * first + middle / (2 * r)))
-    assert torch.allclose(sampler.dpm2(model, z, times, {}, r=r), dpm2, atol=1e-6)
+    assert torch.allclose(solvers.dpm2(model, z, times, {}, r=r), dpm2, atol=1e-6)
     assert (heun - dpm2).abs().max() > 1e-3
 
 
@@ -243,22 +247,22 @@ def test_what_a_solver_cannot_do_is_refused(schedule):
     z = normal(2, 3)
     for r in (0, -0.5, 1.5, float("nan")):
         with pytest.raises(ValueError, match="r = .*above 0 and at most 1"):
-            sampler.dpm2(plain, z, sampler.time_grid(2), {}, r=r)
+            solvers.dpm2(plain, z, sampler.time_grid(2), {}, r=r)
     infinite = teacher.Model(plain.network, zero_terminal_snr(), "v_prediction")
-    with pytest.raises(config.UserError, match="infinite at t = 1"):
-        sampler.dpm2(infinite, z, sampler.time_grid(2), {})
+    with pytest.raises(cli.UserError, match="infinite at t = 1"):
+        solvers.dpm2(infinite, z, sampler.time_grid(2), {})
     for name in STOCK:
-        for times in (sampler.time_grid(5, 2), sampler.time_grid(4, 1, sampler.sigmoid_grid), sampler.time_grid(4)[:, None].expand(-1, 2)):
-            with pytest.raises(config.UserError, match=f"solver {name.replace('+', '.')}: has its own times"):
+        for times in (sampler.time_grid(5, 2), sampler.time_grid(4, 1, solvers.sigmoid_grid), sampler.time_grid(4)[:, None].expand(-1, 2)):
+            with pytest.raises(cli.UserError, match=f"solver {name.replace('+', '.')}: has its own times"):
                 sampler.SOLVERS[name](plain, z, times, {}, generators=sampler.generators(range(2)))
-    with pytest.raises(config.UserError, match="solver lcm: cannot make 51 steps"):
+    with pytest.raises(cli.UserError, match="solver lcm: cannot make 51 steps"):
         sampler.SOLVERS["lcm"](plain, z, sampler.time_grid(51), {}, generators=sampler.generators(range(2)))
     with pytest.raises(ValueError, match="give 2 generators"):
         sampler.SOLVERS["lcm"](plain, z, sampler.time_grid(2), {})
     off = teacher.Model(plain.network, schedule, path=reflow.linear_path, windows=2)
     for name in ("dpm2", "dpmsolver++", "unipc"):
         sampler.SOLVERS[name](off, z, sampler.time_grid(2, 2), {})                     # at boundaries every path is on the schedule
-        with pytest.raises(config.UserError, match="leaves the noise schedule"):
+        with pytest.raises(cli.UserError, match="leaves the noise schedule"):
             sampler.SOLVERS[name](off, z, sampler.time_grid(4, 2), {})
 
 
@@ -279,7 +283,7 @@ def linear_model(schedule, factor, prediction="epsilon", asked=None, **path):
 def test_a_guided_pair_is_the_line_through_the_two_answers_and_still_makes_z(schedule, prediction, path):
     """The guide predicts something else, and without text there is no answer. Batch equal to width, which would hide a broadcast."""
     model, guide = (linear_model(schedule, *about, path=path, windows=2) for about in ((0.3, prediction), (0.1, "v_prediction")))
-    both, z, t = sampler.guided(model, guide), normal(3, 3), torch.tensor([1, 0.7, 0.2], dtype=torch.float64)
+    both, z, t = teacher.guided(model, guide), normal(3, 3), torch.tensor([1, 0.7, 0.2], dtype=torch.float64)
     cond, uncond = {"c": torch.full((3, 1), 1.0).double()}, {"c": torch.full((3, 1), float("nan")).double()}
     strong, weak = model(z, t, cond), guide(z, t, cond)
     a, b = both.coefficients(t, 2)
@@ -291,14 +295,14 @@ def test_a_guided_pair_is_the_line_through_the_two_answers_and_still_makes_z(sch
     for w, alone in ((1, strong), (0, weak)):
         assert all(torch.equal(one, other) for one, other in zip(both(z, t, cond, w), alone))
     for w in (0, 1, 3.0):
-        itself = sampler.guided(model, model)(z, t, cond, w)
+        itself = teacher.guided(model, model)(z, t, cond, w)
         assert all(torch.allclose(one, s, atol=1e-11) for one, s in zip(itself, strong))
 
 
 @pytest.mark.parametrize("solver", sampler.SOLVERS)
 def test_models_linear_in_their_weights_are_guided_as_one_with_the_weights_on_their_line(schedule, solver):
     asked, cond = [], {"c": torch.full((2, 1), 1.0).double()}
-    both = sampler.guided(linear_model(schedule, 0.3, asked=asked, windows=2), linear_model(schedule, 0.1, asked=asked, windows=4))
+    both = teacher.guided(linear_model(schedule, 0.3, asked=asked, windows=2), linear_model(schedule, 0.1, asked=asked, windows=4))
     assert both.windows == 2 and isinstance(both, teacher.Model)
 
     def solve(model, w):
@@ -322,11 +326,11 @@ def test_a_guide_that_is_asked_about_another_z_is_refused(schedule):
     for model, guide in ((plain(), plain(zero_terminal_snr())), (plain(), plain(other)), (plain(), plain(path=reflow.linear_path)),
                          (plain(path=reflow.linear_path, windows=2), plain(windows=2)),
                          (plain(path=reflow.linear_path, windows=2), plain(path=reflow.linear_path, windows=4))):
-        with pytest.raises(config.UserError, match="its noise schedule or path is not the model's"):
-            sampler.guided(model, guide)
+        with pytest.raises(cli.UserError, match="its noise schedule or path is not the model's"):
+            teacher.guided(model, guide)
     for model, guide in ((plain(windows=2), plain(path=reflow.vp_path, windows=8)),
                          (plain(path=reflow.linear_path, windows=2), plain(path=reflow.linear_path, windows=2))):
-        assert sampler.guided(model, guide).guide is guide
+        assert teacher.guided(model, guide).guide is guide
 
 
 @pytest.fixture(scope="module")
@@ -344,13 +348,13 @@ def test_the_command_line_guides_by_a_folder(random_sd, weaker, tmp_path, monkey
     options = dict(model=str(random_sd), prompt=["fox"], out="a.png", scale=1, steps=2, guidance=1.5)
     sampler.main(sampler.Config(**options, guide=str(weaker)))
     assert f"by {random_sd} guided by {weaker}, 2 steps = 4 network evaluations" in capsys.readouterr().out
-    (pipeline, model, _), (_, guide, _) = map(sampler.open_model, map(str, (random_sd, weaker)))
-    z, cond = sampler.noise([0], sampler.latent_shape(pipeline)), teacher.encode_text(pipeline, ["fox"])
+    (pipeline, model, _), (_, guide, _) = map(saved.open_model, map(str, (random_sd, weaker)))
+    z, cond = sampler.noise([0], models.latent_shape(pipeline)), models.encode_text(pipeline, ["fox"])
     for t, t_next in ((1.0, 0.5), (0.5, 0.0)):
         (x, eps), (x_weak, eps_weak) = (each(z, torch.tensor([t], dtype=torch.float64), cond) for each in (model, guide))
         a, b = (v.float() for v in model.schedule(torch.tensor(t_next, dtype=torch.float64)))
         z = a * (1.5 * x - 0.5 * x_weak) + b * (1.5 * eps - 0.5 * eps_weak)
-    found, expected = np.asarray(Image.open("a.png")), np.asarray(sampler.to_pil(teacher.decode(pipeline, z))[0])
+    found, expected = np.asarray(Image.open("a.png")), np.asarray(imaging.to_pil(models.decode(pipeline, z))[0])
     assert np.abs(found.astype(int) - expected).max() <= 1
     sampler.main(sampler.Config(**options, guide=str(weaker), compare=True))
     sampler.main(sampler.Config(**options | dict(guidance=0.0, out="b.png"), guide=str(weaker)))
@@ -360,13 +364,13 @@ def test_the_command_line_guides_by_a_folder(random_sd, weaker, tmp_path, monkey
 
 def test_a_guide_that_does_not_go_with_the_model_is_one_line(random_sd, weaker, small_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    half = teacher.load_pipeline(str(weaker), torch.float16)                          # stored with fewer digits: still the same encoder
+    half = load.load_pipeline(str(weaker), torch.float16)                          # stored with fewer digits: still the same encoder
     half.save_pretrained(tmp_path / "half")
     linear = shutil.copytree(weaker, tmp_path / "linear")
     (linear / "reflow.json").write_text(json.dumps(dict(windows=4, path="linear")))
     broken = shutil.copytree(weaker, tmp_path / "broken")
     (broken / "reflow.json").write_text("{")
-    foreign = teacher.load_pipeline(str(weaker))
+    foreign = load.load_pipeline(str(weaker))
     next(foreign.text_encoder.parameters()).data[0, 0] += 1
     foreign.save_pretrained(tmp_path / "foreign")
     options = dict(model=str(random_sd), prompt=["fox"], out="a.png", scale=1, steps=1, guidance=2.0)
@@ -376,7 +380,7 @@ def test_a_guide_that_does_not_go_with_the_model_is_one_line(random_sd, weaker, 
                            (dict(guide="linear"), "--guide linear: its noise schedule or path is not the model's"),
                            (dict(guide="foreign"), "--guide foreign: its text_encoder is not the model's"),
                            (dict(guide=str(small_models["sd15"])), r"--guide .*sd15: its latents are \(4, 8, 8\), the model's \(")):
-        with pytest.raises(config.UserError, match=message):
+        with pytest.raises(cli.UserError, match=message):
             sampler.main(sampler.Config(**options | given))
     assert not (tmp_path / "a.png").exists()
     sampler.main(sampler.Config(**options, guide="half"))
@@ -437,8 +441,8 @@ def stock_pipeline(folder, solver):
 @pytest.mark.parametrize("solver", STOCK)
 def test_stock_solvers_equal_diffusers_own_pipelines(small, solver):
     """From seeds alone: diffusers draws the first latents, and lcm's noise after them, from the same generators."""
-    ours, theirs = teacher.load_pipeline(str(small)), stock_pipeline(small, solver)
-    model, prompts, seeds = teacher.as_model(ours), ["red heart on blue", "", "fox"], [5, 6, 7]
+    ours, theirs = load.load_pipeline(str(small)), stock_pipeline(small, solver)
+    model, prompts, seeds = models.as_model(ours), ["red heart on blue", "", "fox"], [5, 6, 7]
     for steps, guidance in ((1, 1.0), (1, 3.0), (3, 3.0), (4, 1.0), (4, 3.0)):
         expected = theirs(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
                           generator=[torch.Generator().manual_seed(seed) for seed in seeds]).images
@@ -459,8 +463,8 @@ def test_stock_solvers_take_a_student_of_two_windows_and_zero_terminal_snr(sched
 
 @pytest.mark.parametrize("solver", sampler.SOLVERS)
 def test_image_i_is_the_same_in_any_batch(small_models, solver):
-    pipeline = teacher.load_pipeline(str(small_models["sd15"]))
-    model, prompts, times = teacher.as_model(pipeline), ["fox"] * 3, sampler.time_grid(3)
+    pipeline = load.load_pipeline(str(small_models["sd15"]))
+    model, prompts, times = models.as_model(pipeline), ["fox"] * 3, sampler.time_grid(3)
     together = sampler.generate(pipeline, model, prompts, range(3), times, batch=3, solver=solver)
     apart = sampler.generate(pipeline, model, prompts, range(3), times, batch=2, solver=solver)
     assert (together - apart).abs().max() < 1e-4 * together.abs().max() and not torch.allclose(together[0], together[1], atol=0.1)
@@ -482,7 +486,7 @@ def test_unknown_solvers_and_options_are_one_line(random_sd, tmp_path, monkeypat
                            (dict(time_grid="sigmoid", kappa=0.0), "--kappa 0: must be above 0"),
                            (dict(time_grid="edm", solver="unipc", steps=3), "solver unipc: has its own times"),
                            (dict(solver="lcm", steps=60), "solver lcm: cannot make 60 steps")):
-        with pytest.raises(config.UserError, match=message):
+        with pytest.raises(cli.UserError, match=message):
             sampler.main(sampler.Config(**options, **given))
 
 
@@ -501,9 +505,9 @@ def test_the_command_line_counts_evaluations(random_sd, tmp_path, monkeypatch, c
 def test_a_solver_in_one_word_is_the_solver_with_its_options(schedule):
     assert sampler.parse_solver("ddim") == (sampler.ddim, sampler.uniform_grid)
     solve, spacing = sampler.parse_solver("dpm2:0.4/sigmoid:20")
-    assert (solve.func, solve.keywords) == (sampler.dpm2, dict(r=0.4)) and (spacing.func, spacing.keywords) == (sampler.sigmoid_grid, dict(kappa=20.0))
-    assert sampler.parse_solver("heun/edm") == (sampler.SOLVERS["heun"], sampler.edm_grid)
+    assert (solve.func, solve.keywords) == (solvers.dpm2, dict(r=0.4)) and (spacing.func, spacing.keywords) == (solvers.sigmoid_grid, dict(kappa=20.0))
+    assert sampler.parse_solver("heun/edm") == (sampler.SOLVERS["heun"], solvers.edm_grid)
     for spec, message in (("dmp2", "did you mean dpm2"), ("ddim:0.4", "--r 0.4: only goes with --solver dpm2"), ("dpm2:x", "dpm2:0.4/sigmoid:20"),
                           ("dpm2/edm:3", "--kappa 3: only goes with"), ("ddim/sigmoid:0", "--kappa 0: must be above 0"), ("dpm2:2", "--r 2: must be")):
-        with pytest.raises(config.UserError, match=re.escape(message)):
+        with pytest.raises(cli.UserError, match=re.escape(message)):
             sampler.parse_solver(spec)

@@ -12,52 +12,49 @@ import torch
 from conftest import ROOT
 from transformers import CLIPModel
 
-import bench
-import config
-import improvements
-import lab as laboratory
 import reflow
-import studies
-import tiny
 import train
-from config import UserError
+from runtime import cli
+from runtime.cli import UserError
+from studies import __main__, proreflow, results, runner, simple_reflow
+from tools import bench, tiny
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_students_and_covers():
-    mean, half = laboratory.mean_interval([1.0, 2.0, 3.0])
+    mean, half = runner.mean_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.3026527 * 1 / math.sqrt(3), abs=1e-6)         # t of 2 degrees of freedom
     draws = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    covered = sum(abs(mean) < half for mean, half in map(laboratory.mean_interval, draws.tolist()))
+    covered = sum(abs(mean) < half for mean, half in map(runner.mean_interval, draws.tolist()))
     assert 0.935 < covered / 2000 < 0.965
-    assert laboratory.mean_interval([7.0]) == (7.0, math.inf) and laboratory.shown([7.0]) == "7.00"
+    assert runner.mean_interval([7.0]) == (7.0, math.inf) and runner.shown([7.0]) == "7.00"
 
 
 def test_pairs_are_compared_pair_by_pair():
     common, shift = [0.0, 10.0, 20.0, 30.0], [0.9, 1.1, 1.0, 1.0]
-    mean, half, p = laboratory.paired([c + s for c, s in zip(common, shift)], common)
+    mean, half, p = runner.paired([c + s for c, s in zip(common, shift)], common)
     assert mean == pytest.approx(1.0) and half < 0.2 and p < 0.001                             # unpaired, the spread of 10 would hide it
 
 
 @pytest.mark.parametrize("shift, word", [(-1.0, "better"), (1.0, "worse"), (0.0, "no difference is shown")])
 def test_words_follow_the_adjusted_p(shift, word):
     noise = [0.01, -0.01, 0.02, -0.02, 0.0]
-    one = laboratory.Comparison("a against b", [5 + shift + e for e in noise], [5.0] * 5)
-    laboratory.judge([one])
+    one = runner.Comparison("a against b", [5 + shift + e for e in noise], [5.0] * 5)
+    runner.judge([one])
     assert word in str(one) and "5 seeds" in str(one)
     assert [other in str(one) for other in ("better", "worse", "no difference is shown")].count(True) == 1
-    alone = laboratory.Comparison("a against b", [1.0], [2.0])
-    assert "for the 0 comparisons" in laboratory.judge([alone]) and "one seed" in str(alone) and alone.outcome == "no difference is shown"
+    alone = runner.Comparison("a against b", [1.0], [2.0])
+    assert "for the 0 comparisons" in runner.judge([alone]) and "one seed" in str(alone) and alone.outcome == "no difference is shown"
 
 
 def test_p_values_are_adjusted_for_all_comparisons_of_a_study():
-    assert laboratory.holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)        # by hand
+    assert runner.holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)        # by hand
     generator, false = torch.Generator().manual_seed(0), 0
     for _ in range(200):                                              # studies of 20 comparisons in which nothing is different
         a, b = torch.randn(2, 20, 5, generator=generator, dtype=torch.float64).tolist()
-        comparisons = [laboratory.Comparison("", x, y) for x, y in zip(a, b)]
-        laboratory.judge(comparisons)
+        comparisons = [runner.Comparison("", x, y) for x, y in zip(a, b)]
+        runner.judge(comparisons)
         false += any(each.outcome != "no difference is shown" for each in comparisons)
     assert false <= 20                                                # 5% of 200 and chance; unadjusted, 64% of them
 
@@ -67,7 +64,7 @@ def test_p_values_are_adjusted_for_all_comparisons_of_a_study():
 
 @pytest.fixture
 def lab(tmp_path):
-    return laboratory.Lab(laboratory.Config(out=str(tmp_path / "study"), results=str(tmp_path / "results"), seeds=3, workers=2))
+    return runner.Lab(runner.Config(out=str(tmp_path / "study"), results=str(tmp_path / "results"), seeds=3, workers=2))
 
 
 @pytest.mark.parametrize("options, per_sample", [
@@ -75,34 +72,34 @@ def lab(tmp_path):
     ("--recipe proreflow --windows 8 4", (4 + 2) / 2 + 3), ("--recipe proreflow --windows 8 4 2", (4 + 2 + 2) / 3 + 3),
     ("--recipe perflow --reuse 2", 4 + 3)])
 def test_a_run_costs_what_its_recipe_says(lab, options, per_sample):
-    assert lab.evaluations(f"{options} --steps 600") == pytest.approx(600 * 16 * per_sample)
+    assert lab.evaluations(f"{options} --updates 600") == pytest.approx(600 * 16 * per_sample)
 
 
 def test_costs_are_the_counted_ones(lab, small_models, monkeypatch):
     """The loop's own calls of the student and the solver, counted."""
     lab.c.model = str(small_models["sd15"])
     for options in (dict(recipe="proreflow", windows=[8, 4]), dict(recipe="lcm")):
-        counted = bench.run_training(model=lab.c.model, random_init=False, data="sprites", batch=16, steps=2, device="cpu", **options)["evaluations"]
-        words = f"--recipe {options['recipe']} --data sprites --steps 2" + (" --windows 8 4" if "windows" in options else "")
+        counted = bench.run_training(model=lab.c.model, random_init=False, data="sprites", batch=16, updates=2, device="cpu", **options)["evaluations"]
+        words = f"--recipe {options['recipe']} --data sprites --updates 2" + (" --windows 8 4" if "windows" in options else "")
         assert counted["solver"] + 3 * counted["student"] == pytest.approx(lab.evaluations(words)) or options["recipe"] == "lcm"
 
 
 def test_trajectories_are_part_of_the_cost_and_of_the_budget(lab):
-    assert lab.evaluations("--trajectories 100 --steps 10") == 100 * 32 + 10 * 16 * 3
+    assert lab.evaluations("--trajectories 100 --updates 10") == 100 * 32 + 10 * 16 * 3
     for options in ("--trajectories 100", "--recipe perflow", "--recipe proreflow --windows 8 4 2", "--recipe lcm"):
         c = lab.parse(lab.within(40_000, options))
-        assert abs(lab.evaluations(f"{options} --steps {c.steps}") - 40_000) < 0.02 * 40_000, options
+        assert abs(lab.evaluations(f"{options} --updates {c.updates}") - 40_000) < 0.02 * 40_000, options
 
 
 def test_arms_of_the_ablation_cost_the_same(lab):
     runs = {}
     lab.train = lambda asked: runs.update(asked) or {name: lab.out / name for name in asked}
     lab.measure = lambda requests: [dict(fd_corrected=1.0, endpoint_error=0.1, clip=60.0) for _ in requests]
-    studies.ablation(lab)
+    proreflow.ablation(lab)
     costs = {name: lab.evaluations(options) for name, options in runs.items()}
     updates = {name: lab.parse(options).steps for name, options in runs.items()}
     for s in range(3):
-        for alpha in ("0", f"{studies.ALPHA:g}"):
+        for alpha in ("0", f"{proreflow.ALPHA:g}"):
             arm = {key: f"ablation/ProReflow-{key}-{alpha}-s{s}" for key in ("direct", "8-4-equal-updates", "8-4-equal-evaluations")}
             assert costs[arm["8-4-equal-evaluations"]] == pytest.approx(costs[arm["direct"]], rel=0.01)
             assert updates[arm["8-4-equal-updates"]] == updates[arm["direct"]] < updates[arm["8-4-equal-evaluations"]]
@@ -130,41 +127,41 @@ def pretend(lab, random_sd, monkeypatch):
     lab.measure = lambda requests: [made_up(request) for request in requests]
     lab.c.model = str(random_sd)
     bins = [(0.1 * i, 0.1, 1.0, 10.0) for i in range(10)]
-    monkeypatch.setattr(improvements, "loss_spread", lambda *_: {"raw": bins, "normalised": [(t, 0.5, 1.0, 2.0) for t, *_ in bins]})
+    monkeypatch.setattr(simple_reflow, "loss_spread", lambda *_: {"raw": bins, "normalized": [(t, 0.5, 1.0, 2.0) for t, *_ in bins]})
     return lab
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")         # made-up differences are all alike
-@pytest.mark.parametrize("name", [name for name in studies.STUDIES if name not in ("discrepancy", "samples")])
+@pytest.mark.parametrize("name", [name for name in __main__.STUDIES if name not in ("discrepancy", "samples")])
 def test_a_study_is_whole(pretend, name, tmp_path):
-    found = studies.STUDIES[name](pretend)
+    found = __main__.STUDIES[name](pretend)
     assert found["verdict"] and all(sentence.endswith(".") for sentence in found["verdict"])
     for caption, columns, lines in found["tables"]:
         assert caption and lines and all(len(line) == len(columns) for line in lines)
     found.pop("figure").savefig(tmp_path / "figure.png")
-    text = studies.markdown(dict(found, question=studies.STUDIES[name].__doc__.strip(), command="x", protocol="y"))
-    assert text.count("\n|") >= 3 and "nan" not in text and json.dumps(found) and studies.tables(found) in text
-    assert found["verdict"][0] in studies.overview([dict(found, name=name, question="q")])
+    text = results.markdown(dict(found, question=__main__.STUDIES[name].__doc__.strip(), command="x", protocol="y"))
+    assert text.count("\n|") >= 3 and "nan" not in text and json.dumps(found) and results.tables(found) in text
+    assert f"**q** {found['verdict'][0]}" in results.index({name: dict(found, question="q", command="x")})
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
 def test_verdicts_are_those_of_the_rows(pretend):
-    ablation = studies.ablation(pretend)["verdict"]
+    ablation = proreflow.ablation(pretend)["verdict"]
     assert sum("progressive against direct" in s and "worse" in s for s in ablation) == sum("progressive against direct" in s for s in ablation) == 12
     assert re.match(r"Pairs from trajectory: 8→4→2 against straight to 2 windows by FD: worse at 100 \(by 0\.[45]\d\), 300 \(by 0\.[45]\d\), ",
-                    studies.crossing(pretend)["verdict"][0])
-    assert studies.noise(pretend)["verdict"][0].startswith("Direction costs more at 4 of 4 sizes")
-    guided = studies.guidance(pretend)["verdict"][:2]
+                    proreflow.crossing(pretend)["verdict"][0])
+    assert proreflow.noise(pretend)["verdict"][0].startswith("Direction costs more at 4 of 4 sizes")
+    guided = proreflow.guidance(pretend)["verdict"][:2]
     assert all("FD is lowest at guidance 1 " in sentence for sentence in guided)
     pretend.measure = lambda requests: [dict(made_up(request), fd_corrected=2.0 if request["steps"] == 32 else 2.2) for request in requests]
-    met = studies.one_step(pretend)["verdict"]
+    met = proreflow.one_step(pretend)["verdict"]
     assert "target 1.5 x is met" in met[0] and "target 1.2 x is met" in met[1] and "target 1 x is missed by 0.10" in met[2]
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
 @pytest.mark.parametrize("gains, winner, rounds", [
-    ({"forward-pairs": 0.3, "loss-normalisation": 0.1, "time-law": -0.1, "high-pass": 0}, "curriculum, forward pairs, loss normalisation", 4 + 3 + 2),
-    ({"forward-pairs": -0.01, "loss-normalisation": 0, "time-law": -1, "high-pass": -1}, "curriculum", 4)])
+    ({"forward-pairs": 0.3, "loss-normalization": 0.1, "time-law": -0.1, "high-pass": 0}, "curriculum, forward pairs, loss normalization", 4 + 3 + 2),
+    ({"forward-pairs": -0.01, "loss-normalization": 0, "time-law": -1, "high-pass": -1}, "curriculum", 4)])
 def test_what_gains_is_added_to_the_curriculum(pretend, gains, winner, rounds):
     pretend.c.seeds = 5
     asked, trained = [], {}
@@ -175,18 +172,18 @@ def test_what_gains_is_added_to_the_curriculum(pretend, gains, winner, rounds):
                 for request in requests]
     pretend.measure = measure
     pretend.train = lambda runs: trained.update(runs) or {name: pretend.out / name for name in runs}
-    found = improvements.best_of_both(pretend)
+    found = simple_reflow.best_of_both(pretend)
     assert found["verdict"][0].startswith(f"The winner is {winner}: ") and len(found["tables"][1][2]) == rounds
     kept_name = f"best-of-both/{winner.replace(', ', '-').replace(' ', '-')}-s"
     kept = trained[f"{kept_name}0"]
-    assert all((option in kept) == (name in winner) for name, option in improvements.CANDIDATES.items())
+    assert all((option in kept) == (name in winner) for name, option in simple_reflow.CANDIDATES.items())
     costs = {name: pretend.evaluations(options) for name, options in trained.items()}
     assert max(costs.values()) < 1.02 * min(costs.values()), costs
     # what judges had no say in the choice: neither its seeds of training nor its noise
     noises = {}
     for request in asked:
         noises.setdefault(request.get("seed"), set()).add(int(request["folder"].parent.name[-1]))
-    assert noises == {None: {0, 1, 2}, improvements.FRESH_NOISE: {3, 4, 5, 6, 7}}
+    assert noises == {None: {0, 1, 2}, simple_reflow.FRESH_NOISE: {3, 4, 5, 6, 7}}
     assert {name[:-3] for name in trained if name[-1] in "34567"} == {name[:-3] for name in trained if name.startswith((
         "best-of-both/proreflow", "best-of-both/simple-reflow", "best-of-both/curriculum-s", kept_name))}
     assert " 5 seeds of training that had no say" in found["tables"][0][0] and "3 seeds" in found["tables"][1][0]
@@ -199,18 +196,18 @@ def test_a_lead_within_the_noise_is_called_no_difference(pretend):
         lead = 0.02 * ("progressive" in str(request["folder"]) or (request.get("edit") or "x")[0][0] == "d")
         return dict(row, fd_corrected=2.0 - lead, fd_groups=[value - row["fd_corrected"] + 2.0 - lead for value in row["fd_groups"]])
     pretend.measure = lambda requests: [close(request) for request in requests]
-    for sentence in studies.crossing(pretend)["verdict"][:-1]:
+    for sentence in proreflow.crossing(pretend)["verdict"][:-1]:
         assert "no difference is shown at 100" in sentence and "better" not in sentence and "worse" not in sentence
     for name in ("baselines", "guidance", "noise"):
-        compared = [sentence for sentence in studies.STUDIES[name](pretend)["verdict"] if "groups of images)" in sentence]
+        compared = [sentence for sentence in __main__.STUDIES[name](pretend)["verdict"] if "groups of images)" in sentence]
         assert compared and all("no difference is shown" in sentence for sentence in compared), name
 
 
 def test_the_recipe_both_is_the_winner_of_its_study():
     verdict = json.loads((ROOT / "results" / "studies" / "best-of-both.json").read_text())["verdict"][0]
     winner = verdict.removeprefix("The winner is curriculum, ").split(": ")[0].split(", ")
-    options = " ".join([improvements.CURRICULUM, *(improvements.CANDIDATES[name] for name in winner)])
-    assert train.resolve_recipe(config.parse(train.Config, "", options.split())) == reflow.RECIPES["both"]
+    options = " ".join([simple_reflow.CURRICULUM, *(simple_reflow.CANDIDATES[name] for name in winner)])
+    assert train.resolve_recipe(cli.parse(train.Config, "", options.split())) == reflow.RECIPES["both"]
 
 
 # ---- what is looked at directly --------------------------------------------------------------------------------------
@@ -224,7 +221,7 @@ def test_perturbed_velocities_are_equally_wrong_in_one_way_only(schedule):
     z, u = alpha * x + sigma * eps, (eps - x).flatten(1)
     for size in (0.05, 0.4):
         for kind in ("direction", "magnitude"):
-            x_hat, eps_hat = studies.perturb(z, t, x, eps, schedule, kind, size)
+            x_hat, eps_hat = proreflow.perturb(z, t, x, eps, schedule, kind, size)
             moved = (eps_hat - x_hat).flatten(1)
             assert torch.allclose(alpha * x_hat + sigma * eps_hat, z, atol=1e-5)
             assert torch.allclose((moved - u).norm(dim=1), size * u.norm(dim=1), rtol=1e-4)
@@ -233,26 +230,26 @@ def test_perturbed_velocities_are_equally_wrong_in_one_way_only(schedule):
                 assert torch.allclose(moved.norm(dim=1), u.norm(dim=1), rtol=1e-4) and (cosine < 0.9999).all()
             else:
                 assert torch.allclose(cosine, torch.ones(6), atol=1e-5)
-    # an image is perturbed alike in any batch, and otherwise than its neighbour
-    alone = studies.perturb(z[2:3], t[2:3], x[2:3], eps[2:3], schedule, "direction", 0.4)
-    assert torch.allclose(alone[0], studies.perturb(z, t, x, eps, schedule, "direction", 0.4)[0][2:3], atol=1e-6)
+    # an image is perturbed alike in any batch, and otherwise than its neighbor
+    alone = proreflow.perturb(z[2:3], t[2:3], x[2:3], eps[2:3], schedule, "direction", 0.4)
+    assert torch.allclose(alone[0], proreflow.perturb(z, t, x, eps, schedule, "direction", 0.4)[0][2:3], atol=1e-6)
 
 
 def test_velocities_are_those_the_sampler_meets(random_sd):
-    u = studies.velocities(random_sd, "cpu", ["fox", "food"], steps=4)
+    u = proreflow.velocities(random_sd, "cpu", ["fox", "food"], steps=4)
     assert u.shape[:2] == (4, 2) and u.isfinite().all() and not torch.allclose(u[0], u[3])
 
 
 def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd):
     lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "sprites", 0.01
-    spread = improvements.loss_spread(lab, random_sd, count=256, bins=4)
+    spread = simple_reflow.loss_spread(lab, random_sd, count=256, bins=4)
     for bins in spread.values():
         assert len(bins) == 4 and all(0 < least < mean < most for _, least, mean, most in bins)
         assert [t for t, *_ in bins] == [0.125, 0.375, 0.625, 0.875]
         assert np.mean([mean for _, _, mean, _ in bins]) == pytest.approx(1, abs=0.4)       # about as many samples in each
-    # a random network's losses depend on the time above all: what the normaliser has learnt takes most of that away
-    assert improvements.between(spread["normalised"]) < 0.7 * improvements.between(spread["raw"])
-    assert improvements.within([(0, 1, 2, 4), (1, 1, 3, 9)]) == 9 and improvements.between([(0, 1, 2, 4), (1, 1, 3, 9)]) == 1.5
+    # a random network's losses depend on the time above all: what the normalizer has learned takes most of that away
+    assert simple_reflow.between(spread["normalized"]) < 0.7 * simple_reflow.between(spread["raw"])
+    assert simple_reflow.within([(0, 1, 2, 4), (1, 1, 3, 9)]) == 9 and simple_reflow.between([(0, 1, 2, 4), (1, 1, 3, 9)]) == 1.5
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
@@ -270,19 +267,19 @@ def small_clip(tmp_path_factory):
 
 
 def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(laboratory, "EVALUATORS", {})
-    c = laboratory.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="sprites", n=80, real=80, paths=4,
+    monkeypatch.setattr(runner, "EVALUATORS", {})
+    c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="sprites", n=80, real=80, paths=4,
                           out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_clip), workers=1, device="cpu")
-    monkeypatch.setattr(studies, "SCALES", (1, 2))
-    studies.main(c)
+    monkeypatch.setattr(proreflow, "SCALES", (1, 2))
+    __main__.main(c)
     first = json.loads((tmp_path / "results" / "guidance.json").read_text())
     assert first["runs"] and first["runs"][0].startswith("python train.py --model") and first["commit"] and len(first["tables"][0][2]) == 2
     assert (tmp_path / "results" / "guidance.png").stat().st_size > 5000 and (tmp_path / "results" / "discrepancy.png").stat().st_size > 5000
-    assert (tmp_path / "results" / "guidance.md").read_text() == studies.markdown(first)
+    assert (tmp_path / "results" / "guidance.md").read_text() == results.markdown(first)
     assert first["verdict"][0] in capsys.readouterr().out
-    monkeypatch.setattr(laboratory.Lab, "run", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(laboratory, "ProcessPoolExecutor", lambda *_: pytest.fail("measured again"))
-    studies.main(dataclasses.replace(c, study=["guidance"]))
+    monkeypatch.setattr(runner.Lab, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: pytest.fail("measured again"))
+    __main__.main(dataclasses.replace(c, study=["guidance"]))
     again = json.loads((tmp_path / "results" / "guidance.json").read_text())
     assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"]
 
@@ -290,16 +287,16 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_
 def test_a_run_that_fails_names_itself_and_its_reason(lab):
     lab.c.model = "/nowhere"
     with pytest.raises(UserError, match=r"broken: python train.py .*nowhere.* ended with status 2: error: .*nowhere"):
-        lab.train({"broken": "--recipe perflow --steps 8"})
+        lab.train({"broken": "--recipe perflow --updates 8"})
 
 
 @pytest.mark.parametrize("changes, message", [
     (dict(study=["ablations"]), "did you mean ablation"), (dict(scale=0), "--scale 0"), (dict(seeds=0), "--seeds 0"), (dict(workers=0), "--workers 0")])
 def test_bad_input_is_one_line(changes, message):
     with pytest.raises(UserError, match=message):
-        studies.main(laboratory.Config(**{"study": ["noise"], **changes}))
+        __main__.main(runner.Config(**{"study": ["noise"], **changes}))
 
 
 def test_the_command_line_knows_studies(run_file):
-    done = run_file("eval.py", "--study", "nonsense")
-    assert done.returncode == 2 and "--study nonsense" in done.stderr and "Traceback" not in done.stderr
+    done = run_file("-m", "studies", "nonsense")
+    assert done.returncode == 2 and "study nonsense" in done.stderr and "Traceback" not in done.stderr

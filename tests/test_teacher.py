@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
+import models
 import reflow
 import sampler
+import solvers
 import teacher
-import tiny
-from config import UserError
+from models import configs, load, stable_diffusion
+from runtime import store
+from runtime.cli import UserError
+from tools import tiny
 
 
 def test_schedule_is_stable_diffusions_on_the_grid_and_clean_at_zero(schedule):
@@ -41,7 +44,7 @@ def test_prediction_to_pair_and_back_is_the_identity(schedule, prediction):
     for path in reflow.PATHS.values():
         a, b = (v[:, None] for v in path(schedule, t, 4))
         p, q = teacher.PREDICTIONS[prediction](*(v[:, None] for v in schedule(t)))
-        found = teacher.to_chord(p * x + q * eps, a * x + b * eps, (p, q), a, b)
+        found = teacher.to_pair(p * x + q * eps, a * x + b * eps, (p, q), a, b)
         assert torch.allclose(found[0], x, atol=1e-10) and torch.allclose(found[1], eps, atol=1e-10)
 
 
@@ -110,27 +113,27 @@ def test_inversion_runs_the_same_solver_backwards(gaussian):
 
 @pytest.mark.parametrize("windows", [8, 4, 2, 1])
 def test_the_untrained_student_is_ddim_with_as_many_steps_as_windows(random_sd, windows):
-    pipeline = teacher.load_pipeline(str(random_sd))
-    cond = teacher.encode_text(pipeline, ["fox on blue", "heart"])
-    z = sampler.noise([0, 1], sampler.latent_shape(pipeline))
-    plain = teacher.as_model(pipeline)
+    pipeline = load.load_pipeline(str(random_sd))
+    cond = models.encode_text(pipeline, ["fox on blue", "heart"])
+    z = sampler.noise([0, 1], models.latent_shape(pipeline))
+    plain = models.as_model(pipeline)
     with torch.no_grad():
         expected = sampler.ddim(plain, z, sampler.time_grid(windows), cond)
         for path in reflow.PATHS.values():
-            student = teacher.as_model(pipeline, path=path, windows=windows)
+            student = models.as_model(pipeline, path=path, windows=windows)
             assert torch.allclose(sampler.ddim(student, z, sampler.time_grid(windows, windows), cond), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_sampler_equals_diffusers_own_pipeline_and_scheduler(random_sd, steps, guidance):
-    pipeline = teacher.load_pipeline(str(random_sd))
+    pipeline = load.load_pipeline(str(random_sd))
     prompts, seeds = ["red heart on blue", "cat", ""], [5, 6, 7]
-    ours = sampler.generate(pipeline, teacher.as_model(pipeline), prompts, seeds, sampler.time_grid(steps), guidance)
+    ours = sampler.generate(pipeline, models.as_model(pipeline), prompts, seeds, sampler.time_grid(steps), guidance)
     stock = diffusers.DiffusionPipeline.from_pretrained(random_sd)
     stock.set_progress_bar_config(disable=True)
     theirs = stock(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent",
-                   latents=sampler.noise(seeds, sampler.latent_shape(pipeline))).images
+                   latents=sampler.noise(seeds, models.latent_shape(pipeline))).images
     assert (ours - theirs).abs().max() <= 1e-4
 
 
@@ -146,9 +149,9 @@ def test_time_grid_is_trailing_and_respects_windows():
 
 
 def test_image_i_is_the_same_in_any_batch(random_sd):
-    pipeline = teacher.load_pipeline(str(random_sd))
+    pipeline = load.load_pipeline(str(random_sd))
     prompts, seeds, times = ["fox"] * 5, range(5), sampler.time_grid(2)
-    model = teacher.as_model(pipeline)
+    model = models.as_model(pipeline)
     together = sampler.generate(pipeline, model, prompts, seeds, times, batch=5)
     apart = sampler.generate(pipeline, model, prompts, seeds, times, batch=2)
     assert (together - apart).abs().max() < 1e-4 * together.abs().max() and not torch.allclose(together[0], together[1], atol=0.1)
@@ -170,11 +173,11 @@ LONG = " ".join(["red heart on blue and a fox"] * 20)
 
 
 def test_text_is_what_the_stock_pipeline_encodes(small):
-    ours, theirs = teacher.load_pipeline(str(small)), stock(small)
+    ours, theirs = load.load_pipeline(str(small)), stock(small)
     prompts = ["red heart on blue", "", LONG]
     excess = len(ours.tokenizer(LONG).input_ids) - 77
     with pytest.warns(UserWarning, match=f"'red heart on blue and a fox .*' is {excess} tokens too long for the text encoder") as caught:
-        found = teacher.encode_text(ours, [*prompts, None], batch=3)
+        found = models.encode_text(ours, [*prompts, None], batch=3)
     assert len(caught) == 1 and caught[0].filename == __file__ and len(str(caught[0].message)) < 200
     given, null, *pooled = theirs.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
     assert torch.equal(found["encoder_hidden_states"], torch.cat([given, null[:1]]))
@@ -184,25 +187,25 @@ def test_text_is_what_the_stock_pipeline_encodes(small):
         return
     assert torch.equal(found["text_embeds"], torch.cat([pooled[0], pooled[1][:1]])) and null.abs().max() == 0
     assert found["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 4
-    assert teacher.encode_text(ours, ["fox"], size=(64, 48))["time_ids"].tolist() == [[64, 48, 0, 0, 64, 48]]
+    assert models.encode_text(ours, ["fox"], size=(64, 48))["time_ids"].tolist() == [[64, 48, 0, 0, 64, 48]]
 
 
 def test_the_null_embedding_can_be_chosen(small):
-    pipeline = teacher.load_pipeline(str(small))
+    pipeline = load.load_pipeline(str(small))
     for null, expected in (("empty", lambda value: value[1]), ("zeros", lambda value: torch.zeros_like(value[1]))):
-        table = teacher.encode_text(pipeline, [None, "", "fox"], null=null)
+        table = models.encode_text(pipeline, [None, "", "fox"], null=null)
         for key in table.keys() - {"time_ids"}:
             assert torch.equal(table[key][0], expected(table[key])) and table[key][1].abs().max() > 0
     with pytest.raises(ValueError, match="null 'zero'"):
-        teacher.encode_text(pipeline, ["fox"], null="zero")
+        models.encode_text(pipeline, ["fox"], null="zero")
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_generate_equals_the_stock_pipeline(small, guidance):
-    ours, theirs, prompts, seeds = teacher.load_pipeline(str(small)), stock(small), ["red heart on blue", "", "fox"], [5, 6, 7]
-    model = teacher.as_model(ours)
+    ours, theirs, prompts, seeds = load.load_pipeline(str(small)), stock(small), ["red heart on blue", "", "fox"], [5, 6, 7]
+    model = models.as_model(ours)
     for steps, size in ((1, None), (2, None), (4, None), (2, (48, 64))):
-        z = sampler.noise(seeds, sampler.latent_shape(ours, size))
+        z = sampler.noise(seeds, models.latent_shape(ours, size))
         height, width = size or (32, 32)
         expected = theirs(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", latents=z,
                           height=height, width=width).images
@@ -212,27 +215,27 @@ def test_generate_equals_the_stock_pipeline(small, guidance):
 
 @pytest.mark.parametrize("windows", [4, 1])
 def test_the_untrained_sibling_is_ddim_with_as_many_steps_as_windows(small, windows):
-    pipeline = teacher.load_pipeline(str(small))
-    cond, uncond = (teacher.encode_text(pipeline, prompts) for prompts in (["fox on blue", "heart"], [None, None]))
-    z = sampler.noise([0, 1], sampler.latent_shape(pipeline))
+    pipeline = load.load_pipeline(str(small))
+    cond, uncond = (models.encode_text(pipeline, prompts) for prompts in (["fox on blue", "heart"], [None, None]))
+    z = sampler.noise([0, 1], models.latent_shape(pipeline))
     with torch.no_grad():
-        expected = sampler.ddim(teacher.as_model(pipeline), z, sampler.time_grid(windows), cond, 3.0, uncond)
+        expected = sampler.ddim(models.as_model(pipeline), z, sampler.time_grid(windows), cond, 3.0, uncond)
         for path in reflow.PATHS.values():
-            student = teacher.as_model(pipeline, copy.deepcopy(pipeline.unet), path, windows)
+            student = models.as_model(pipeline, copy.deepcopy(pipeline.unet), path, windows)
             found = sampler.ddim(student, z, sampler.time_grid(windows, windows), cond, 3.0, uncond)
             assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_a_network_of_low_precision_is_asked_in_its_own_dtype_and_answers_in_float32(small):
-    pipeline = teacher.load_pipeline(str(small))
-    cond, z, t = teacher.encode_text(pipeline, ["fox", None], size=(1001, 1001)), sampler.noise([0, 1], (4, 8, 8)), torch.tensor([1.0, 0.3])
+    pipeline = load.load_pipeline(str(small))
+    cond, z, t = models.encode_text(pipeline, ["fox", None], size=(1001, 1001)), sampler.noise([0, 1], (4, 8, 8)), torch.tensor([1.0, 0.3])
     with torch.no_grad():
-        exact = teacher.as_model(pipeline)(z, t, cond)
+        exact = models.as_model(pipeline)(z, t, cond)
         with torch.autocast("cpu", torch.bfloat16):
-            autocast = teacher.as_model(pipeline)(z, t, cond)
+            autocast = models.as_model(pipeline)(z, t, cond)
         network, seen = pipeline.unet.to(torch.bfloat16), []
         network.register_forward_pre_hook(lambda module, args, kwargs: seen.append((args[0], kwargs)), with_kwargs=True)
-        low = teacher.as_model(pipeline)(z, t, cond)
+        low = models.as_model(pipeline)(z, t, cond)
     (shown, kwargs), = seen
     assert shown.dtype == kwargs["encoder_hidden_states"].dtype == torch.bfloat16
     if small.name == "sdxl":
@@ -247,42 +250,42 @@ def test_guidance_of_a_low_precision_network_is_computed_in_float32(random_sd):
     class Network(torch.nn.Linear):
         def forward(self, z, timestep, encoder_hidden_states, added_cond_kwargs, return_dict):
             return (encoder_hidden_states[:, :1, :1, None].expand_as(z),)
-    model = teacher.as_model(teacher.load_pipeline(str(random_sd)), Network(1, 1).to(torch.bfloat16))
+    model = models.as_model(load.load_pipeline(str(random_sd)), Network(1, 1).to(torch.bfloat16))
     cond, uncond = ({"encoder_hidden_states": torch.full((2, 1, 1), value)} for value in (1.0, 1.0078125))
     eps = model(torch.zeros(2, 8, 8, 8), torch.ones(2), cond, 5.3, uncond)[1]
     assert torch.allclose(eps, torch.full_like(eps, 1.0078125 - 5.3 * 0.0078125), atol=1e-6)            # bf16's step here is 0.004
 
 
 def test_pictures_honour_the_autoencoders_scale_and_shift_in_chunks_of_bounded_size(small, monkeypatch):
-    pipeline = teacher.load_pipeline(str(small))
+    pipeline = load.load_pipeline(str(small))
     vae, z, images = pipeline.vae, sampler.noise(range(5), (4, 8, 8)), torch.rand(5, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         decoded, encoded = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1), vae.encode(images).latent_dist.mean
-    assert torch.allclose(teacher.decode(pipeline, z), decoded, atol=1e-5)
+    assert torch.allclose(models.decode(pipeline, z), decoded, atol=1e-5)
     sizes, real, real_encode = [], vae.decode, vae.encode
     monkeypatch.setattr(vae, "decode", lambda z, **more: sizes.append(len(z)) or real(z, **more))
     monkeypatch.setattr(vae, "encode", lambda images: sizes.append(len(images)) or real_encode(images))
-    assert len(teacher.decode(pipeline, z.repeat(14, 1, 1, 1))) == 70 and sizes == [64, 6]
-    monkeypatch.setattr(teacher, "PIXELS", 2 * 32 * 32 + 1)
+    assert len(models.decode(pipeline, z.repeat(14, 1, 1, 1))) == 70 and sizes == [64, 6]
+    monkeypatch.setattr(stable_diffusion, "PIXELS", 2 * 32 * 32 + 1)
     sizes.clear()
-    assert torch.allclose(teacher.decode(pipeline, z), decoded, atol=1e-5) and sizes == [2, 2, 1]
-    assert torch.allclose(teacher.encode(pipeline, images), encoded * vae.config.scaling_factor, atol=1e-5) and sizes == [2, 2, 1] * 2
+    assert torch.allclose(models.decode(pipeline, z), decoded, atol=1e-5) and sizes == [2, 2, 1]
+    assert torch.allclose(models.encode(pipeline, images), encoded * vae.config.scaling_factor, atol=1e-5) and sizes == [2, 2, 1] * 2
     vae.register_to_config(shift_factor=0.3)
-    assert torch.allclose(teacher.encode(pipeline, images), (encoded - 0.3) * vae.config.scaling_factor, atol=1e-5)
-    assert torch.allclose(teacher.decode(pipeline, (z - 0.3) * vae.config.scaling_factor),
-                          teacher.decode(pipeline, (z - 0.3) * vae.config.scaling_factor, batch=1), atol=1e-5)
+    assert torch.allclose(models.encode(pipeline, images), (encoded - 0.3) * vae.config.scaling_factor, atol=1e-5)
+    assert torch.allclose(models.decode(pipeline, (z - 0.3) * vae.config.scaling_factor),
+                          models.decode(pipeline, (z - 0.3) * vae.config.scaling_factor, batch=1), atol=1e-5)
     back = real(z, return_dict=False)[0].clamp(-1, 1)
-    assert torch.allclose(teacher.decode(pipeline, (z - 0.3) * vae.config.scaling_factor), back, atol=1e-5)
+    assert torch.allclose(models.decode(pipeline, (z - 0.3) * vae.config.scaling_factor), back, atol=1e-5)
 
 
 def test_sizes_must_be_divisible_by_all_levels(small_models):
-    pipeline = teacher.load_pipeline(str(small_models["sdxl"]))
-    assert sampler.latent_shape(pipeline) == (4, 8, 8) and sampler.latent_shape(pipeline, 40) == (4, 10, 10)
-    assert sampler.latent_shape(pipeline, (16, 24)) == (4, 4, 6)
+    pipeline = load.load_pipeline(str(small_models["sdxl"]))
+    assert models.latent_shape(pipeline) == (4, 8, 8) and models.latent_shape(pipeline, 40) == (4, 10, 10)
+    assert models.latent_shape(pipeline, (16, 24)) == (4, 4, 6)
     for size, message in ((33, "--size 33: must be a multiple of 8 for this model, for instance 32 or 40"), (3, "for instance 8"),
                           (0, "--size 0"), (-8, "--size -8"), ((32, 36), "--size 36")):
         with pytest.raises(UserError, match=message):
-            sampler.latent_shape(pipeline, size)
+            models.latent_shape(pipeline, size)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -303,41 +306,41 @@ def test_what_is_left_out_or_given_is_neither_read_nor_touched(small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "model")
     for weights in [*folder.glob("vae/*.safetensors"), *folder.glob("text_encoder*/*.safetensors")]:
         weights.write_bytes(b"torn")
-    pipeline = teacher.load_pipeline(str(folder), vae=None, text_encoder=None, text_encoder_2=None)
-    assert pipeline.vae is pipeline.text_encoder is None and sampler.latent_shape(pipeline) == (4, 8, 8)
-    assert pipeline.vae_scale_factor == 4 and sampler.latent_shape(pipeline, 40) == (4, 10, 10)       # diffusers would say 8
+    pipeline = load.load_pipeline(str(folder), vae=None, text_encoder=None, text_encoder_2=None)
+    assert pipeline.vae is pipeline.text_encoder is None and models.latent_shape(pipeline) == (4, 8, 8)
+    assert pipeline.vae_scale_factor == 4 and models.latent_shape(pipeline, 40) == (4, 10, 10)       # diffusers would say 8
     student = pipeline.unet.requires_grad_(True).train()
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
     for random_init in (False, True):
-        again = teacher.load_pipeline(str(folder), torch.bfloat16, random_init, unet=student, vae=None, text_encoder=None,
+        again = load.load_pipeline(str(folder), torch.bfloat16, random_init, unet=student, vae=None, text_encoder=None,
                                       text_encoder_2=None)
         assert again.unet is student and student.training and student.dtype == torch.float32 and student.conv_in.weight.requires_grad
         assert again.vae is again.text_encoder is None
-    preset = teacher.load_pipeline(small.name, random_init=True, unet=student, vae=None, text_encoder=None, text_encoder_2=None)
+    preset = load.load_pipeline(small.name, random_init=True, unet=student, vae=None, text_encoder=None, text_encoder_2=None)
     assert preset.unet is student and student.training and preset.text_encoder is None
     with pytest.raises(TypeError, match="vea"):
-        teacher.load_pipeline(str(folder), vea=None)
+        load.load_pipeline(str(folder), vea=None)
 
 
 def test_random_weights_for_a_folder_keep_its_architecture_and_depend_on_the_seed(small):
-    trained, first, second, other = (teacher.load_pipeline(str(small), **options) for options in
+    trained, first, second, other = (load.load_pipeline(str(small), **options) for options in
                                      ({}, dict(random_init=True, seed=3), dict(random_init=True, seed=3), dict(random_init=True)))
-    for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+    for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
         states = [getattr(pipeline, part).state_dict() for pipeline in (trained, first, second, other)]
         assert {k: v.shape for k, v in states[0].items()} == {k: v.shape for k, v in states[1].items()}
         assert all(torch.equal(states[1][key], states[2][key]) for key in states[1])
         assert not any(torch.equal(states[1][key], states[0][key]) for key in states[1])
         assert all(torch.equal(states[3][key], states[0][key]) for key in states[1])           # made by build with seed 0
-    tiny_sd = teacher.load_pipeline("tiny", torch.bfloat16, random_init=True)
+    tiny_sd = load.load_pipeline("tiny", torch.bfloat16, random_init=True)
     assert tiny_sd.unet.dtype == torch.bfloat16 and tiny_sd.vae.config.latent_channels == 8
-    assert teacher.as_model(tiny_sd)(torch.zeros(1, 8, 8, 8), torch.ones(1), teacher.encode_text(tiny_sd, ["fox"]))[0].isfinite().all()
+    assert models.as_model(tiny_sd)(torch.zeros(1, 8, 8, 8), torch.ones(1), models.encode_text(tiny_sd, ["fox"]))[0].isfinite().all()
 
 
 def test_a_loaded_model_is_frozen_and_sdxls_autoencoder_is_float32_beside_fp16(small_models):
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        pipeline = teacher.load_pipeline(str(small_models["sdxl"]), dtype)
+        pipeline = load.load_pipeline(str(small_models["sdxl"]), dtype)
         assert pipeline.vae.dtype == expected and pipeline.unet.dtype == pipeline.text_encoder_2.dtype == dtype
-        for part in teacher.NETWORKS:
+        for part in load.NETWORKS:
             assert not getattr(pipeline, part).training and not any(p.requires_grad for p in getattr(pipeline, part).parameters())
 
 
@@ -413,7 +416,7 @@ def ldm_clip(encoder, prefix):
 
 def original_layout(folder):
     """The weights of a sibling's folder in the original layout: name -> tensor."""
-    p = teacher.load_pipeline(str(folder))
+    p = load.load_pipeline(str(folder))
     text = {"sd15": lambda: ldm_clip(p.text_encoder, "cond_stage_model.transformer."),
             "sd21": lambda: ldm_openclip(p.text_encoder, "cond_stage_model.model."),
             "sdxl": lambda: {**ldm_clip(p.text_encoder, "conditioner.embedders.0.transformer."),
@@ -430,19 +433,19 @@ def single(small, tmp_path):
 
 
 def test_a_single_file_checkpoint_is_the_same_model(small, single):
-    folder, file = teacher.load_pipeline(str(small)), teacher.load_pipeline(str(single), model_config=str(small))
+    folder, file = load.load_pipeline(str(small)), load.load_pipeline(str(single), model_config=str(small))
     assert type(file) is type(folder)
-    for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+    for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
         ours, theirs = (dict(getattr(p, part).named_parameters()) for p in (file, folder))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
-    z = [sampler.generate(p, teacher.as_model(p), ["fox", ""], [0, 1], sampler.time_grid(2), 3.0) for p in (folder, file)]
+    z = [sampler.generate(p, models.as_model(p), ["fox", ""], [0, 1], sampler.time_grid(2), 3.0) for p in (folder, file)]
     assert torch.equal(*z)
-    alone = teacher.load_pipeline(str(single), torch.bfloat16, model_config=str(small), unet=folder.unet, vae=None, text_encoder=None,
+    alone = load.load_pipeline(str(single), torch.bfloat16, model_config=str(small), unet=folder.unet, vae=None, text_encoder=None,
                                   text_encoder_2=None)
     assert alone.unet is folder.unet and alone.unet.dtype == torch.float32 and alone.vae is alone.text_encoder is None
-    half = teacher.load_pipeline(str(single), torch.bfloat16, model_config=str(small))
+    half = load.load_pipeline(str(single), torch.bfloat16, model_config=str(small))
     assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16 and not half.unet.conv_in.weight.requires_grad
-    assert sampler.latent_shape(alone) == (4, 8, 8)
+    assert models.latent_shape(alone) == (4, 8, 8)
 
 
 FLOW = dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift=3.0)
@@ -459,7 +462,7 @@ UNSUITABLE = [      # (file of the folder, its changes, what is said); read with
     ("scheduler/scheduler_config.json", dict(use_flow_sigmas=True), "no schedule of betas"),
     ("model_index.json", dict(text_encoder=[None, None]), "cannot be loaded .*expected .* but only"),
     ("model_index.json", dict(vae=[None, None]), "cannot be loaded .*expected .* but only"),
-    ("model_index.json", dict(unet=["diffusers", "ControlNetModel"]), "its unet is a ControlNetModel, not a UNet2DConditionModel"),
+    ("model_index.json", dict(unet=["diffusers", "ControlNetModel"]), "is of no family that we know .*unet of class UNet2DConditionModel.*it has .*unet ControlNetModel"),
     ("model_index.json", dict(unet=["mine", "Mine"]), "cannot be loaded"),
     ("model_index.json", dict(_class_name=["mine", "Mine"]), "cannot be loaded"),
     ("model_index.json", dict(_class_name="NoPipeline"), "cannot be loaded .* re-export or re-download the folder"),
@@ -470,31 +473,31 @@ UNSUITABLE = [      # (file of the folder, its changes, what is said); read with
 def test_an_unsuitable_model_is_refused_with_the_reason(model, file, changes, message):
     edit(model, file, **changes)
     with pytest.raises(UserError, match=f"--model {model}: .*{message}"):
-        teacher.load_pipeline(str(model), random_init=True)
+        load.load_pipeline(str(model), random_init=True)
 
 
 def test_a_pipeline_that_is_conditioned_on_more_is_refused(small_models, tmp_path):
     folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
     edit(folder, "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", requires_aesthetics_score=True)
     with pytest.raises(UserError, match="requires_aesthetics_score of its pipeline is True: it takes an aesthetic score"):
-        teacher.load_pipeline(str(folder))
+        load.load_pipeline(str(folder))
     edit(folder, "model_index.json", requires_aesthetics_score=False)
-    teacher.load_pipeline(str(folder))
+    load.load_pipeline(str(folder))
     shutil.copytree(small_models["sd15"], folder, dirs_exist_ok=True)                      # SDXL's UNet without its text encoders
     edit(folder, "unet/config.json", **json.loads((small_models["sdxl"] / "unet" / "config.json").read_text()))
     with pytest.raises(UserError, match="addition_embed_type .* text_time goes with two text encoders"):
-        teacher.load_pipeline(str(folder), random_init=True)
+        load.load_pipeline(str(folder), random_init=True)
 
 
 def test_flow_matching_is_refused_and_v_prediction_at_zero_snr_is_not(model):
     edit(model, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    pipeline = teacher.load_pipeline(str(model))
-    pair = teacher.as_model(pipeline)(torch.ones(1, 4, 8, 8), torch.ones(1), teacher.encode_text(pipeline, ["fox"]))
+    pipeline = load.load_pipeline(str(model))
+    pair = models.as_model(pipeline)(torch.ones(1, 4, 8, 8), torch.ones(1), models.encode_text(pipeline, ["fox"]))
     assert all(value.isfinite().all() for value in pair) and torch.equal(pair[1], torch.ones(1, 4, 8, 8))
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(FLOW))
     edit(model, "model_index.json", scheduler=["diffusers", FLOW["_class_name"]])
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no schedule of betas"):
-        teacher.load_pipeline(str(model))
+        load.load_pipeline(str(model))
 
 
 def test_what_cannot_be_loaded_is_one_line_with_a_remedy(model, tmp_path, monkeypatch, capfd):
@@ -515,12 +518,12 @@ def test_what_cannot_be_loaded_is_one_line_with_a_remedy(model, tmp_path, monkey
             (str(whole), dict(model_config="nowhere"), "--model-config nowhere: no diffusers pipeline folder"),
             (str(whole), dict(random_init=True), "--random-init"), (str(model), dict(model_config="x"), "--model-config x: only goes")]:
         with pytest.raises(UserError, match=message) as caught:
-            teacher.load_pipeline(name, **options)
+            load.load_pipeline(name, **options)
         assert "\n" not in str(caught.value)
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(teacher.load_pipeline(str(model), random_init=True).unet.state_dict(), model / "unet" / "diffusion_pytorch_model.bin")
+    torch.save(load.load_pipeline(str(model), random_init=True).unet.state_dict(), model / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):                       # a pickle beside its config is not read either
-        teacher.load_pipeline(str(model))
+        load.load_pipeline(str(model))
     assert capfd.readouterr().err == ""
 
 
@@ -539,26 +542,26 @@ def without(file, name):
 
 
 def test_what_is_loaded_is_whole_or_refused_by_name(small, tmp_path):
-    for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+    for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
         folder = shutil.copytree(small, tmp_path / part)
         names = sorted(load_file(weights_file(folder, part)))
         for lost in (names[len(names) // 2], names[0]):
             without(weights_file(folder, part), lost)
             with pytest.raises(UserError, match=f"--model .*{part}: its {part} is not a whole .* lack {re.escape(lost)}"):
-                teacher.load_pipeline(str(folder))
-        teacher.load_pipeline(str(folder), random_init=True)
+                load.load_pipeline(str(folder))
+        load.load_pipeline(str(folder), random_init=True)
 
 
 def test_text_encoders_are_whole_under_both_names_of_their_tensors(small, tmp_path):
     """transformers 5.6 and later write CLIPTextModel without the prefix text_model., all others with it."""
-    expected, folder = teacher.encode_text(teacher.load_pipeline(str(small)), ["fox"]), shutil.copytree(small, tmp_path / "model")
+    expected, folder = models.encode_text(load.load_pipeline(str(small)), ["fox"]), shutil.copytree(small, tmp_path / "model")
     plain = {name.removeprefix("text_model."): value for name, value in load_file(weights_file(folder, "text_encoder")).items()}
     plain["embeddings.position_ids"] = torch.arange(77)[None]                # old versions wrote that too, and it is no weight
     for prefix in ("", "text_model."):
         save_file({prefix + name: value for name, value in plain.items()}, weights_file(folder, "text_encoder"), {"format": "pt"})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = teacher.encode_text(teacher.load_pipeline(str(folder)), ["fox"])
+            found = models.encode_text(load.load_pipeline(str(folder)), ["fox"])
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
@@ -566,7 +569,7 @@ def test_tensors_that_are_not_used_are_said(model):
     weights = load_file(weights_file(model, "unet"))
     save_file({**weights, "extra.weight": torch.zeros(1)}, weights_file(model, "unet"), {"format": "pt"})
     with pytest.warns(UserWarning, match="model/unet: extra.weight and 0 more tensors are not used"):
-        teacher.load_pipeline(str(model))
+        load.load_pipeline(str(model))
 
 
 def test_a_single_file_is_whole_or_refused(small, single):
@@ -579,12 +582,12 @@ def test_a_single_file_is_whole_or_refused(small, single):
                           (next(name for name in text if "final" in name), "lacks the text_encoder(_2)?'s .*final_layer_norm")):
         save_file({name: value for name, value in whole.items() if name != lost}, single)
         with pytest.raises(UserError, match=f"not a whole checkpoint: it {message}"):
-            teacher.load_pipeline(str(single), model_config=str(small))
+            load.load_pipeline(str(single), model_config=str(small))
 
 
 @pytest.mark.parametrize("shards", [dict(), dict(max_shard_size="40KB")], ids=["whole", "sharded"])
 def test_weights_that_come_in_one_variant_only_are_loaded(small, tmp_path, monkeypatch, shards):
-    expected = teacher.load_pipeline(str(small))
+    expected = load.load_pipeline(str(small))
     stock(small).save_pretrained(tmp_path / "model", variant="fp16", **shards)
     assert list(tmp_path.glob("model/*/*.fp16*.safetensors")) and not list(tmp_path.glob("model/*/*model.safetensors"))
     asked = []
@@ -596,13 +599,13 @@ def test_weights_that_come_in_one_variant_only_are_loaded(small, tmp_path, monke
         return tmp_path / "model"
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     for name in (str(tmp_path / "model"), "somebody/model"):
-        found = teacher.load_pipeline(name)
-        for part in teacher.NETWORKS[:3 + (small.name == "sdxl")]:
+        found = load.load_pipeline(name)
+        for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
             ours, theirs = getattr(found, part).state_dict(), getattr(expected, part).state_dict()
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert asked == [("somebody/model", None), ("somebody/model", "fp16")]
     shutil.copy(weights_file(small, "unet"), tmp_path / "model" / "unet")               # with both there, the plain one is it
-    assert teacher.variant_of(tmp_path / "model" / "unet") is None
+    assert load.variant_of(tmp_path / "model" / "unet") is None
 
 
 # ---- every field of a config -------------------------------------------------------------------------------------
@@ -668,7 +671,7 @@ def test_every_config_field_is_read_refused_or_harmless():
         | fields(diffusers.DDPMPipeline) | fields(diffusers.DDIMPipeline),
     }
     for part, names in used.items():
-        known = {**dict.fromkeys(READ[part].split()), **dict.fromkeys(HARMLESS[part].split()), **teacher.SUPPORTED.get(part, {})}
+        known = {**dict.fromkeys(READ[part].split()), **dict.fromkeys(HARMLESS[part].split()), **configs.SUPPORTED.get(part, {})}
         assert not names - set(known), f"{part}: new fields"
         assert not set(READ[part].split()) & set(HARMLESS[part].split())
 
@@ -683,16 +686,16 @@ def test_every_config_field_is_read_refused_or_harmless():
     ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value))
 def test_every_curve_of_betas_is_read_as_its_own_scheduler_has_it(kind, changes):
     scheduler = kind(**changes)
-    schedule, prediction = teacher.read_schedule(scheduler)
+    schedule, prediction = configs.read_schedule(scheduler)
     assert torch.equal(schedule.alpha[1:], scheduler.alphas_cumprod.double().sqrt()) and prediction == scheduler.config.prediction_type
-    assert torch.equal(teacher.as_ddim(scheduler).alphas_cumprod, scheduler.alphas_cumprod)         # what a student is written with
+    assert torch.equal(configs.as_ddim(scheduler).alphas_cumprod, scheduler.alphas_cumprod)         # what a student is written with
 
 
 def test_a_clock_that_is_not_followed_is_refused_and_its_remedy_means_the_same():
     sigma, data = torch.tensor([0.5, 7.0]), dict(prediction_type="v_prediction")
     euler = diffusers.EulerDiscreteScheduler(timestep_type="continuous", **data)
     with pytest.raises(UserError, match="timestep_type .* name EDMEulerScheduler .* sigma_data 1"):
-        teacher.read_schedule(euler)
+        configs.read_schedule(euler)
     euler.set_timesteps(5)
     edm = diffusers.EDMEulerScheduler(sigma_data=1.0, sigma_min=euler.sigmas[-2].item(), sigma_max=euler.sigmas[0].item(), **data)
     assert torch.allclose(edm.precondition_noise(euler.sigmas[:-1]), euler.timesteps, atol=1e-6)
@@ -700,7 +703,7 @@ def test_a_clock_that_is_not_followed_is_refused_and_its_remedy_means_the_same()
     theirs = output * (-sigma / (sigma ** 2 + 1) ** 0.5) + sample / (sigma ** 2 + 1)                 # EulerDiscreteScheduler.step
     ours = torch.stack([edm.precondition_outputs(sample[i], output[i], sigma[i]) for i in range(2)])
     assert torch.allclose(ours, theirs, atol=1e-6)
-    teacher.read_schedule(diffusers.EulerDiscreteScheduler(timestep_type="continuous"))             # means nothing with epsilon
+    configs.read_schedule(diffusers.EulerDiscreteScheduler(timestep_type="continuous"))             # means nothing with epsilon
 
 
 PER_CHANNEL = dict(latents_mean=[-1.6, 2.3, 0.4, -0.1], latents_std=[8.4, 5.1, 4.0, 9.2])
@@ -719,15 +722,15 @@ def test_pictures_equal_diffusers_own_for_every_family(small_models, tmp_path, v
     if noise is EDM:
         (folder / "scheduler/scheduler_config.json").write_text(json.dumps(EDM))
         edit(folder, "model_index.json", scheduler=["diffusers", EDM["_class_name"]])
-    ours, theirs = teacher.load_pipeline(str(folder)), diffusers.DiffusionPipeline.from_pretrained(folder)
+    ours, theirs = load.load_pipeline(str(folder)), diffusers.DiffusionPipeline.from_pretrained(folder)
     if noise is EDM:
         theirs.scheduler = diffusers.EDMEulerScheduler.from_config(theirs.scheduler.config)
     else:
         theirs = stock(folder)
     theirs.set_progress_bar_config(disable=True)
-    model, z = teacher.as_model(ours), sampler.noise([5, 6], (4, 8, 8))
-    times = sampler.time_grid(4, spacing=sampler.edm_grid if noise is EDM else sampler.uniform_grid, schedule=model.schedule)
-    found = teacher.decode(ours, sampler.generate(ours, model, ["fox", "heart"], [5, 6], times, 3.0))
+    model, z = models.as_model(ours), sampler.noise([5, 6], (4, 8, 8))
+    times = sampler.time_grid(4, spacing=solvers.edm_grid if noise is EDM else sampler.uniform_grid, schedule=model.schedule)
+    found = models.decode(ours, sampler.generate(ours, model, ["fox", "heart"], [5, 6], times, 3.0))
     expected = theirs(["fox", "heart"], num_inference_steps=4, guidance_scale=3.0, latents=z, output_type="pt", height=32, width=32)
     assert ((found + 1) / 2 - expected.images).abs().max() <= 1e-4 and found.std() > 0.05
 
@@ -736,46 +739,46 @@ def test_pictures_equal_diffusers_own_for_every_family(small_models, tmp_path, v
 def test_latents_equal_diffusers_own_whatever_the_autoencoders_statistics(small_models, tmp_path, monkeypatch, statistics):
     folder = shutil.copytree(small_models["sdxl"], tmp_path / "model")
     edit(folder, "vae/config.json", **statistics)
-    ours, theirs, images = teacher.load_pipeline(str(folder)), stock(folder), torch.rand(2, 3, 32, 32) * 2 - 1
+    ours, theirs, images = load.load_pipeline(str(folder)), stock(folder), torch.rand(2, 3, 32, 32) * 2 - 1
     theirs = diffusers.StableDiffusionXLImg2ImgPipeline(**theirs.components)
     mean = ours.vae.encode(images).latent_dist.mean                          # which is what we take; diffusers draws a sample
     monkeypatch.setattr(theirs.vae, "encode", lambda images: types.SimpleNamespace(latents=mean))
     expected = theirs.prepare_latents(images, None, 2, 1, torch.float32, "cpu", add_noise=False)
-    assert torch.allclose(teacher.encode(ours, images), expected, atol=1e-5)
+    assert torch.allclose(models.encode(ours, images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_text_is_masked_where_the_text_encoder_says_so(small_models, tmp_path, masked):
     folder = shutil.copytree(small_models["sd15"], tmp_path / "model")
     edit(folder, "text_encoder/config.json", use_attention_mask=masked)
-    ours, theirs = teacher.load_pipeline(str(folder)), stock(folder)
+    ours, theirs = load.load_pipeline(str(folder)), stock(folder)
     given, null = theirs.encode_prompt(["fox", LONG[:40]], "cpu", 1, True)
-    found = teacher.encode_text(ours, ["fox", LONG[:40], None])["encoder_hidden_states"]
+    found = models.encode_text(ours, ["fox", LONG[:40], None])["encoder_hidden_states"]
     assert torch.allclose(found, torch.cat([given, null[:1]]), atol=1e-5)
 
 
 def test_what_a_config_leaves_out_is_known_otherwise_or_named(small_models, tmp_path):
     folder = shutil.copytree(small_models["sd15"], tmp_path / "model")
-    expected = teacher.encode_text(teacher.load_pipeline(str(folder)), ["fox"])
+    expected = models.encode_text(load.load_pipeline(str(folder)), ["fox"])
     for absent in (None, 10 ** 30):
         edit(folder, "tokenizer/tokenizer_config.json", model_max_length=absent)
-        found = teacher.encode_text(teacher.load_pipeline(str(folder)), ["fox"])
+        found = models.encode_text(load.load_pipeline(str(folder)), ["fox"])
         assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
     edit(folder, "unet/config.json", sample_size=None)
-    pipeline = teacher.load_pipeline(str(folder))
+    pipeline = load.load_pipeline(str(folder))
     with pytest.raises(UserError, match="no sample_size: give --size"):
-        sampler.latent_shape(pipeline)
-    assert sampler.latent_shape(pipeline, 32) == (4, 8, 8)
+        models.latent_shape(pipeline)
+    assert models.latent_shape(pipeline, 32) == (4, 8, 8)
 
 
 @pytest.mark.parametrize("file, options", [("vocabulary.json", {}), ("labels.json", {}), ("vae/config.json", dict(vae=None)),
                                            ("vae/config.json", {}), ("model_index.json", {}), ("unet/config.json", {})])
 def test_a_truncated_json_file_is_named(small_models, tmp_path, file, options):
-    source = teacher.ASSETS / "tiny-pixel" if file == "labels.json" else small_models["sd15"]
+    source = load.ASSETS / "tiny-pixel" if file == "labels.json" else small_models["sd15"]
     folder = shutil.copytree(source, tmp_path / "model")
     (folder / file).write_text('["a", ')
     with pytest.raises(UserError, match=file.rsplit("/", 1)[-1]):
-        sampler.warn_unknown_words(str(folder), teacher.load_pipeline(str(folder), **options), ["fox"])
+        sampler.warn_unknown_words(str(folder), load.load_pipeline(str(folder), **options), ["fox"])
 
 
 def test_a_single_file_says_what_it_predicts(small_models, tmp_path):
@@ -785,38 +788,38 @@ def test_a_single_file_says_what_it_predicts(small_models, tmp_path):
     for name in ("sd15", "sdxl"):
         single, folder = tmp_path / f"{name}.safetensors", small_models[name]
 
-        def load(metadata=None, **keys):
+        def read(metadata=None, **keys):
             save_file({**weights, **keys}, single, metadata)
-            pipeline = teacher.load_pipeline(str(single), model_config=str(folder))
-            return pipeline, *teacher.read_schedule(pipeline.scheduler)
+            pipeline = load.load_pipeline(str(single), model_config=str(folder))
+            return pipeline, *configs.read_schedule(pipeline.scheduler)
         weights = original_layout(folder)
-        _, plain, prediction = load()
+        _, plain, prediction = read()
         assert prediction == "epsilon"
         for said in (dict(v_pred=empty), dict(metadata={"modelspec.prediction_type": "v"})):
-            _, schedule, prediction = load(**said)
+            _, schedule, prediction = read(**said)
             assert prediction == "v_prediction" and schedule.key == plain.key
-        pipeline, schedule, prediction = load(v_pred=empty, ztsnr=empty)
+        pipeline, schedule, prediction = read(v_pred=empty, ztsnr=empty)
         assert prediction == "v_prediction" and schedule.alpha[-1] == 0 and abs(schedule.alpha[1] - plain.alpha[1]) < 1e-6
-        assert load(v_pred=empty, metadata={"modelspec.prediction_type": "epsilon"})[2] == "v_prediction"
+        assert read(v_pred=empty, metadata={"modelspec.prediction_type": "epsilon"})[2] == "v_prediction"
         with pytest.raises(UserError, match="predicts epsilon at zero terminal SNR"):
-            load(ztsnr=empty)
-        _, schedule, prediction = load(**{"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.25)})
+            read(ztsnr=empty)
+        _, schedule, prediction = read(**{"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.25)})
         assert (schedule.key, prediction) == (("edm", 0.25, 120, 1), "v_prediction")
-    pipeline, schedule, prediction = load(**edm)
+    pipeline, schedule, prediction = read(**edm)
     assert (schedule.key, prediction) == (("edm", 0.002, 80, 0.5), "epsilon")
-    assert teacher.latent_statistics(pipeline.vae)[0] == 0.5
-    assert [value.flatten().tolist() for value in teacher.latent_statistics(pipeline.vae)[1:]] == [[1, 2, 3, 4], [5] * 4]
+    assert stable_diffusion.latent_statistics(pipeline.vae)[0] == 0.5
+    assert [value.flatten().tolist() for value in stable_diffusion.latent_statistics(pipeline.vae)[1:]] == [[1, 2, 3, 4], [5] * 4]
 
 
 def test_a_single_file_of_sd2_is_not_taken_for_one_of_two_models(small_models, tmp_path, monkeypatch):
     single, weights = tmp_path / "two.safetensors", original_layout(small_models["sd21"])
-    monkeypatch.setitem(teacher.PRESETS, "sd21", (str(small_models["sd21"]), ""))            # stands for the hub
+    monkeypatch.setitem(load.PRESETS, "sd21", (str(small_models["sd21"]), ""))            # stands for the hub
     for metadata in (None, {"modelspec.architecture": "stable-diffusion-v2-512"}):
         save_file(weights, single, metadata)
         with pytest.raises(UserError, match="does not say whether .* 768 px v_prediction .* 512 px epsilon .* give --model-config FOLDER"):
-            teacher.load_pipeline(str(single))
+            load.load_pipeline(str(single))
     save_file(weights, single, {"modelspec.architecture": "stable-diffusion-v2-768-v"})
-    assert teacher.read_schedule(teacher.load_pipeline(str(single)).scheduler)[1] == "v_prediction"
+    assert configs.read_schedule(load.load_pipeline(str(single)).scheduler)[1] == "v_prediction"
 
 
 # ---- what is passed on is finite ---------------------------------------------------------------------------------
@@ -844,7 +847,7 @@ def test_rows_that_are_not_finite_are_not_kept(tmp_path):
     def solve(numbers):
         return {"z": torch.ones(len(numbers), 2) / torch.tensor([[float(k != 5)] for k in numbers]), "label": torch.tensor([*numbers])}
     with pytest.raises(UserError, match="z of rows 4 to 7 is not finite"):
-        data.cached(tmp_path / "cache", 8, {}, solve, shard=4)
+        store.cached(tmp_path / "cache", 8, {}, solve, shard=4)
     assert [file.name for file in tmp_path.glob("cache/*.safetensors")] == ["00000.safetensors"]
 
 
@@ -853,15 +856,15 @@ def test_an_autoencoder_that_overflows_in_half_precision_gives_no_black_picture(
     spoil(model, "vae", "decoder.conv_in.weight", lambda value: value * 1e6)
     spoil(model, "vae", "encoder.conv_in.weight", lambda value: value * 1e6)
     z, images = sampler.noise([0, 1, 2], (4, 8, 8)), torch.rand(2, 3, 32, 32)
-    half, whole = (teacher.load_pipeline(str(model), dtype) for dtype in (torch.float16, torch.float32))
-    assert teacher.decode(whole, z).isfinite().all() and teacher.encode(whole, images).isfinite().all()
+    half, whole = (load.load_pipeline(str(model), dtype) for dtype in (torch.float16, torch.float32))
+    assert models.decode(whole, z).isfinite().all() and models.encode(whole, images).isfinite().all()
     with pytest.raises(UserError, match="picture 1 of 3: .* not finite in torch.float16; use bf16 or fp32"):
-        teacher.decode(half, z)
+        models.decode(half, z)
     with pytest.raises(UserError, match="picture 1 of 2: .* not finite in torch.float16; use bf16 or fp32"):
-        teacher.encode(half, images)
+        models.encode(half, images)
     z[1, 0, 0, 0] = float("inf")
     with pytest.raises(UserError, match="picture 2 of 3: its latents are not finite"):
-        teacher.decode(whole, z)
+        models.decode(whole, z)
 
 
 def test_sampler_options_for_large_models(small_models, single, small, tmp_path, capsys):

@@ -1,4 +1,5 @@
 """train.py as a user runs it, on random models: what it learns, resume, processes, LoRA, precision, determinism."""
+import importlib
 import json
 import os
 import re
@@ -14,19 +15,21 @@ from conftest import ROOT, run_python, start_python, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
-import config
-import data
-import losses as reflow_losses
+import losses
+import models
+import options
 import reflow
 import sampler
-import student
 import teacher
-import tiny
 import train
+from data import captioned, imaging
+from models import load, saved, student
 from pairs import cache_bytes
+from runtime import checkpoints, cli, progress
+from tools import tiny
 
-SMALL = dict(data="sprites", steps=12, batch=4, trajectories=8, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
-CURVE = dict(steps=20, batch=8, lr=1e-4)
+SMALL = dict(data="sprites", updates=12, batch=4, trajectories=8, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
+CURVE = dict(updates=20, batch=8, lr=1e-4)
 
 
 def weights(folder):
@@ -41,7 +44,7 @@ def log(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def losses(run):
+def loss_curve(run):
     return [line["loss"] for line in log(run)]
 
 
@@ -90,7 +93,7 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
 @pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(path="linear", space="velocity"),
                                      dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
                                      dict(guidance_teacher=3.0), dict(windows=[4, 1]), dict(time_law='uniform'), dict(solver_steps=16),
-                                     dict(loss="high-pass"), dict(normalisation="learnt"), dict(normalisation="per-sample"),
+                                     dict(loss="high-pass"), dict(normalization="learned"), dict(normalization="per-sample"),
                                      dict(time_law="exponential"), dict(time_inside=True), dict(forward_rate=0.5), dict(dropout=0.2),
                                      dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(text_dropout=1.0), dict(ema=0.0), dict(lr=1e-4)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
@@ -111,23 +114,23 @@ def test_every_number_of_a_column_changes_the_student(random_sd, tmp_path, base,
 def test_dropout_reaches_every_dropout_of_the_student_and_no_picture(random_sd, tmp_path, monkeypatch):
     real, seen, drawn = train.make_student, [], []
     monkeypatch.setattr(train, "make_student", lambda *args: seen.append(real(*args)) or seen[-1])
-    draw = train.draw_grid
+    draw = progress.Grid.draw
 
-    def draw_grid(pipeline, model, *rest):
+    def watched(grid, model, *rest):
         plain = model.network
         model.network = lambda *args, **kwargs: drawn.append(seen[0].training) or plain(*args, **kwargs)
-        draw(pipeline, model, *rest)
+        draw(grid, model, *rest)
         model.network = plain
-    monkeypatch.setattr(train, "draw_grid", draw_grid)
+    monkeypatch.setattr(progress.Grid, "draw", watched)
     last = train.main(small(random_sd, tmp_path, dropout=0.3, grid_steps=6))
     rates = [module.p for module in seen[0].modules() if isinstance(module, torch.nn.Dropout)]
     assert len(rates) > 10 and set(rates) == {0.3} and seen[0].training and drawn and not any(drawn)
-    kept = teacher.load_pipeline(str(last)).unet                                  # the student itself has none
+    kept = load.load_pipeline(str(last)).unet                                  # the student itself has none
     assert {module.p for module in kept.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
 def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
-    unet = teacher.load_pipeline(str(random_sd)).unet
+    unet = load.load_pipeline(str(random_sd)).unet
     inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
     plain = unet(*inputs).sample.detach()
     c = train.Config(lora=2)
@@ -137,7 +140,7 @@ def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
     assert not torch.equal(network(*inputs).sample, plain)
 
 
-def test_the_learnt_normaliser_learns_and_levels_the_loss(tmp_path):
+def test_the_learnt_normalizer_learns_and_levels_the_loss(tmp_path):
     """Its own loss falls: it comes to predict what is usual, and every window then weighs about 1."""
     from losses import LossNormalizer
     made = []
@@ -148,10 +151,10 @@ def test_the_learnt_normaliser_learns_and_levels_the_loss(tmp_path):
         made.append(self)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LossNormalizer, "__init__", init)
-        train.main(small("tiny", tmp_path, windows=[1], steps=40, batch=16, trajectories=32, normalisation="learnt"))
+        train.main(small("tiny", tmp_path, windows=[1], updates=40, batch=16, trajectories=32, normalization="learned"))
     z, t = torch.randn(16, 8, 8, 8), torch.full((16,), 1.0)
     predicted = made[0](z, t).mean().item()
-    assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(losses(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
+    assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(loss_curve(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
 
 
 @pytest.mark.parametrize("changes", [dict(micro_batch=2), dict(micro_batch=4), dict(gradient_checkpointing=True), dict(shard=True),
@@ -159,37 +162,37 @@ def test_the_learnt_normaliser_learns_and_levels_the_loss(tmp_path):
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_what_saves_memory_changes_nothing_but_rounding(trained_tiny, tmp_path, changes):
     train.main(small("tiny", tmp_path, **{**CURVE, **changes}))
-    assert losses(tmp_path) == pytest.approx(losses(trained_tiny), abs=1e-4)
+    assert loss_curve(tmp_path) == pytest.approx(loss_curve(trained_tiny), abs=1e-4)
 
 
 def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddim(random_sd, trained, tmp_path):
-    last = train.main(small(random_sd, tmp_path, grid_steps=4, steps=12))
+    last = train.main(small(random_sd, tmp_path, grid_steps=4, updates=12))
     assert same_bits(weights(last), weights(trained / "student-1"))
     grids = sorted(file.name for file in (tmp_path / "grids").iterdir())
     assert grids[0] == "000000.png" and grids[-1] == "000012.png" and "000004.png" in grids
     assert any((tmp_path / "tensorboard").iterdir())
-    pipeline, model, _ = sampler.open_model(str(random_sd))
-    dataset = data.open_dataset("sprites", "", 0)
+    pipeline, model, _ = saved.open_model(str(random_sd))
+    dataset = captioned.open_dataset("sprites", "", 0)
     prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4]
     z = sampler.generate(pipeline, model, prompts, range(4), sampler.time_grid(8))
-    expected = sampler.grid([[picture] for picture in sampler.to_pil(teacher.decode(pipeline, z), 4)], ["8 steps"], prompts)
+    expected = imaging.contact_sheet([[picture] for picture in imaging.to_pil(models.decode(pipeline, z), 4)], ["8 steps"], prompts)
     found = Image.open(tmp_path / "grids" / "000000.png")
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
 def test_the_loss_falls(random_sd, tmp_path):
-    train.main(small(random_sd, tmp_path, recipe="reflow", steps=60, batch=16, lr=1e-3, trajectories=16))
-    assert np.mean(losses(tmp_path)[-10:]) < 0.8 * np.mean(losses(tmp_path)[:10])
+    train.main(small(random_sd, tmp_path, recipe="reflow", updates=60, batch=16, lr=1e-3, trajectories=16))
+    assert np.mean(loss_curve(tmp_path)[-10:]) < 0.8 * np.mean(loss_curve(tmp_path)[:10])
 
 
 # ---- stopped, killed, resumed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(pairs="student"), dict(lora=2, pairs="student"), dict(normalisation="learnt", dropout=0.1)],
+@pytest.mark.parametrize("changes", [dict(), dict(pairs="student"), dict(lora=2, pairs="student"), dict(normalization="learned", dropout=0.1)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     """SIGKILL at an arbitrary moment, then the same command again until it finishes."""
-    changes = dict(checkpoint_steps=2, steps=16, **changes)
+    changes = dict(checkpoint_steps=2, updates=16, **changes)
     arguments = [str(ROOT / "train.py"), *command(random_sd, tmp_path / "killed", **changes)]
     kills, moments = 0, np.random.default_rng(len(changes))
     for _ in range(20):
@@ -210,12 +213,12 @@ def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     assert kills == 2 and process.exitcode == 0
     straight = train.main(small(random_sd, tmp_path / "straight", **changes))
     assert same_bits(weights(tmp_path / "killed" / "student-1"), weights(straight))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")          # the log forgets what was not kept
+    assert loss_curve(tmp_path / "killed") == loss_curve(tmp_path / "straight")          # the log forgets what was not kept
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop_it_keeps_a_checkpoint_and_the_command_goes_on(random_sd, tmp_path, stop):
-    arguments = [str(ROOT / "train.py"), *command(random_sd, tmp_path / "out", steps=40)]
+    arguments = [str(ROOT / "train.py"), *command(random_sd, tmp_path / "out", updates=40)]
     process = start_python(arguments, tmp_path, err=tmp_path / "err")
     while not (tmp_path / "out" / "log.jsonl").exists():
         time.sleep(0.05)
@@ -224,20 +227,20 @@ def test_told_to_stop_it_keeps_a_checkpoint_and_the_command_goes_on(random_sd, t
     assert process.exitcode == 128 + stop and "the same command goes on" in (tmp_path / "err").read_text()
     assert len(list((tmp_path / "out").glob("checkpoint-*.safetensors"))) == 1
     assert run_python([*arguments, "--resume"], tmp_path).returncode == 0
-    straight = train.main(small(random_sd, tmp_path / "straight", steps=40))
+    straight = train.main(small(random_sd, tmp_path / "straight", updates=40))
     assert same_bits(weights(tmp_path / "out" / "student-1"), weights(straight))
 
 
 def interrupted(random_sd, out, monkeypatch, after, **changes):
     """A run of this process that dies in the middle: after the update `after`."""
-    real = train.write_log
+    real = progress.write_log
 
     def write_log(file, board, line):
         real(file, board, line)
         if line["step"] == after:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_log", write_log)
+        patch.setattr(progress, "write_log", write_log)
         with pytest.raises(KeyboardInterrupt):
             train.main(small(random_sd, out, **changes))
 
@@ -256,7 +259,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     steps = [999800, 1000000, 40, 1000200]
     for step in steps:
         (tmp_path / f"checkpoint-{step:06d}.safetensors").touch()
-    assert [int(file.stem.split("-")[1]) for file in student.checkpoints(tmp_path)] == sorted(steps, reverse=True)
+    assert [int(file.stem.split("-")[1]) for file in checkpoints.checkpoints(tmp_path)] == sorted(steps, reverse=True)
 
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text[:text.rindex("\n", 0, -1)], lambda text: text[:-20] + "\0" * 20,
@@ -266,7 +269,7 @@ def test_a_log_that_ends_in_the_middle_of_a_line_does_not_stop_a_resume(random_s
     file = tmp_path / "log.jsonl"
     file.write_text(damage(file.read_text()))
     train.main(small(random_sd, tmp_path, checkpoint_steps=9))
-    assert log(tmp_path)[-1]["step"] == 12 and losses(tmp_path) == losses(trained)
+    assert log(tmp_path)[-1]["step"] == 12 and loss_curve(tmp_path) == loss_curve(trained)
 
 
 def test_a_run_says_what_it_will_take_and_how_its_student_is_sampled(random_sd, tmp_path, capsys):
@@ -293,40 +296,40 @@ def test_a_run_says_what_it_will_take_and_how_its_student_is_sampled(random_sd, 
 def test_a_run_caches_no_more_trajectories_than_it_draws_pairs(random_sd, tmp_path, capsys):
     for name, changes, count in (("few", dict(trajectories=3), 3), ("many", dict(trajectories=5000), 8),
                                  ("reused", dict(trajectories=5000, reuse=2), 4)):
-        c = small(random_sd, tmp_path / name, windows=[1], steps=2, cache=str(tmp_path / "cache" / name), **changes)
+        c = small(random_sd, tmp_path / name, windows=[1], updates=2, cache=str(tmp_path / "cache" / name), **changes)
         train.main(c)
         assert f"{count} trajectories of 8 steps" in capsys.readouterr().out
         shard, = (tmp_path / "cache" / name / "trajectories").glob("*.safetensors")
         rows = load_file(shard)
         size = sum(value.nbytes for value in rows.values())
-        assert len(rows["z"]) == count and size == cache_bytes(c, train.resolve_recipe(c), teacher.load_pipeline(str(random_sd)),
-                                                               data.open_dataset("sprites", "", 0))
+        assert len(rows["z"]) == count and size == cache_bytes(c, train.resolve_recipe(c), load.load_pipeline(str(random_sd)),
+                                                               captioned.open_dataset("sprites", "", 0))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch, run_file):
     interrupted("tiny", tmp_path / "out", monkeypatch, 7, checkpoint_steps=5, **CURVE)
     done = run_file("train.py", *command("tiny", tmp_path / "out", checkpoint_steps=5, **CURVE), launcher=torchrun(2))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(tmp_path / "out") == pytest.approx(losses(trained_tiny), abs=1e-5)
+    assert loss_curve(tmp_path / "out") == pytest.approx(loss_curve(trained_tiny), abs=1e-5)
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(shard=True, normalisation="learnt", grid_steps=7), dict(micro_batch=2, pairs="student", normalisation="learnt")],
+@pytest.mark.parametrize("changes", [dict(), dict(shard=True, normalization="learned", grid_steps=7), dict(micro_batch=2, pairs="student", normalization="learned")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, run_file, changes):
     done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2))
     assert done.returncode == 0, done.stderr[-2000:]
     train.main(small("tiny", tmp_path / "one", **{**CURVE, **changes, "shard": False}))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert loss_curve(tmp_path / "two") == pytest.approx(loss_curve(tmp_path / "one"), abs=1e-5)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two")):
         assert two["loss_per_window"] == pytest.approx(one["loss_per_window"], abs=1e-5)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     # weights that the output does not depend on (biases before a group norm) drift with rounding; the pictures do not
     latents = []
-    for folder in (tmp_path / "one" / "student-1", tmp_path / "two" / "student-1", teacher.ASSETS / "tiny-sd"):
-        pipeline, model, _ = sampler.open_model(str(folder))
+    for folder in (tmp_path / "one" / "student-1", tmp_path / "two" / "student-1", load.ASSETS / "tiny-sd"):
+        pipeline, model, _ = saved.open_model(str(folder))
         latents.append(sampler.generate(pipeline, model, ["fox"] * 4, range(4), sampler.time_grid(1)))
     assert (latents[0] - latents[1]).abs().max() < 0.01 * (latents[0] - latents[2]).abs().max()
 
@@ -334,7 +337,7 @@ def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_p
 def test_a_sharded_run_stopped_and_resumed_equals_a_plain_one(trained_tiny, tmp_path, monkeypatch):
     interrupted("tiny", tmp_path, monkeypatch, 7, checkpoint_steps=2, shard=True, **CURVE)
     train.main(small("tiny", tmp_path, checkpoint_steps=2, shard=True, **CURVE))
-    assert losses(tmp_path) == pytest.approx(losses(trained_tiny), abs=1e-5)
+    assert loss_curve(tmp_path) == pytest.approx(loss_curve(trained_tiny), abs=1e-5)
 
 
 def test_trouble_on_one_process_is_told_by_the_first(random_sd, tmp_path, run_file):
@@ -367,7 +370,7 @@ def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(ran
         found["networks"], found["solver"] = {id(self.student)}, self
         found["adapters"] = sorted(self.student.peft_config)
     monkeypatch.setattr(student.FrozenNetwork, "become", become)
-    train.main(small(random_sd, tmp_path, lora=2, pairs="student", windows=[2, 1], steps=6, lr=1e-2))
+    train.main(small(random_sd, tmp_path, lora=2, pairs="student", windows=[2, 1], updates=6, lr=1e-2))
     solver = found["solver"]
     assert found["adapters"] == ["previous", "student"] and not hasattr(solver, "copy")
     before = weights(random_sd)
@@ -375,7 +378,7 @@ def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(ran
         if ".lora_" not in name:
             assert not value.requires_grad and torch.equal(value, before[name.replace(".base_layer", "")])
     # its previous adapter is the student of the stage before, and with the adapters off it is the teacher
-    plain, stage_before = (teacher.load_pipeline(str(folder)).unet for folder in (random_sd, tmp_path / "student-2"))
+    plain, stage_before = (load.load_pipeline(str(folder)).unet for folder in (random_sd, tmp_path / "student-2"))
     inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 16, plain.config.cross_attention_dim)
     with torch.no_grad():
         outputs = [network(*inputs, return_dict=False)[0] for network in (solver, stage_before, plain, solver.student)]
@@ -389,22 +392,22 @@ def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(ran
 def test_bf16_trains_fp32_weights_and_keeps_what_lora_freezes_in_bf16(random_sd, tmp_path, monkeypatch):
     real, seen = train.make_student, []
     monkeypatch.setattr(train, "make_student", lambda *args: seen.append(real(*args)) or seen[-1])
-    train.main(small(random_sd, tmp_path / "full", precision="bf16", steps=4))
-    train.main(small(random_sd, tmp_path / "lora", precision="bf16", lora=2, steps=4))
+    train.main(small(random_sd, tmp_path / "full", precision="bf16", updates=4))
+    train.main(small(random_sd, tmp_path / "lora", precision="bf16", lora=2, updates=4))
     full, lora = seen
     assert {p.dtype for p in full.parameters()} == {torch.float32}
     assert {p.dtype for p in lora.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in lora.parameters() if not p.requires_grad} == {torch.bfloat16}
-    assert weights(tmp_path / "lora" / "student-1")["conv_in.weight"].dtype == torch.bfloat16
-    train.main(small(random_sd, tmp_path / "fp32", steps=4))
-    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "fp32"), rel=0.1) and losses(tmp_path / "full") != losses(tmp_path / "fp32")
+    assert weights(tmp_path / "lora" / "student-1")["conv_in.weight"].dtype == torch.float32       # merged into the teacher as it is stored
+    train.main(small(random_sd, tmp_path / "fp32", updates=4))
+    assert loss_curve(tmp_path / "full") == pytest.approx(loss_curve(tmp_path / "fp32"), rel=0.1) and loss_curve(tmp_path / "full") != loss_curve(tmp_path / "fp32")
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
 def test_the_same_loop_trains_every_family(small_models, tmp_path, name):
     last = train.main(small(small_models[name], tmp_path, precision="bf16", lora=2 * (name == "sdxl"), pairs="student" if name == "sd21" else "trajectory",
                             cache_latents=False))
-    assert (last / "model_index.json").exists() and np.isfinite(losses(tmp_path)).all()
+    assert (last / "model_index.json").exists() and np.isfinite(loss_curve(tmp_path)).all()
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(lora=2)], ids=["full", "lora"])
@@ -416,7 +419,7 @@ def test_guidance_is_put_in_by_the_teacher_alone(random_sd, tmp_path, monkeypatc
         solved.append((model.path is None, guidance))
         return real(model, z, times, cond, guidance, *rest, **more)
     monkeypatch.setattr(sampler, "ddim", ddim)
-    options = dict(pairs="student", windows=[2, 1], guidance_teacher=4.0, steps=4, checkpoint_steps=100, **changes)
+    options = dict(pairs="student", windows=[2, 1], guidance_teacher=4.0, updates=4, checkpoint_steps=100, **changes)
     train.main(small(random_sd, tmp_path, **options))
     assert solved == [(True, 4.0)] + [(False, 1.0)] * 3                # shares 2 : 4
     shutil.rmtree(tmp_path / "student-1")
@@ -442,7 +445,7 @@ def share_of_the_largest(recipe, samples=64, draws=40):
             p, q = (v.float()[:, None] if torch.is_tensor(v) else v for v in reflow.SPACES[space](schedule, start, end))    # noqa: B023
             return p * x_hat + q * eps_hat, p * x + q * eps                          # noqa: B023
         pair = compared(recipe.space)
-        loss = reflow_losses.aligned(reflow_losses.mse(*pair), *compared(recipe.direction_space), recipe.direction_weight)
+        loss = losses.aligned(losses.mse(*pair), *compared(recipe.direction_space), recipe.direction_weight)
         norms = torch.autograd.grad(loss.sum(), output)[0].norm(dim=1)
         shares.append((norms.max() / norms.sum()).item())
     return np.median(shares), max(shares)
@@ -463,17 +466,17 @@ def test_a_teacher_that_predicts_x_is_compared_in_x_and_its_students_say_so(rand
     model = shutil.copytree(random_sd, tmp_path / "model")
     file = model / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "sample"}))
-    last = train.main(small(model, tmp_path / "out", steps=4))
+    last = train.main(small(model, tmp_path / "out", updates=4))
     columns = json.loads((last / "reflow.json").read_text())["columns"]
     assert columns["space"] == columns["direction_space"] == "x"
     for changes in (dict(space="u"), dict(space="eps"), dict(direction_space="velocity")):
-        with pytest.raises(config.UserError, match="this teacher predicts x, whose errors have no bound there"):
-            train.main(small(model, tmp_path / "refused", steps=4, **changes))
+        with pytest.raises(cli.UserError, match="this teacher predicts x, whose errors have no bound there"):
+            train.main(small(model, tmp_path / "refused", updates=4, **changes))
     assert not (tmp_path / "refused" / "config.json").exists()
 
 
 def test_random_init_needs_no_weights_and_is_remembered(small_models, tmp_path):
-    last = train.main(small(small_models["sd15"], tmp_path, random_init=True, steps=4))
+    last = train.main(small(small_models["sd15"], tmp_path, random_init=True, updates=4))
     info = json.loads((last / "reflow.json").read_text())
     assert info["config"]["random_init"] and "--random-init" in info["command"]
 
@@ -489,7 +492,7 @@ def test_a_folder_of_images_and_a_file_of_prompts(random_sd, tmp_path):
         (folder / f"{i}.txt").write_text(f"noise {i}")
     train.main(small(random_sd, tmp_path / "images", data=str(folder), pairs="student"))
     train.main(small(random_sd, tmp_path / "latents", data=str(folder), pairs="student", cache_latents=True))
-    assert losses(tmp_path / "latents") == pytest.approx(losses(tmp_path / "images"), rel=1e-3)
+    assert loss_curve(tmp_path / "latents") == pytest.approx(loss_curve(tmp_path / "images"), rel=1e-3)
     (tmp_path / "prompts.txt").write_text("fox\n\nred heart on blue\n")
     train.main(small(random_sd, tmp_path / "prompts", data="", prompts=str(tmp_path / "prompts.txt")))
     for run in ("images", "latents", "prompts"):
@@ -502,14 +505,13 @@ def test_one_cache_serves_every_window_count_and_refuses_other_settings(random_s
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.*")}
     train.main(small(random_sd, tmp_path / "b", cache=cache, recipe="reflow"))
     assert made and made == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.*")}
-    with pytest.raises(config.UserError, match="guidance"):
+    with pytest.raises(cli.UserError, match="guidance"):
         train.main(small(random_sd, tmp_path / "c", cache=cache, guidance_teacher=2.0))
 
 
 def test_every_option_is_read_somewhere():
-    names = ("train.py", "pairs.py", "student.py", "sampler.py", "eval.py", "export.py", "bench.py")
-    source = "".join((ROOT / name).read_text() for name in names)
-    for module in ("train", "sampler", "eval", "bench"):
-        for name in __import__(module).Config.__dataclass_fields__:
-            override = module == "train" and name in train.RECIPE_COLUMNS
+    source = "".join(file.read_text() for folder in (".", "models", "runtime", "evaluation", "tools") for file in (ROOT / folder).glob("*.py"))
+    for module in ("train", "sampler", "eval", "tools.bench"):
+        for name in importlib.import_module(module).Config.__dataclass_fields__:
+            override = module == "train" and name in options.RECIPE_COLUMNS
             assert override or re.search(rf"\bc\.{name}\b|\"{name}\"", source), (module, name)

@@ -1,19 +1,17 @@
 """Reflow of a flow in the plane that is known exactly (noise to four blobs): windows 8, 4, 2, 1 by a small network, and a picture.
 
-    python tools/flow2d.py           # some 20 seconds; saves reflow-2d.png, asserts what it shows
-    python tools/flow2d.py uniform   # the same with times drawn uniformly: students of many windows hardly learn (see reflow.starts)
+    python -m tools.flow2d           # some 20 seconds; saves reflow-2d.png, asserts what it shows
+    python -m tools.flow2d uniform   # the same with times drawn uniformly: students of many windows hardly learn (see reflow.starts)
 """
 import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from diffusers import DDIMScheduler
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import reflow  # noqa: E402
-import sampler  # noqa: E402
-import teacher  # noqa: E402
+import reflow
+import sampler
+import teacher
 
 SCHEDULE = teacher.Schedule(DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
 ANGLES = torch.arange(4) * torch.pi / 2

@@ -1,10 +1,5 @@
-"""The evidence on Simple ReFlow's seven improvements, and on what is best of both papers; run as the studies of studies.py are.
-
-    python eval.py --study simple-reflow       # each improvement added in turn, then each left out of all
-    python eval.py --study best-of-both        # a curriculum with them, added greedily by what they gain
-
-Solver and grid cost no training, so that all of them can be asked of one student.
-"""
+"""The questions to Simple ReFlow's seven improvements, and which of them go with ProReflow's curriculum. Solver and grid cost no
+training, so that all of them can be asked of one student."""
 import itertools
 import math
 import re
@@ -12,25 +7,30 @@ import re
 import torch
 
 import losses
+import models
 import reflow
-import teacher
 import train
-from figures import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
-from lab import Comparison, judge, mean_interval, paired, shown
+from models import load
+from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
+from studies.runner import Comparison, judge, mean_interval, paired, shown
 
 # in the paper's order: name -> (option without, option with). What the paper leaves unknown is ours: lambda, rho, epsilon, both
 # rates of dropout (0.13 is EDM's for CIFAR-10, whose smaller value is unknown; the embedded teacher itself was trained without)
 ITEMS = {
-    "loss normalisation": ("--normalisation none", "--normalisation learnt"),
+    "loss normalization": ("--normalization none", "--normalization learned"),
     "time law 10^t": ("--time-law uniform", "--time-law exponential"),
     "high-pass loss": ("--loss mse", "--loss high-pass"),
     "smaller dropout": ("--dropout 0.13", "--dropout 0"),
     "forward pairs": ("--forward-rate 0", "--forward-rate 0.5"),
     "projected pairs": ("--projection 0", "--projection 0.05"),
 }
+
 PLAIN, BETTER = "heun", "dpm2:0.5/sigmoid:10"       # the seventh item: how it is sampled, nine evaluations in five steps
+
 NINE = 5
+
 LAMBDAS = (0, 1, 3, 10)
+
 RATIOS, GRIDS = (0.3, 0.4, 0.5, 0.7, 1), ("uniform", "edm", "sigmoid:5", "sigmoid:10", "sigmoid:20")
 
 
@@ -62,7 +62,7 @@ def simple_reflow(lab):
         """Its runs, one per seed."""
         label = "-".join(str(i) for i, item in enumerate(items) if item in used) or "none"
         names = [f"simple-reflow/{label}{extra.replace(' ', '')}-s{s}" for s in seeds]
-        runs.update({name: f"{options(used)} {extra} --steps {updates} {lab.cached(s)}" for name, s in zip(names, seeds)})
+        runs.update({name: f"{options(used)} {extra} --updates {updates} {lab.cached(s)}" for name, s in zip(names, seeds)})
         return names
     arms = {used: arm(used) for used in (*added, *removed)}
     heights = {weight: arms[items] if weight == 1 else arm(items, f"--high-pass-weight {weight}") for weight in LAMBDAS}
@@ -116,8 +116,8 @@ def simple_reflow(lab):
             *(", ".join(name for name, each in lost.items() if each.outcome == said) or "none" for said in ("better", "worse"))),
         *map(str, (*turns, *lost.values())), tests,
         f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has {shown(fd[everything])}.",
-        "The largest loss at one time is up to {:.0f} times the smallest there, normalised {:.0f} times; the means of different times "
-        "differ by up to a factor of {:.1f}, normalised {:.1f}.".format(
+        "The largest loss at one time is up to {:.0f} times the smallest there, normalized {:.0f} times; the means of different times "
+        "differ by up to a factor of {:.1f}, normalized {:.1f}.".format(
             *(kind(bins) for kind in (within, between) for bins in spread.values())),
     ]
     heads = ["", "FD at 9 evaluations", "against the line before", "endpoint error", "FD at 1"]
@@ -144,21 +144,21 @@ def draw_simple_reflow(fd, chain, without, spread):
         axis.invert_yaxis()
     items = tuple(ITEMS)
     panels[2].plot(RATIOS, points(fd[items, f"dpm2:{r:g}/sigmoid:10"] for r in RATIOS)[0], color=BLUE, marker="o", label="sigmoid:10")
-    for grid, marker, colour in zip(GRIDS, "s^v.P", (ORANGE, GREEN, PINK, BLUE, BLACK)):
+    for grid, marker, color in zip(GRIDS, "s^v.P", (ORANGE, GREEN, PINK, BLUE, BLACK)):
         if grid != "sigmoid:10":
-            panels[2].plot(0.5, points([fd[items, f"dpm2:0.5/{grid}"]])[0], marker, color=colour, label=grid)
+            panels[2].plot(0.5, points([fd[items, f"dpm2:0.5/{grid}"]])[0], marker, color=color, label=grid)
     panels[2].set(xlabel="r of dpm2", ylabel="FD at 9 evaluations", title="sampling, all seven")
     panels[2].legend(frameon=False, fontsize=8)
-    for (name, bins), colour in zip(spread.items(), (ORANGE, BLUE)):
+    for (name, bins), color in zip(spread.items(), (ORANGE, BLUE)):
         t, low, mean, high = zip(*bins)
-        panels[3].fill_between(t, low, high, color=colour, alpha=0.25)
-        panels[3].plot(t, mean, color=colour, marker="o", markersize=3, label=f"{name}: least, mean, most")
+        panels[3].fill_between(t, low, high, color=color, alpha=0.25)
+        panels[3].plot(t, mean, color=color, marker="o", markersize=3, label=f"{name}: least, mean, most")
     panels[3].set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="loss / its mean", title="loss at each time")
     panels[3].legend(frameon=False, fontsize=8)
     u = torch.linspace(0, 1, 402, dtype=torch.float64)[:-1]
-    for name, colour in zip(("uniform", *reflow.CUMULATIVE), (BLACK, BLUE, GREEN, ORANGE)):
+    for name, color in zip(("uniform", *reflow.CUMULATIVE), (BLACK, BLUE, GREEN, ORANGE)):
         t = reflow.TIME_LAWS[name](u, 1)                   # falls as u rises
-        panels[4].plot((t[1:] + t[:-1]) / 2, u.diff() / -t.diff(), color=colour, label=name)
+        panels[4].plot((t[1:] + t[:-1]) / 2, u.diff() / -t.diff(), color=color, label=name)
     panels[4].set(xlabel="t, or sigma / (1 + sigma)", ylabel="density", title="time laws", ylim=(0, 4.5))
     panels[4].legend(frameon=False, fontsize=8)
     means, halves = points(fd[weight, BETTER] for weight in LAMBDAS)
@@ -180,12 +180,12 @@ def between(bins):
 
 @torch.no_grad()
 def loss_spread(lab, folder, count=2048, bins=10):
-    """A student's losses at each time, raw and divided by what a normaliser, fitted to the other half of them, says is usual (Simple
-    ReFlow's Fig. 1).  Returns: {"raw", "normalised"} -> list of (t, least, mean, most), in units of the overall mean."""
+    """A student's losses at each time, raw and divided by what a normalizer, fitted to the other half of them, says is usual (Simple
+    ReFlow's Fig. 1).  Returns: {"raw", "normalized"} -> list of (t, least, mean, most), in units of the overall mean."""
     c = lab.parse(f"--recipe simple-reflow --projection 0 --forward-rate 0 --time-law uniform --out {folder.parent} {lab.cached(0)}")
     recipe, device = train.resolve_recipe(c), torch.device(lab.device)
     c, _, pipeline, pairs = train.open_pairs(c, recipe, device, (0, 1, lambda: None))
-    model = teacher.as_model(teacher.load_pipeline(str(folder), vae=None, text_encoder=None).to(device))
+    model = models.as_model(load.load_pipeline(str(folder), vae=None, text_encoder=None).to(device))
     z, t, value = [], [], []
     for first in range(0, count, 64):
         times, t_start, t_end, *ends, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)
@@ -199,12 +199,12 @@ def loss_spread(lab, folder, count=2048, bins=10):
     with torch.enable_grad():
         for _ in range(300):
             part = torch.randint(half, (64,)).to(device)
-            loss = losses.normalised(value[part], network(z[part], t[part])).mean()
+            loss = losses.normalized(value[part], network(z[part], t[part])).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     usual, found = network(z[half:], t[half:]).exp(), {}
-    for name, values in (("raw", value[half:]), ("normalised", value[half:] / usual)):
+    for name, values in (("raw", value[half:]), ("normalized", value[half:] / usual)):
         values, edges = values / values.mean(), torch.linspace(0, 1, bins + 1, dtype=t.dtype)
         inside = [values[(t[half:] > low) & (t[half:] <= high)] for low, high in zip(edges, edges[1:])]
         found[name] = [((low + high).item() / 2, part.min().item(), part.mean().item(), part.max().item())
@@ -215,20 +215,24 @@ def loss_spread(lab, folder, count=2048, bins=10):
 # ---- best of both ----------------------------------------------------------------------------------------------------
 
 CANDIDATES = {
-    "loss normalisation": "--normalisation learnt",
+    "loss normalization": "--normalization learned",
     "time law 10^t in each window": "--time-law exponential --time-inside",
     "high-pass loss": "--loss high-pass",
     "forward pairs": "--forward-rate 0.5",
 }
+
 COUNTS = {1: (1, "ddim"), 2: (2, "ddim"), 4: (4, "ddim"), 9: (NINE, BETTER)}         # evaluations -> (steps, solver)
+
 CURVED = {9: (NINE, PLAIN)}                          # of a student that is not on the noise schedule between its boundaries
+
 CURRICULUM = ""
+
 FRESH_NOISE = 2_000_000                              # seed of the first image, where what was chosen is judged
 
 
 def best_of_both(lab):
     """ProReflow's curriculum with which of Simple ReFlow's improvements is best at 1, 2, 4 and 9 evaluations?"""
-    budget = lab.evaluations(f"{CURRICULUM} --steps {lab.updates(400, 4)} {lab.cached(0, 1024)}")
+    budget = lab.evaluations(f"{CURRICULUM} --updates {lab.updates(400, 4)} {lab.cached(0, 1024)}")
     # some seeds of training and some noise choose; others, which had no say, judge: the lowest of many is low by luck too
     choice = range(min(3, lab.c.seeds))
     fresh = range(len(choice), len(choice) + lab.c.seeds)
@@ -285,9 +289,9 @@ def best_of_both(lab):
     lines = [[arm, *costs[arm], *line(arm, judged_by)] for arm in arms]
     heads = [*(f"FD at {count}" for count in COUNTS), "mean FD", "mean CLIP score"]
     figure, (axis,) = axes(width=7.5)
-    for arm, colour, marker in zip(arms, (ORANGE, PINK, GREEN, BLUE), "os^D"):
+    for arm, color, marker in zip(arms, (ORANGE, PINK, GREEN, BLUE), "os^D"):
         means, halves = points(found[arm].values())
-        axis.errorbar(list(COUNTS), means, yerr=halves, color=colour, marker=marker, capsize=4, label=arm)
+        axis.errorbar(list(COUNTS), means, yerr=halves, color=color, marker=marker, capsize=4, label=arm)
     axis.set(xscale="log", yscale="log", xlabel="evaluations", ylabel="FD")
     plain_numbers(axis, list(COUNTS))
     axis.legend(frameon=False, fontsize=8)

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import data
-from config import UserError
-from data import square, tensor
+from data import formats
+from data.imaging import square, tensor
+from runtime import seeds, store
+from runtime.cli import UserError
 
 # which caption of an image is its prompt, and which images come first
 RULES = {"first": "the first caption of each image, in the order of the annotations",
@@ -20,11 +21,11 @@ class Coco:
     Raises UserError: a file is missing or is not COCO's, there are fewer images than count, or one of them is not there."""
 
     def __init__(self, folder, split, rule, count):
-        self.folder, (names, found) = Path(folder) / split, data.coco_captions(folder, split)
+        self.folder, (names, found) = Path(folder) / split, formats.coco_captions(folder, split)
         if len(found) < count:
             raise UserError(f"--data {folder}: {len(found)} captioned images in {split}, and {count} are asked for; give the whole of "
                             f"COCO, or --n and --real of at most {len(found)}")
-        images, generator = list(found), data.generator(0, "coco", split)
+        images, generator = list(found), seeds.generator(0, "coco", split)
         if rule == "seeded":
             images = [images[i] for i in torch.randperm(len(images), generator=generator).tolist()]
             found = {image: [found[image][torch.randint(len(found[image]), (1,), generator=generator).item()]] for image in images}
@@ -36,7 +37,7 @@ class Coco:
         if missing:
             raise UserError(f"--data {folder}: {split}/{missing} is named in captions_{split}.json but is not there; fetch "
                             "it again")
-        self.key = data.digest(self.ids, self.captions, [(name, there[name]) for name in self.files])
+        self.key = store.digest(self.ids, self.captions, [(name, there[name]) for name in self.files])
 
     def images(self, numbers, size):
         """float (len(numbers), 3, size, size) in [-1, 1], as square says.  Raises UserError on a file that does not decode."""

@@ -1,32 +1,20 @@
-"""The evidence: questions about reflow, answered by runs that anybody can repeat.
-
-    python eval.py --study ablation        # one of STUDIES: trains what is missing, measures it, writes its table and figure
-    make study                             # all of them, then report.html
-
-A study names its runs in train.py's own options and its rows by what eval.py measures. Both are kept under --out: a study
-that was stopped goes on, a second call costs nothing. What it finds goes to --results as NAME.json, NAME.md and NAME.png.
-"""
-import json
+"""The questions to ProReflow: what its curriculum, its direction term, its pairs and its peers give at equal cost."""
 import math
-import time
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import config
-import data
 import eval as evaluation
-import export
-import improvements
+import models
 import sampler
-import teacher
 import train
-from config import UserError
-from figures import BLACK, BLUE, DPI, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
-from lab import Comparison, Lab, counted, evaluator, judge, mean_interval, paired, shown
+from data import imaging
+from evaluation import measuring
+from models import saved
+from studies.plots import BLACK, BLUE, DPI, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
+from studies.runner import Comparison, counted, judge, mean_interval, paired, shown
 
 # ---- 1. ablation ----------------------------------------------------------------------------------------------------
 
@@ -40,12 +28,12 @@ def ablation(lab):
     source = {"ProReflow": "--recipe proreflow", "ours": ""}
     runs, cost = {}, {}
     for method, columns in source.items():
-        base = f"{columns} {direct} --steps {updates}"
+        base = f"{columns} {direct} --updates {updates}"
         equal = lab.within(lab.evaluations(base) / lab.c.scale, f"{columns} {merged}") if columns else None
         for s in seeds:
             pool = f"--seed {s}" if columns else lab.cached(s)
             for alpha in (0, ALPHA):
-                arms = {"direct": base, "8→4, equal updates": f"{columns} {merged} --steps {updates}"}
+                arms = {"direct": base, "8→4, equal updates": f"{columns} {merged} --updates {updates}"}
                 if equal:
                     arms["8→4, equal evaluations"] = equal
                 for arm, options in arms.items():
@@ -62,7 +50,7 @@ def ablation(lab):
         for (_, arm, alpha), values in ((key, value) for key, value in found.items() if key[0] == method):
             name = cost[method, arm, alpha][0]
             c = lab.parse(runs[name])
-            lines.append([arm, f"{alpha:g}", c.steps, f"{lab.evaluations(runs[name]) / 1000:.0f}", shown(values["fd_corrected"]),
+            lines.append([arm, f"{alpha:g}", c.updates, f"{lab.evaluations(runs[name]) / 1000:.0f}", shown(values["fd_corrected"]),
                           shown(values["endpoint_error"], 4), shown(values["clip"], 1)])
         tables.append((f"{method}: 4 windows, 4 steps, {lab.c.seeds} seeds of training (mean ± 95%)",
                        ["curriculum", "alpha", "updates", "evaluations (1000)", "FD", "endpoint error", "CLIP score"], lines))
@@ -88,9 +76,9 @@ def ablation(lab):
         for i, key in enumerate(keys):
             values = found[key]["fd_corrected"]
             mean, half = mean_interval(values)
-            colour = ORANGE if key[2] else BLUE
-            axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-            axis.errorbar(mean, i, xerr=half if math.isfinite(half) else None, fmt="D", color=colour, capsize=4)
+            color = ORANGE if key[2] else BLUE
+            axis.plot(values, [i] * len(values), "o", color=color, alpha=0.4, markersize=4)
+            axis.errorbar(mean, i, xerr=half if math.isfinite(half) else None, fmt="D", color=color, capsize=4)
         axis.set(yticks=range(len(keys)), yticklabels=[f"{arm}\nalpha {alpha:g}" for _, arm, alpha in keys], xlabel="FD at 4 steps",
                  title=method)
         axis.invert_yaxis()
@@ -116,7 +104,7 @@ def crossing(lab):
                 updates = lab.updates(budget, len(windows.split()))
                 pool = lab.cached(0, 4096) if source == "trajectory" else "--seed 0"
                 points[source, name, budget] = f"crossing/{source}-{name}-{budget}"
-                runs[points[source, name, budget]] = f"{columns} --windows {windows} --steps {updates} {pool}"
+                runs[points[source, name, budget]] = f"{columns} --windows {windows} --updates {updates} {pool}"
     folders = lab.train(runs)
     last = {"direct-1": 1, "direct-2": 2, "progressive": 2}
     rows = dict(zip(points, lab.measure([dict(folder=folders[run] / f"student-{last[name]}", steps=2)
@@ -143,10 +131,10 @@ def crossing(lab):
     verdict.append(f"{tests} The pairs are groups of images: one seed of training, what another would change is not in them.")
     figure, panels = axes(len(plan), width=10, sharey=True)
     for axis, source in zip(panels, plan):
-        for name, (_, label, colour, marker) in LINES.items():
+        for name, (_, label, color, marker) in LINES.items():
             found = [(budget, row["fd_corrected"]) for (s, n, budget), row in rows.items() if (s, n) == (source, name)]
             if found:
-                axis.plot(*zip(*found), color=colour, marker=marker, label=label)
+                axis.plot(*zip(*found), color=color, marker=marker, label=label)
         axis.set(xscale="log", yscale="log", xlabel="updates", title=f"pairs from {source}", xlim=(80, 13000))
     for axis in panels:
         plain_numbers(axis, plan["trajectory"])
@@ -165,7 +153,7 @@ def direction_weight(lab):
     alphas, seeds = {"u": (0, 0.1, 0.3, 1, 3, 10), "eps": (0, 0.3, 3)}, range(min(3, lab.c.seeds))
     names = {(space, alpha, s): f"direction-weight/{space if alpha else 'u'}-{alpha:g}-s{s}"
              for space in alphas for alpha in alphas[space] for s in seeds}
-    runs = {name: f"--windows 4 --steps {lab.updates(400)} --direction-weight {alpha:g} "
+    runs = {name: f"--windows 4 --updates {lab.updates(400)} --direction-weight {alpha:g} "
                   f"{'--direction-space eps ' if space == 'eps' and alpha else ''}{lab.cached(s)}"
             for (space, alpha, s), name in names.items()}
     folders = lab.train(runs)
@@ -182,11 +170,11 @@ def direction_weight(lab):
     verdict = [f"Every weight against none: {counted(comparisons)}.", *map(str, comparisons), tests]
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd_corrected", "endpoint_error"), ("FD at 4 steps", "endpoint error at 4 steps")):
-        for space, colour, marker in (("u", BLUE, "o"), ("eps", ORANGE, "s")):
+        for space, color, marker in (("u", BLUE, "o"), ("eps", ORANGE, "s")):
             summary = [mean_interval(values[space, alpha][column]) for alpha in alphas[space]]
             axis.errorbar([alphas["u"].index(alpha) for alpha in alphas[space]], [mean for mean, _ in summary],
                           yerr=[half if math.isfinite(half) else 0 for _, half in summary],
-                          color=colour, marker=marker, capsize=3, label=f"cosine on {space}")
+                          color=color, marker=marker, capsize=3, label=f"cosine on {space}")
         axis.set(xticks=range(len(alphas["u"])), xticklabels=[f"{alpha:g}" for alpha in alphas["u"]], xlabel="direction weight alpha",
                  ylabel=label)
     panels[0].legend(frameon=False)
@@ -209,6 +197,7 @@ METHODS = {                   # name: (options, steps below which the student wa
     "ProReflow-II (8→4→2)": ("--recipe proreflow --windows 8 4 2", 2, "ddim"),
     "ours (8→4→2→1)": ("", 1, "ddim"),
 }
+
 SCHEDULERS = {"DDIM": "ddim", "DPM-Solver++": "dpmsolver++", "UniPC": "unipc"}
 
 
@@ -260,10 +249,10 @@ def baselines(lab):
                "that is shown here may still be that seed's."]
     verdict.append("The teacher at 32 steps of DDIM has {:.2f} ({:.2f} to {:.2f}).".format(top["fd_corrected"], *top["fd_interval"]))
     figure, (axis,) = axes(height=4.4)
-    styles = [(colour, marker) for marker in "os^" for colour in (BLUE, VERMILION, GREEN, PINK)]
-    for name, (colour, marker) in zip(methods, styles):
+    styles = [(color, marker) for marker in "os^" for color in (BLUE, VERMILION, GREEN, PINK)]
+    for name, (color, marker) in zip(methods, styles):
         found = [(steps, row["fd_corrected"]) for (n, steps), row in rows.items() if n == name]
-        axis.plot(*zip(*found), color=colour, marker=marker, label=name, linestyle=":" if name.startswith("teacher") else "-")
+        axis.plot(*zip(*found), color=color, marker=marker, label=name, linestyle=":" if name.startswith("teacher") else "-")
     axis.axhline(top["fd_corrected"], color=BLACK, linewidth=1, linestyle="--", label="teacher, 32 steps")
     axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="FD")
     plain_numbers(axis, counts)
@@ -283,11 +272,11 @@ def samples(lab):
     columns += [(title, folders[named[name][0]] / f"student-{steps}", steps) for title, name, steps in chosen]
     prompts, pictures = list(evaluation.GRID_PROMPTS), []
     for _, folder, steps in columns:
-        pipeline, model, info = sampler.open_model(str(folder), lab.device)
+        pipeline, model, info = saved.open_model(str(folder), lab.device)
         z = sampler.generate(pipeline, model, prompts, range(len(prompts)), sampler.time_grid(steps, info.get("windows", 1)))
-        pictures.append(sampler.to_pil(teacher.decode(pipeline, z), scale=3))
+        pictures.append(imaging.to_pil(models.decode(pipeline, z), scale=3))
     titles = [f"{title}\n{steps} step{'s' * (steps > 1)}" for title, _, steps in columns]
-    grid = sampler.grid(list(zip(*pictures)), titles, prompts)
+    grid = imaging.contact_sheet(list(zip(*pictures)), titles, prompts)
     figure = plt.figure(figsize=(grid.width / DPI, grid.height / DPI), dpi=DPI)
     figure.figimage(np.asarray(grid))                       # pixel by pixel
     verdict = [f"Seeds 0 to {len(prompts) - 1}, guidance 1; the students are those of the study baselines."]
@@ -301,13 +290,13 @@ def progressive_run(lab):
     """The run whose students of 8, 4, 2 (and 1) windows several studies look at."""
     updates = lab.updates(3000, 4)
     name = "crossing/trajectory-progressive-1-3000"
-    return lab.train({name: f"--windows 8 4 2 1 --steps {updates} {lab.cached(0, 4096)}"})[name]
+    return lab.train({name: f"--windows 8 4 2 1 --updates {updates} {lab.cached(0, 4096)}"})[name]
 
 
 @torch.no_grad()
 def velocities(folder, device, prompts, steps=32):
     """The flow velocities u at `steps` equally spaced times of each model's own trajectory.  Returns: (steps, N, D) float32."""
-    pipeline, model, info = sampler.open_model(str(folder), device)
+    pipeline, model, info = saved.open_model(str(folder), device)
     seen = []
     sampler.generate(pipeline, model, prompts, range(len(prompts)), sampler.time_grid(steps, info.get("windows", 1)), batch=len(prompts),
                      callback=lambda state: seen.append((state["eps_hat"] - state["x_hat"]).flatten(1).cpu()))
@@ -317,22 +306,22 @@ def velocities(folder, device, prompts, steps=32):
 def discrepancy(lab):
     """How far apart are the velocities of one trajectory at two times (ProReflow's Fig. 1a), before and after reflow?"""
     run = progressive_run(lab)
-    models = {"teacher": lab.c.model} | {f"{k} windows": run / f"student-{k}" for k in (8, 4, 2)}
-    prompts = evaluation.real_images(64, "discrepancy")[1]
-    figure, panels = plt.subplots(2, len(models), figsize=(10, 5.2), layout="constrained", sharex=True, sharey=True)
+    folders = {"teacher": lab.c.model} | {f"{k} windows": run / f"student-{k}" for k in (8, 4, 2)}
+    prompts = measuring.real_images(64, "discrepancy")[1]
+    figure, panels = plt.subplots(2, len(folders), figsize=(10, 5.2), layout="constrained", sharex=True, sharey=True)
     lines = []
-    for column, (title, folder) in enumerate(models.items()):
+    for column, (title, folder) in enumerate(folders.items()):
         u = velocities(folder, lab.device, prompts)
         unit = u / u.norm(dim=2, keepdim=True)
         cosine = torch.einsum("tnd,snd->tsn", unit, unit).mean(2)
         distance = torch.cdist(u.transpose(0, 1), u.transpose(0, 1)).mean(0)
         if title == "teacher":
-            farthest = distance.max().item()                # one scale of colours for all models
+            farthest = distance.max().item()                # one scale of colors for all folders
         maps = ((distance, "L2 distance", "viridis", 0, farthest), (cosine, "cosine", "cividis", 0.5, 1))
-        for row, (values, label, colours, low, high) in enumerate(maps):
-            image = panels[row, column].imshow(values.numpy(), cmap=colours, vmin=low, vmax=high, extent=(1, 0, 0, 1),
+        for row, (values, label, colors, low, high) in enumerate(maps):
+            image = panels[row, column].imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, extent=(1, 0, 0, 1),
                                                interpolation="nearest")
-            if column == len(models) - 1:
+            if column == len(folders) - 1:
                 figure.colorbar(image, ax=list(panels[row]), label=label, shrink=0.9)
         panels[0, column].set_title(title)
         panels[1, column].set_xlabel("t")
@@ -376,7 +365,7 @@ def perturb(z, t, x_hat, eps_hat, schedule, kind, size):
 def noise(lab):
     """Does an error of direction cost more than an equal error of magnitude (ProReflow's Fig. 1b)?"""
     sizes, kinds, steps = (0.05, 0.1, 0.2, 0.4), ("direction", "magnitude"), 8
-    schedule = sampler.open_model(lab.c.model)[1].schedule
+    schedule = saved.open_model(lab.c.model)[1].schedule
     keys = [(kind, size) for kind in kinds for size in sizes]
     clean, *rows = lab.measure([dict(folder=lab.c.model, steps=steps)] + [
         dict(folder=lab.c.model, steps=steps, edit=(f"{kind} {size}", partial(perturb, schedule=schedule, kind=kind, size=size)))
@@ -395,9 +384,9 @@ def noise(lab):
                       f"{max(worse, key=worse.get):g} |u|, by {max(worse.values()):.2f} FD.")
     verdict += [*map(str, comparisons), tests]
     figure, (axis,) = axes(width=6)
-    for kind, colour, marker in (("direction", BLUE, "o"), ("magnitude", ORANGE, "s")):
+    for kind, color, marker in (("direction", BLUE, "o"), ("magnitude", ORANGE, "s")):
         fds = [clean["fd_corrected"], *(rows[kind, size]["fd_corrected"] for size in sizes)]
-        axis.plot([0, *sizes], fds, color=colour, marker=marker, label=f"{kind} only")
+        axis.plot([0, *sizes], fds, color=color, marker=marker, label=f"{kind} only")
     axis.set(xlabel="size of the error, |u' - u| / |u|, at every step", ylabel=f"FD at {steps} steps")
     axis.legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
@@ -431,8 +420,8 @@ def guidance(lab):
     verdict += [*map(str, comparisons), tests]
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd_corrected", "clip"), ("FD", "CLIP score")):
-        for steps, colour, marker in ((4, BLUE, "o"), (2, ORANGE, "s")):
-            axis.plot(scales, [rows[steps, scale][column] for scale in scales], color=colour, marker=marker, label=f"{steps} steps")
+        for steps, color, marker in ((4, BLUE, "o"), (2, ORANGE, "s")):
+            axis.plot(scales, [rows[steps, scale][column] for scale in scales], color=color, marker=marker, label=f"{steps} steps")
         axis.set(xlabel="guidance scale at sampling", ylabel=label)
     panels[0].legend(frameon=False)
     return dict(verdict=verdict, figure=figure, tables=[
@@ -467,9 +456,9 @@ def pairs(lab):
     verdict = [*(str(each) for asked in comparisons.values() for each in asked), tests]
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd_corrected", "endpoint_error"), ("FD", "endpoint error")):
-        for source, colour, marker, shift in (("trajectory", BLUE, "o", -0.1), ("data", ORANGE, "s", 0), ("student", GREEN, "^", 0.1)):
+        for source, color, marker, shift in (("trajectory", BLUE, "o", -0.1), ("data", ORANGE, "s", 0), ("student", GREEN, "^", 0.1)):
             for s in seeds:
-                axis.plot([i + shift for i in range(len(stages))], [values[source, k][column][s] for k in stages], color=colour,
+                axis.plot([i + shift for i in range(len(stages))], [values[source, k][column][s] for k in stages], color=color,
                           marker=marker, label=source if s == 0 else None, linewidth=1)
         axis.set(xticks=range(len(stages)), xticklabels=[f"{k} windows,\n{k} steps" for k in stages], ylabel=label)
     panels[0].legend(frameon=False)
@@ -488,9 +477,9 @@ def one_step(lab):
     updates = lab.updates(3000, 4)
     pool = lab.cached(0, 4096)
     ideas = {
-        "8→4→2→1": f"--windows 8 4 2 1 --steps {updates} {pool}",
-        "straight to 1 window": f"--windows 1 --steps {updates} {pool}",
-        "8→4→2, two windows kept": f"--windows 8 4 2 --steps {updates} {pool}",
+        "8→4→2→1": f"--windows 8 4 2 1 --updates {updates} {pool}",
+        "straight to 1 window": f"--windows 1 --updates {updates} {pool}",
+        "8→4→2, two windows kept": f"--windows 8 4 2 --updates {updates} {pool}",
     }
     names = dict(zip(ideas, ("crossing/trajectory-progressive-1-3000", "crossing/trajectory-direct-1-3000",
                              "crossing/trajectory-progressive-3000")))
@@ -511,9 +500,9 @@ def one_step(lab):
         reached = "met" if ratio <= most else f"missed by {ratio - most:.2f}"
         verdict.append(f"{steps} step{'s' * (steps > 1)}: {ratio:.2f} x the teacher's FD by {idea}; the target {most:g} x is {reached}.")
     figure, (axis,) = axes(width=7)
-    for (idea, _), (colour, marker) in zip(students.items(), ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (VERMILION, "v"))):
+    for (idea, _), (color, marker) in zip(students.items(), ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"), (VERMILION, "v"))):
         found = [(steps, row["fd_corrected"] / top["fd_corrected"]) for (i, steps), row in rows.items() if i == idea]
-        axis.plot(*zip(*found), color=colour, marker=marker, label=idea)
+        axis.plot(*zip(*found), color=color, marker=marker, label=idea)
     axis.plot(*zip(*TARGETS.items()), color=BLACK, linestyle="--", marker="_", label="target")
     axis.set(xscale="log", xticks=list(TARGETS), xticklabels=list(TARGETS), xlabel="steps", ylabel="FD / teacher's FD at 32 steps")
     axis.minorticks_off()
@@ -521,61 +510,3 @@ def one_step(lab):
     return dict(verdict=verdict, figure=figure, tables=[
         (f"FD (multiple of the teacher's {top['fd_corrected']:.2f} at 32 steps); CLIP score (the teacher's: {top['clip']:.1f}); "
          f"{updates} updates, one seed", ["student", "1 step", "2 steps", "4 steps"], lines)])
-
-
-# ---- what a study leaves ---------------------------------------------------------------------------------------------
-
-STUDIES = {"ablation": ablation, "crossing": crossing, "direction-weight": direction_weight, "baselines": baselines, "samples": samples,
-           "discrepancy": discrepancy, "noise": noise, "guidance": guidance, "pairs": pairs, "one-step": one_step,
-           "simple-reflow": improvements.simple_reflow, "best-of-both": improvements.best_of_both}
-
-
-def tables(result):
-    """A study's tables as Markdown."""
-    parts = []
-    for caption, columns, lines in result["tables"]:
-        rows = [columns, ["---"] * len(columns), *lines]
-        parts += [f"{caption}:", "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)]
-    return "\n\n".join(parts)
-
-
-def markdown(result):
-    """A study as Markdown: question, verdict, tables, protocol."""
-    return "\n\n".join([f"**{result['question']}**", "\n".join(f"- {sentence}" for sentence in result["verdict"]), tables(result),
-                        f"`{result['command']}`, {result['protocol']}"]) + "\n"
-
-
-def overview(results):
-    """All studies in one table: the question, and the sentence that answers it."""
-    rows = [["study", "question", "answer"], ["---"] * 3]
-    rows += [[f"[{r['name']}](results/studies/{r['name']}.md)", r["question"], r["verdict"][0]] for r in results if r["tables"]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def main(c):
-    names = list(STUDIES) if c.study == ["all"] else c.study
-    for name in names:
-        config.choose("--study", name, STUDIES)
-    config.at_least(c, seeds=1, n=1, real=1, paths=1, workers=1)
-    if not 0 < c.scale:
-        raise UserError(f"--scale {c.scale}: must be above 0")
-    lab, results = Lab(c), Path(c.results)
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--results {c.results}: cannot be written ({error.strerror}); choose another folder") from error
-    for name in names:
-        start, lab.commands = time.time(), []
-        found = STUDIES[name](lab)
-        figure = found.pop("figure")
-        figure.savefig(results / f"{name}.png", dpi=DPI)
-        plt.close(figure)
-        shared = evaluator(c)
-        result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python eval.py --study {name}", **found,
-                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features, corrected for the bias of "
-                               f"so few images. Commit {export.versions()['commit']}.",
-                      runs=lab.commands, seconds=time.time() - start, **export.versions())
-        data.write_atomically(results / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
-        data.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))
-        print(markdown(result))
-    return results

@@ -1,11 +1,12 @@
-"""How every figure looks: colours, axes, plain numbers."""
+"""How every figure looks: colors, axes, plain numbers."""
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# Okabe and Ito's colours: told apart by colour-blind readers, and in gray by their order of lightness
+matplotlib.use("Agg")
+
+# Okabe and Ito's colors: told apart by color-blind readers, and in gray by their order of lightness
 BLUE, ORANGE, GREEN, PINK, VERMILION, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#000000"
+
 DPI = 130
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from scipy import stats
 from torch.nn.functional import normalize
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-import data
 import reflow
 import sampler
-import teacher
-from config import UserError
+from models import load
+from runtime import seeds
+from runtime.cli import UserError
 
 # ---- feature networks: .name, .dim, .images(images) -> (N, dim) ------------------------------------------------------
 
@@ -53,13 +53,11 @@ class Clip:
         if local and not (path / "config.json").is_file():
             raise UserError(f"--clip {folder}: no CLIPModel folder there (config.json is missing)")
         try:
-            model = teacher.load_whole(CLIPModel, folder, dtype=torch.float32, local_files_only=local)
+            model = load.load_whole(CLIPModel, folder, dtype=torch.float32, local_files_only=local)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=local)
-            # backend: Pillow resizes, as for CLIP's own training; torchvision's result differs a little, and is not needed
-            self.processor = None if local and not (path / "preprocessor_config.json").is_file() else AutoImageProcessor.from_pretrained(
-                folder, backend="pil", local_files_only=local)
-        except UserError as error:
-            raise UserError(f"--clip {folder}: {error}") from error
+            # Pillow resizes, as for CLIP's own training; torchvision's result differs a little, and is not needed
+            self.processor = None if local and not (path / "preprocessor_config.json").is_file() else CLIPImageProcessorPil.from_pretrained(
+                folder, local_files_only=local)
         except Exception as error:                          # files break, and hubs refuse, in more ways than can be listed
             remedy = ("re-download the folder" if local else
                       "check the spelling and the network, or download it elsewhere and give the folder")
@@ -71,7 +69,7 @@ class Clip:
 
     @torch.no_grad()
     def images(self, images, batch=64):
-        """images: float (N, 3, H, W) in [-1, 1].  Returns: float32 (N, dim), CPU, not normalised. Raises UserError on a size that a
+        """images: float (N, 3, H, W) in [-1, 1].  Returns: float32 (N, dim), CPU, not normalized. Raises UserError on a size that a
         folder without preprocessor_config.json does not take."""
         size = self.model.config.vision_config.image_size
         if self.processor is None and images.shape[-2:] != (size, size):
@@ -86,7 +84,7 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, texts, batch=64):
-        """texts: list of N strings; what is beyond the text tower's length is cut.  Returns: float32 (N, dim), CPU, not normalised."""
+        """texts: list of N strings; what is beyond the text tower's length is cut.  Returns: float32 (N, dim), CPU, not normalized."""
         unique = list(dict.fromkeys(texts))
         index, rows = {text: i for i, text in enumerate(unique)}, []
         for start in range(0, len(unique), batch):
@@ -97,6 +95,7 @@ class Clip:
 
 
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+
 # of that file, as k-diffusion publishes it for the same address (crowsonkb/k-diffusion, k_diffusion/evaluation.py)
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
@@ -227,7 +226,7 @@ def kernel_distance(a, b, seed=0, subset_size=1000):
 
 
 def cmmd(a, b, sigma=10.0, scale=1000.0, block=2048):
-    """CMMD (Jayasumana et al. 2024): scale times the squared MMD between two sets of CLIP features (N, D) and (M, D), normalised here, with
+    """CMMD (Jayasumana et al. 2024): scale times the squared MMD between two sets of CLIP features (N, D) and (M, D), normalized here, with
     the kernel exp(-|x - y|^2 / (2 sigma^2)). Its authors' estimator: the mean over all pairs, each image with itself included.
     Returns: float >= 0, exactly 0 for a set with itself. Comparable with theirs only on their features, OpenAI's ViT-L/14 at 336 pixels."""
     a, b = (normalize(features.double(), dim=1) for features in (a, b))
@@ -296,7 +295,7 @@ def chord_error(model, path, cond, windows, guidance=1.0, uncond=None):
 
 def demo(n=4000, dim=8):
     """Every distance where its value is known, in seconds."""
-    noise = torch.randn(3, n, dim, generator=data.generator(0, "demo"), dtype=torch.float64)
+    noise = torch.randn(3, n, dim, generator=seeds.generator(0, "demo"), dtype=torch.float64)
     a, again, b = noise[0], noise[1], 2 * noise[2] + 0.5              # N(0, 1) twice, and N(0.5, 4)
 
     exact = dim * (0.5 ** 2 + (2 - 1) ** 2)                           # |m_a - m_b|^2 + sum of (s_a - s_b)^2

@@ -16,19 +16,17 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-import config
-import data
-import eval as evaluation
-import teacher
 import train
-from config import UserError
-from metrics import mean_interval
+from evaluation import measuring, protocols
+from evaluation.metrics import mean_interval
 from pairs import trajectory_count
+from runtime import cli, processes, store
+from runtime.cli import UserError
 
 
 @dataclass
 class Config:
-    study: list[str] = field(default_factory=list)  # which, or all
+    study: list[str] = field(default_factory=list, metadata=dict(positional=True))  # which, or all
     seeds: int = 5              # of training, for the ablation; studies of smaller questions use fewer, see each
     scale: float = 1.0          # share of every budget (updates, trajectories): 0.01 to see that it runs
     model: str = "tiny"         # the teacher
@@ -51,7 +49,7 @@ class Lab:
 
     def __init__(self, c):
         self.c, self.out = c, Path(c.out)
-        self.device = teacher.pick_device(c.device)
+        self.device = processes.pick_device(c.device)
         self.workers = c.workers or (torch.cuda.device_count() if self.device == "cuda" else os.cpu_count())
         self.free = queue.SimpleQueue()                     # numbers of the workers (on CUDA: of the GPUs) without a job
         for i in range(self.workers):
@@ -70,7 +68,7 @@ class Lab:
         """train.Config of a run's options."""
         given = {f"--{name}": getattr(self.c, name) for name in ("model", "data", "device") if getattr(self.c, name)}
         common = "--batch 16 --grid-steps 0 --log-steps 50 --checkpoint-steps 2000 --keep 1".split()
-        return config.parse(train.Config, "", [*(word for pair in given.items() for word in pair), *common, *shlex.split(options)])
+        return cli.parse(train.Config, "", [*(word for pair in given.items() for word in pair), *common, *shlex.split(options)])
 
     def train(self, runs):
         """runs: name -> options of train.py. Those not finished are trained.  Returns: name -> folder of the run."""
@@ -86,7 +84,7 @@ class Lab:
                 if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
                     needed = caches.setdefault(c.cache or str(folder), {})
                     key = trajectory_count(c, recipe), recipe.forward_rate, recipe.projection
-                    needed[key] = command.replace("train.py", "data.py cache", 1)
+                    needed[key] = f"{command} --cache-only"
 
         def fill(cache):
             for command in caches[cache].values():          # they share its folder: one after the other
@@ -102,7 +100,7 @@ class Lab:
     def run(self, command, name):
         """Run a command of this project to its end, quietly, on one thread.  Raises UserError with its last line if it fails."""
         words = shlex.split(command)
-        words[:2] = [sys.executable, str(Path(__file__).parent / words[1])]
+        words[:2] = [sys.executable, str(Path(__file__).parent.parent / words[1])]
         worker = self.free.get()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if self.device == "cuda":
@@ -121,23 +119,23 @@ class Lab:
         files = [self.row_file(request) for request in requests]
         missing = {file: request for file, request in zip(files, requests) if not file.is_file()}
         if missing:
-            for seed in {request.get("seed", evaluation.Config.seed) for request in missing.values()}:
+            for seed in {request.get("seed", protocols.Config.seed) for request in missing.values()}:
                 evaluator(self.c, seed)                     # what all rows share is made before the workers ask for it
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.c,))
             with pool, tqdm(total=len(missing), desc="rows") as bar:
                 for file, row in zip(missing, pool.map(partial(measure_row, self.c), missing.values())):
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    data.write_atomically(file, lambda part: part.write_text(json.dumps(row, indent=1)))
+                    store.write_atomically(file, lambda part: part.write_text(json.dumps(row, indent=1)))
                     bar.update()
         return [json.loads(file.read_text()) for file in files]
 
     def row_file(self, request):
         """Where a row is kept: named after everything it depends on."""
         edit = request.get("edit")
-        key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]), "age": evaluation.file_age(str(request["folder"])),
+        key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]), "age": measuring.file_age(str(request["folder"])),
                "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model], "distance": "grouped jackknife"}
-        return self.out / "rows" / f"{data.digest(json.dumps(key, sort_keys=True))}.json"
+        return self.out / "rows" / f"{store.digest(json.dumps(key, sort_keys=True))}.json"
 
     def costs(self, options):
         """Forward passes of a network over all samples, a backward counted as two.  Returns: (of a run's trajectories, of an update)."""
@@ -153,32 +151,32 @@ class Lab:
     def evaluations(self, options):
         """What a run costs, trajectories included."""
         trajectories, update = self.costs(options)
-        return trajectories + self.parse(options).steps * update
+        return trajectories + self.parse(options).updates * update
 
     def within(self, budget, options):
         """The options with as many updates as the budget of evaluations allows."""
         trajectories, update = self.costs(options)
-        return f"{options} --steps {max(8, round((budget * self.c.scale - trajectories) / update))}"
+        return f"{options} --updates {max(8, round((budget * self.c.scale - trajectories) / update))}"
 
 
 EVALUATORS = {}               # of this process: --seed of the first image -> Evaluator
 
 
-def evaluator(c, seed=evaluation.Config.seed):
+def evaluator(c, seed=protocols.Config.seed):
     if seed not in EVALUATORS:
-        EVALUATORS[seed] = evaluation.Evaluator(evaluation.Config(
+        EVALUATORS[seed] = measuring.Evaluator(protocols.Config(
             n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device, cache=f"{c.out}/eval", seed=seed))
     return EVALUATORS[seed]
 
 
 def start_worker(c):
-    if teacher.pick_device(c.device) == "cpu":
+    if processes.pick_device(c.device) == "cpu":
         torch.set_num_threads(1)
 
 
 def measure_row(c, request):
     request = dict(request)
-    return evaluator(c, request.pop("seed", evaluation.Config.seed)).row(**request, kernels=False)
+    return evaluator(c, request.pop("seed", protocols.Config.seed)).row(**request, kernels=False)
 
 
 # ---- statistics and words -------------------------------------------------------------------------------------------

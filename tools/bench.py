@@ -1,12 +1,12 @@
 """What training and sampling cost, side by side: memory by part, network evaluations per update, overhead of our own code.
 
-    python bench.py                                                    # the embedded model, a minute
-    python bench.py --model sd15 --random-init --gradient-checkpointing  # full size without a download
-    python bench.py --model sdxl --random-init --lora 16 --precision bf16 --gradient-checkpointing --size 512
-    python bench.py --model sd15 --random-init --device cuda --batch 8 --precision bf16      # adds MFU and latency
+    python -m tools.bench                                                    # the embedded model, a minute
+    python -m tools.bench --model sd15 --random-init --gradient-checkpointing  # full size without a download
+    python -m tools.bench --model sdxl --random-init --lora 16 --precision bf16 --gradient-checkpointing --size 512
+    python -m tools.bench --model sd15 --random-init --device cuda --batch 8 --precision bf16      # adds MFU and latency
 
 Ratios are taken within one run, on whatever machine this is. Every training is the product's own train.py, in a process of
-its own, with timers around the network, the optimiser and the average; what remains is the loop.
+its own, with timers around the network, the optimizer and the average; what remains is the loop.
 """
 import contextlib
 import json
@@ -24,16 +24,18 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
-import config
+import models
 import reflow
 import sampler
-import teacher
 import train
-from config import UserError
-from pairs import PRECISIONS, encoders, text_encoders
+from models import architectures, load
+from runtime import cli, processes
+from runtime.cli import UserError
+from teacher import PRECISIONS
 
 # dense bf16 peak of a device, FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
+
 PARTS = ("training", "evaluations", "sampling")
 
 
@@ -62,7 +64,7 @@ class Config:
 
 def measured_training(options, queue):
     """Run train.main(Config(**options)) with timers and counters; put what was found on the queue."""
-    spent, counts, weights = dict(forward=0.0, backward=0.0, optimiser=0.0), dict(student=0, solver=0), {}
+    spent, counts, weights = dict(forward=0.0, backward=0.0, optimizer=0.0), dict(student=0, solver=0), {}
     cuda = options["device"] == "cuda"
 
     def now():
@@ -86,20 +88,20 @@ def measured_training(options, queue):
     training = []
     real_init = torch.optim.AdamW.__init__
 
-    def init(self, *args, **kwargs):                       # the optimiser is made when the loop begins: caches are done
+    def init(self, *args, **kwargs):                       # the optimizer is made when the loop begins: caches are done
         training.append(True)
         real_init(self, *args, **kwargs)
     torch.optim.AdamW.__init__ = init
     timed(UNet2DConditionModel, "forward", "forward", count=True)
     timed(UNet2DModel, "forward", "forward", count=True)
     timed(torch.Tensor, "backward", "backward")
-    timed(torch.optim.AdamW, "step", "optimiser")
-    timed(EMAModel, "step", "optimiser")
+    timed(torch.optim.AdamW, "step", "optimizer")
+    timed(EMAModel, "step", "optimizer")
     real_pairs, real_student = train.open_pairs, train.make_student
 
     def open_pairs(*args):
         *rest, pipeline, pairs = real_pairs(*args)
-        weights.update(text=size_of(*text_encoders(pipeline)), vae=size_of(*encoders(pipeline, ["vae"])), online=pairs.online)
+        weights.update(text=size_of(*models.text_encoders(pipeline)), vae=size_of(*models.autoencoder(pipeline)), online=pairs.online)
         return *rest, pipeline, pairs
 
     def make_student(c, unet, device, dropout):
@@ -138,7 +140,7 @@ def peak_memory(cuda):
 def run_training(**options):
     """measured_training in a fresh process, forked from one that has only imported us.  Returns: its figures."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench"])
+    context.set_forkserver_preload(["tools.bench"])
     queue = context.Queue()
     process = context.Process(target=measured_training, args=(options, queue))
     process.start()
@@ -150,7 +152,7 @@ def run_training(**options):
 
 def training(c, device):
     """One update of every stage, or more, from cached trajectories: memory by part, and where the time goes."""
-    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size, batch=c.batch, steps=c.updates,
+    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size, batch=c.batch, updates=c.updates,
                          trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora,
                          precision=c.precision, compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
     gib, weights = 2 ** 30, found["weights"]
@@ -164,10 +166,10 @@ def training(c, device):
     for name, size in parts.items():
         print(f"| {name} | {size / gib:.2f} | {size / found['peak']:.0%} |")
     print(f"| peak {'on the device' if device == 'cuda' else 'resident'} | {found['peak'] / gib:.2f} | |")
-    inside = found["forward"] + found["backward"] + found["optimiser"]
+    inside = found["forward"] + found["backward"] + found["optimizer"]
     print("\n| time per update | s | share |\n|---|---|---|\n" + "\n".join(
         f"| {name} | {value / found['updates']:.4f} | {value / found['seconds']:.1%} |" for name, value in
-        (("network, forward", found["forward"]), ("network, backward", found["backward"]), ("optimiser and average", found["optimiser"]),
+        (("network, forward", found["forward"]), ("network, backward", found["backward"]), ("optimizer and average", found["optimizer"]),
          ("the loop: all the rest", found["seconds"] - inside), ("whole", found["seconds"]))))
     print(f"\nThe loop costs {(found['seconds'] - inside) / (found['forward'] + found['backward']):.1%} of the network's time.")
     if device == "cuda":
@@ -184,19 +186,12 @@ def training(c, device):
 
 def forward_flops(c):
     """Of one sample through the UNet, counted on shapes alone."""
-    import architectures  # late: it brings every class of diffusers and transformers that we name
-    pipeline = architectures.build(c.model, weights=False) if c.model in architectures.ARCHITECTURES else teacher.load_pipeline(c.model)
-    unet = pipeline.unet.to("meta")
-    shape = sampler.latent_shape(pipeline, c.size)
-    if teacher.in_pixels(pipeline):
-        cond = {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")} if unet.config.num_class_embeds else {}
-    else:
-        cond = {"encoder_hidden_states": torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")}
-    if unet.config.get("addition_embed_type") == "text_time":
-        wide = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        cond["added_cond_kwargs"] = dict(text_embeds=torch.empty(1, wide, device="meta"), time_ids=torch.empty(1, 6, device="meta"))
+    pipeline = architectures.build(c.model, weights=False) if c.model in architectures.ARCHITECTURES else load.load_pipeline(c.model)
+    network = models.network(pipeline).to("meta")
+    shape = models.latent_shape(pipeline, c.size)
+    predict, cond = models.family_of(network).forward(network), models.family_of(network).meta_condition(network)
     with FlopCounterMode(display=False) as counter:
-        unet(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), **cond)
+        predict(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), **cond)
     return counter.get_total_flops()
 
 
@@ -211,12 +206,12 @@ def evaluations(c, device):
     rows = {}
     for name, recipe in reflow.RECIPES.items():
         stages, batch = len(recipe.stages), 4
-        found = run_training(model="tiny", data="sprites", recipe=name, batch=batch, steps=stages, trajectories=2, device=device)
+        found = run_training(model="tiny", data="sprites", recipe=name, batch=batch, updates=stages, trajectories=2, device=device)
         solver = found["evaluations"]["solver"] / (batch * stages)
         assert found["evaluations"]["student"] == batch * stages
         cached = recipe.pairs == "trajectory"
         defaults = train.Config()
-        once = defaults.trajectories * recipe.solver_steps / (defaults.steps * defaults.batch) if cached else 0
+        once = defaults.trajectories * recipe.solver_steps / (defaults.updates * defaults.batch) if cached else 0
         rows[name] = dict(solver=solver, student=3, checkpointing=1, once=once)
         made = f"{once:.2f}" if cached else "-"
         print(f"| {name} | {' '.join(map(str, recipe.stages))} | {solver:.2f} | 3 | {solver + 4:.2f} | {made} |")
@@ -231,9 +226,9 @@ def evaluations(c, device):
 @torch.no_grad()
 def sampling(c, device):
     """Our sampler, diffusers' own pipeline, and the bare network: the same model, steps, noise and prompt, taken in turn."""
-    pipeline = teacher.load_pipeline(c.model, PRECISIONS[c.precision], c.random_init).to(device)
-    model, size = teacher.as_model(pipeline), c.size
-    shape = sampler.latent_shape(pipeline, size)
+    pipeline = load.load_pipeline(c.model, PRECISIONS[c.precision], c.random_init).to(device)
+    model, size = models.as_model(pipeline), c.size
+    shape = models.latent_shape(pipeline, size)
     prompts, times = [c.prompt] * c.batch, sampler.time_grid(c.steps)
     pixels = shape[-1] * pipeline.vae_scale_factor
     stock = type(pipeline)(**pipeline.components, requires_safety_checker=False) if "safety_checker" in pipeline.components else pipeline
@@ -241,23 +236,23 @@ def sampling(c, device):
                                                           clip_sample=False, steps_offset=1)
     stock.set_progress_bar_config(disable=True)
     noise = sampler.noise(range(c.batch), shape)
-    cond = {key: value.to(device) for key, value in teacher.encode_text(pipeline, prompts, size=(pixels, pixels)).items()}
+    cond = {key: value.to(device) for key, value in models.encode_text(pipeline, prompts, size=(pixels, pixels)).items()}
     t = torch.full((c.batch,), 0.5, dtype=torch.float64, device=device)
 
     def ours():
-        teacher.decode(pipeline, sampler.generate(pipeline, model, prompts, range(c.batch), times, size=size))
+        models.decode(pipeline, sampler.generate(pipeline, model, prompts, range(c.batch), times, size=size))
 
     def theirs():
-        stock(prompts, num_inference_steps=c.steps, guidance_scale=1.0, latents=noise.to(device, pipeline.unet.dtype), output_type="pt",
-              height=pixels, width=pixels)
+        stock(prompts, num_inference_steps=c.steps, guidance_scale=1.0, output_type="pt",
+              latents=noise.to(device, models.network(pipeline).dtype), height=pixels, width=pixels)
 
     def network():
         for _ in range(c.steps):
             model(noise.to(device), t, cond)
-        teacher.decode(pipeline, noise.to(device))
+        models.decode(pipeline, noise.to(device))
 
     def text():
-        teacher.encode_text(pipeline, prompts[:1], size=(pixels, pixels))
+        models.encode_text(pipeline, prompts[:1], size=(pixels, pixels))
 
     def seconds(call):
         start = time.perf_counter()
@@ -265,7 +260,8 @@ def sampling(c, device):
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
-    calls = (ours, network) if teacher.in_pixels(pipeline) else (ours, theirs, network, text)     # no pipeline of theirs takes a class
+    # no pipeline of diffusers takes a class
+    calls = (ours, theirs, network, text) if models.prompts(pipeline) == "text" else (ours, network)
     taken = {call.__name__: [] for call in calls}
     for repeat in range(c.repeats + 1):
         for call in calls:
@@ -285,10 +281,10 @@ def sampling(c, device):
 
 def main(c):
     for part in c.parts:
-        config.choose("--parts", part, PARTS)
-    device = teacher.pick_device(c.device)
-    config.choose("--precision", c.precision, PRECISIONS)
-    config.at_least(c, size=1, batch=1, updates=1, lora=0, steps=1, repeats=1, peak_tflops=0)
+        cli.choose("--parts", part, PARTS)
+    device = processes.pick_device(c.device)
+    cli.choose("--precision", c.precision, PRECISIONS)
+    cli.at_least(c, size=1, batch=1, updates=1, lora=0, steps=1, repeats=1, peak_tflops=0)
     run = {"training": training, "evaluations": evaluations, "sampling": sampling}
     found = {part: run[part](c, device) for part in c.parts}
     if c.out:
@@ -296,4 +292,4 @@ def main(c):
 
 
 if __name__ == "__main__":
-    config.run(main, Config, __doc__)
+    cli.run(main, Config, __doc__)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 # what training derives from a seed (seed x 1,000,003 + step, times the number of processes) then stays below 2^63
 MAX_SEED = 2 ** 32 - 1
+
 # our option -> what other trainers and samplers call it
 USUAL_NAMES = {
     "model": "pretrained-model-name-or-path pretrained-teacher-model model-path ckpt",
@@ -26,8 +27,8 @@ USUAL_NAMES = {
     "data": "train-data-dir dataset-name instance-data-dir dataset data-dir",
     "size": "resolution height width image-size",
     "out": "output-dir output",
-    "steps": "max-train-steps max-steps num-train-epochs epochs num-inference-steps",
-    "updates": "max-train-steps max-steps",
+    "steps": "num-inference-steps",
+    "updates": "max-train-steps max-steps num-train-epochs epochs steps",
     "batch": "train-batch-size batch-size per-device-train-batch-size",
     "micro-batch": "gradient-accumulation-steps gradient-accumulation",
     "lr": "learning-rate",
@@ -46,6 +47,7 @@ USUAL_NAMES = {
     "keep": "checkpoints-total-limit",
     "grid-steps": "validation-steps validation-epochs",
 }
+
 # what others choose and we do not: why it needs no option -> their names
 NO_OPTION = {
     "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out": "report-to logging-dir",
@@ -77,6 +79,8 @@ def parse(config_class, description, argv=None):
             kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+        elif typing.get_origin(kind) is list and field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="*", type=typing.get_args(kind)[0], default=default, help=help_text)
         elif typing.get_origin(kind) is list:
             parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], default=default, help=help_text)
         elif field.metadata.get("positional"):

@@ -1,0 +1,111 @@
+"""The state of training on disk, and tensors that may be sharded."""
+import json
+import sys
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from runtime import store
+from runtime.cli import UserError
+
+
+def trained(unet):
+    """What the optimizer updates: name -> parameter."""
+    return {name: p for name, p in unet.named_parameters() if p.requires_grad}
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def checkpoints(out):
+    """OUT's checkpoints, newest first."""
+    return sorted(out.glob("checkpoint-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]), reverse=True)
+
+
+def states(student, normalizer, optimizer, ema):
+    """All trainable state by name, in the optimizer's order: name -> (parameter, {"student" or "normalizer": the parameter,
+    "ema": its running average, and what the optimizer keeps of it, once it has made a step}); the normalizer has no average."""
+    found = {name: (p, {"student": p, "ema": average}) for (name, p), average in zip(trained(student).items(), ema.shadow_params)}
+    found |= {f"normalizer.{name}": (p, {"normalizer": p}) for name, p in normalizer.named_parameters()}
+    return {name: (p, {**parts, **optimizer.state[p]}) for name, (p, parts) in found.items()}
+
+
+def save_checkpoint(out, rank, step, info, done, student, normalizer, optimizer, ema, keep):
+    """checkpoint-STEP.safetensors: the trained weights, their running average, the optimizer's state. Everything random
+    is a function of the step, so that nothing else is needed to go on. All processes call; the first one writes.
+    Raises UserError on a state that is not finite: it never becomes a checkpoint."""
+    tensors = gather_full({f"{part}:{name}": value for name, (_, parts) in states(student, normalizer, optimizer, ema).items()
+                           for part, value in parts.items()}, rank)
+    if rank == 0:
+        metadata = {"info": json.dumps(info), "step": str(step), "done": str(done)}
+        store.write_atomically(out / f"checkpoint-{step:06d}.safetensors", lambda part: save_file(tensors, part, metadata))
+        for old in checkpoints(out)[keep:]:
+            old.unlink()
+
+
+def newest_checkpoint(out, rank):
+    """(file, metadata) of the newest checkpoint that is whole, or (None, {}). A truncated one is passed over, and said so."""
+    for file in checkpoints(out):
+        try:
+            with safe_open(file, "pt") as opened:
+                return file, opened.metadata()
+        except (SafetensorError, OSError) as error:
+            if rank == 0:
+                print(f"{file}: truncated ({error}); going back to the one before", file=sys.stderr)
+    return None, {}
+
+
+def restore(file, done, student, normalizer, optimizer, ema):
+    """The inverse of save_checkpoint, `done` updates into its stage. What the optimizer keeps is handed to its own
+    load_state_dict, which knows where each part of it lives: a fused one wants `step` beside the parameter."""
+    ema.optimization_step = done
+    kept = {}
+    with safe_open(file, "pt") as saved:
+        stored = set(saved.keys())
+        for i, (name, (p, parts)) in enumerate(states(student, normalizer, optimizer, ema).items()):
+            for part, tensor in parts.items():
+                copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
+            moments = {part: torch.zeros_like(p) for part in ("exp_avg", "exp_avg_sq") if f"{part}:{name}" in stored}
+            for part, tensor in moments.items():           # in the parameter's own layout and shards
+                copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
+            if moments:
+                kept[i] = {**moments, "step": saved.get_tensor(f"step:{name}")}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
+
+
+@torch.no_grad()
+def swap_ema_(student, ema):
+    """Exchange the trained weights and their running average, tensor by tensor."""
+    for p, average in zip(trained(student).values(), ema.shadow_params):
+        before = p.detach().clone()
+        p.copy_(average)
+        average.copy_(before)
+
+
+# ---- sharded tensors and whole ones ------------------------------------------------------------------------------------
+
+
+def gather_full(tensors, rank):
+    """The whole of tensors that may be sharded, one at a time: name -> contiguous CPU tensor on the first process, which alone
+    keeps them; {} on the others. A collective call.  Raises UserError if one is not finite."""
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank == 0:
+            found[name] = whole.cpu().contiguous()
+            if not found[name].isfinite().all():
+                raise UserError(f"{name} is not finite: it is not kept, the last checkpoint is good; to train again, lower --lr and "
+                                "give another --out")
+    return found
+
+
+def copy_full_(tensor, value):
+    """Write a value, whole or sharded, into a tensor that may be sharded (alike, if both are). A collective call then."""
+    if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
+        value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+    elif isinstance(value, DTensor) and not isinstance(tensor, DTensor):
+        value = value.full_tensor()
+    tensor.detach().copy_(value)

@@ -1,0 +1,174 @@
+"""Everything that is written from the committed results: python -m studies.results, after a study or an evaluation was run again
+
+results/studies/NAME.md from NAME.json, results/README.md (each study's question, answer and picture), and the tables of README.md and
+docs/*.md: what stands between the marks <!-- NAME --> and <!-- /NAME -->, one of BLOCKS.
+"""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import eval as evaluation
+from runtime import cli, store
+from runtime.cli import UserError
+
+
+@dataclass
+class Config:
+    root: str = "."             # folder of results/, README.md and docs/
+
+
+# ---- a study as Markdown -------------------------------------------------------------------------------------------
+
+
+def table(columns, lines):
+    """A Markdown table. columns: titles; lines: lists of cells, as long as columns."""
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def tables(result):
+    """A study's tables, each under its caption."""
+    return "\n\n".join(f"{caption}:\n\n{table(columns, lines)}" for caption, columns, lines in result["tables"])
+
+
+def markdown(result):
+    """A study as a page: question, verdict, tables, protocol."""
+    verdict = "\n".join(f"- {sentence}" for sentence in result["verdict"])
+    parts = [f"**{result['question']}**", verdict, tables(result), f"`{result['command']}`, {result['protocol']}"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def index(studies):
+    """results/README.md: of each study the question, the first sentence of its verdict, what it says against itself, picture and link."""
+    parts = ["# Results", "One section for each study; its page has every comparison, table and command. FD is the Frechet distance on the "
+             "embedded CLIP's features, lower is better; it is not FID, and whether it is corrected for the bias of few images stands at "
+             "the end of each page. What the studies say together: [docs/results.md](../docs/results.md). Written by "
+             "`python -m studies.results`."]
+    for name, study in studies.items():
+        answer, *others = study["verdict"]
+        caveats = [sentence for sentence in others if "run again" in sentence]
+        parts += [f"## [{name}](studies/{name}.md)", f"**{study['question']}** {' '.join([answer, *caveats])}",
+                  f"`{study['command']}`", f"![{study['question']}](studies/{name}.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- the tables of README.md and docs ------------------------------------------------------------------------------
+
+
+def short(result):
+    """The five rows of an eval.py result that a reader wants first."""
+    rows = {(row["method"], row["windows"], row["steps"]): row for row in result["rows"]}
+    shown = {"teacher": ("teacher", None, 32), "plain DDIM, 4 steps": ("ddim", None, 4), "plain DDIM, 1 step": ("ddim", None, 1),
+             "student, 4 steps": ("default", 4, 4), "student, 1 step": ("default", 1, 1)}
+    key = "fd_corrected" if "fd_corrected" in result["rows"][0] else "fd"
+    lines = []
+    for label, name in shown.items():
+        row = rows[name]
+        low, high = row["fd_interval"]
+        lines.append([label, row["nfe"], f"{row[key]:.2f} ({low:.2f} to {high:.2f})", f"{row['clip']:.1f}"])
+    columns = ["", "network evaluations", f"FD{', corrected' * (key != 'fd')} (95%)", "CLIP score"]
+    bias = "" if key != "fd" else ", plain: some 0.28 too high, unlike the intervals"
+    protocol = result["protocol"]
+    return (f"{table(columns, lines)}\n\nFD: Frechet distance on the embedded CLIP's features (lower is better; not FID{bias}); "
+            f"{protocol['n']:,} images against {protocol['real']:,} real ones. Commit {protocol['commit']}.")
+
+
+def pixel(few, nine):
+    """The pixel teacher and its student. few, nine: results of eval.py at 1, 2, 4 steps and at nine evaluations."""
+    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd']:.2f}" for row in few["rows"] + nine["rows"]}
+    best = "dpm2:0.5/sigmoid:10"
+    lines = [["teacher", *(fd["ddim", steps, "ddim"] for steps in (1, 2, 4)), fd[best, 9, best], fd["teacher", 32, "ddim"]],
+             ["simple-reflow, 1,000 updates", *(fd["simple-reflow", steps, "ddim"] for steps in (1, 2, 4)),
+              fd["simple-reflow", 9, best], "-"]]
+    return table(["plain FD, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`", "32 steps"], lines)
+
+
+def first_tables(study, count):
+    return tables(dict(study, tables=study["tables"][:count]))
+
+
+# name of the block -> (function, the files it is made of, under results/)
+BLOCKS = {
+    "short": (short, ["demo.json"]),
+    "demo": (lambda result: evaluation.table(result, brief=True).strip(), ["demo.json"]),
+    "tiny": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny.json"]),
+    "pixel": (pixel, ["pixel.json", "pixel-9.json"]),
+    "ablation": (lambda study: first_tables(study, 2), ["studies/ablation.json"]),
+    "baselines": (lambda study: first_tables(study, 1), ["studies/baselines.json"]),
+    "onestep": (lambda study: first_tables(study, 1), ["studies/one-step.json"]),
+    "simple": (lambda study: first_tables(study, 1), ["studies/simple-reflow.json"]),
+    "both": (lambda study: first_tables(study, 1), ["studies/best-of-both.json"]),
+}
+
+
+def write_blocks(file, results):
+    """Write each block that the file has marks for. results: the folder.  Raises UserError."""
+    text = file.read_text(encoding="utf-8")
+    for name in dict.fromkeys(re.findall(r"<!-- /?(\w+) -->", text)):
+        make, sources = cli.choose(f"{file}: the mark", name, BLOCKS)
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
+            raise UserError(f"{file}: needs the marks {start.strip()} and {end.strip()} once each, on lines of their own")
+        read = [read_study if source.startswith("studies/") else read_evaluation for source in sources]
+        block = make(*(each(results / source) for each, source in zip(read, sources)))
+        text = text[:text.index(start) + len(start)] + block + text[text.index(end):]
+    write(file, text)
+
+
+# ---- reading and writing -------------------------------------------------------------------------------------------
+
+
+def read_json(file, keys, remedy):
+    """The object in a JSON file, which has these keys.  Raises UserError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; {remedy}") from error
+    except ValueError as error:                             # no JSON, or no UTF-8
+        raise UserError(f"{file}: not valid JSON ({error}); delete it, then {remedy}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{file}: has no {', '.join(missing)}; if it is not a file of results move it away, else {remedy}")
+    return content
+
+
+def read_evaluation(file):
+    return read_json(file, ("protocol", "rows"), "copy it from the run that python eval.py measured")
+
+
+def read_study(file):
+    """A study from its NAME.json, with NAME.png beside it.  Raises UserError."""
+    again = f"run python -m studies {file.stem}"
+    study = read_json(file, ("question", "command", "verdict", "tables", "protocol"), again)
+    for caption, columns, lines in study["tables"]:
+        if any(len(line) != len(columns) for line in lines):
+            raise UserError(f"{file}: the table {caption!r} has lines of other lengths than its {len(columns)} columns; {again}")
+    picture = file.with_suffix(".png")
+    content = picture.read_bytes() if picture.is_file() else b""
+    # a PNG is written in place, so an interrupted one lacks its end
+    if not (content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")):
+        raise UserError(f"{picture}: {'not a whole PNG' if content else 'missing'}; {again}")
+    return study
+
+
+def write(file, text):
+    store.write_atomically(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def main(c):
+    root, results = Path(c.root), Path(c.root, "results")
+    studies = {file.stem: read_study(file) for file in sorted(results.glob("studies/*.json"))}
+    if not studies:
+        raise UserError(f"{results / 'studies'}: no study's results there; python -m studies all makes them")
+    for name, study in studies.items():
+        write(results / "studies" / f"{name}.md", markdown(study))
+    write(results / "README.md", index(studies))
+    pages = [file for file in (root / "README.md", *sorted(root.glob("docs/*.md"))) if file.is_file()]
+    for file in pages:
+        write_blocks(file, results)
+    print(f"{results / 'README.md'}, {len(studies)} studies, tables of {len(pages)} pages")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
