@@ -235,7 +235,7 @@ def baselines(lab):
     def cell(name, steps):
         row = rows.get((name, steps))
         return f"{row['fd_corrected']:.2f} ({row['fd_interval'][0]:.2f} to {row['fd_interval'][1]:.2f})" if row else "-"
-    lines = [[name, lab.parse(named[name][1]).steps if name in named else "-",
+    lines = [[name, lab.parse(named[name][1]).updates if name in named else "-",
               f"{lab.evaluations(named[name][1]) / 1000:.0f}" if name in named else "0", *(cell(name, steps) for steps in counts)]
              for name in methods]
     comparisons = []
@@ -442,7 +442,7 @@ def pairs(lab):
     rows = dict(zip(keys, lab.measure([dict(folder=folders[runs[source, s][0]] / f"student-{k}", steps=k) for source, k, s in keys])))
     values = {(source, k): {column: [rows[source, k, s][column] for s in seeds] for column in ("fd_corrected", "endpoint_error")}
               for source in sources for k in stages}
-    lines = [[source, lab.parse(runs[source, 0][1]).steps, f"{lab.evaluations(runs[source, 0][1]) / 1000:.0f}",
+    lines = [[source, lab.parse(runs[source, 0][1]).updates, f"{lab.evaluations(runs[source, 0][1]) / 1000:.0f}",
               *(f"{shown(values[source, k]['fd_corrected'])}; {shown(values[source, k]['endpoint_error'], 4)}" for k in stages)]
              for source in sources]
     comparisons = {}

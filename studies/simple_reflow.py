@@ -285,7 +285,7 @@ def best_of_both(lab):
     verdict = [f"The winner is {best}: mean FD over {', '.join(map(str, COUNTS))} evaluations {shown(score(best, found))}; "
                + ", ".join(f"{other} {shown(score(other, found))}" for other in others) + ".", *map(str, comparisons),
                f"{tests} Chosen on seeds {choice[0]} to {choice[-1]} of training, judged on {fresh[0]} to {fresh[-1]} and other noise."]
-    costs = {arm: [lab.parse(runs[arm, 0][1]).steps, f"{lab.evaluations(runs[arm, 0][1]) / 1000:.0f}"] for arm in arms}
+    costs = {arm: [lab.parse(runs[arm, 0][1]).updates, f"{lab.evaluations(runs[arm, 0][1]) / 1000:.0f}"] for arm in arms}
     lines = [[arm, *costs[arm], *line(arm, judged_by)] for arm in arms]
     heads = [*(f"FD at {count}" for count in COUNTS), "mean FD", "mean CLIP score"]
     figure, (axis,) = axes(width=7.5)

@@ -97,7 +97,7 @@ def test_arms_of_the_ablation_cost_the_same(lab):
     lab.measure = lambda requests: [dict(fd_corrected=1.0, endpoint_error=0.1, clip=60.0) for _ in requests]
     proreflow.ablation(lab)
     costs = {name: lab.evaluations(options) for name, options in runs.items()}
-    updates = {name: lab.parse(options).steps for name, options in runs.items()}
+    updates = {name: lab.parse(options).updates for name, options in runs.items()}
     for s in range(3):
         for alpha in ("0", f"{proreflow.ALPHA:g}"):
             arm = {key: f"ablation/ProReflow-{key}-{alpha}-s{s}" for key in ("direct", "8-4-equal-updates", "8-4-equal-evaluations")}
