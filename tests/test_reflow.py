@@ -98,12 +98,12 @@ def test_every_recipe_names_rows_that_exist():
             assert getattr(recipe, column) in table, (name, column)
 
 
-@pytest.mark.parametrize("steps", [4, 5, 100, 8001])
-def test_stage_updates_sum_and_leave_no_stage_out(steps):
+@pytest.mark.parametrize("updates", [4, 5, 100, 8001])
+def test_stage_updates_sum_and_leave_no_stage_out(updates):
     for recipe in reflow.RECIPES.values():
-        counts = reflow.stage_updates(recipe, steps)
-        assert sum(counts) == steps and min(counts) >= 1
-    with pytest.raises(ValueError, match="steps = 3"):
+        counts = reflow.stage_updates(recipe, updates)
+        assert sum(counts) == updates and min(counts) >= 1
+    with pytest.raises(ValueError, match="updates = 3"):
         reflow.stage_updates(reflow.RECIPES["default"], 3)
 
 
