@@ -7,46 +7,24 @@ Order of work: draw the pictures, train the autoencoder (64 x 64 x 3 to 8 x 8 x 
 the pipeline's text encoder), cache the latents, train the UNet. Everything is kept under --runs and reused when the command is run again.
 """
 import argparse
-import json
-import math
 import os
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, trainers
-from tokenizers import models as token_models
-from torch.nn.parallel import DistributedDataParallel
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
 from data import scenes
+from tools.tiny import Reconstruct, autoencoder_loss, clip_loss, fit, make_scheduler, make_tokenizer, unet_loss
 
-TOKENS = 16                 # text length; the longest caption has 12 tokens
+TOKENS = 16                 # text length of make_tokenizer; the longest caption has 12 tokens
 CHANNELS = 16               # of the latents, as SD3's and FLUX's
 WIDTH = 128                 # of both CLIP towers, and so of the UNet's cross attention
 
 # ---- what is built, in SD's own classes ----------------------------------------------------------------------------
-
-
-def make_tokenizer():
-    """A CLIPTokenizer in whose vocabulary every word of the captions is one token; other words fall into letters."""
-    letters = sorted(set("".join(scenes.vocabulary()) + "abcdefghijklmnopqrstuvwxyz0123456789-'!,.?"))
-    alphabet = letters + [letter + "</w>" for letter in letters]
-    bpe = Tokenizer(token_models.BPE(end_of_word_suffix="</w>"))
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(scenes.vocabulary(), trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
-    tokens = list(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *alphabet,
-                                 *sorted(learned["vocab"], key=learned["vocab"].get)]))
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
 
 
 def make_clip(tokenizer):
@@ -73,67 +51,6 @@ def make_unet():
         attention_head_dim=4)      # in this class the NUMBER of heads
 
 
-def make_scheduler(prediction="epsilon"):
-    """SD 1.5's noise schedule, sampled as the students are: trailing DDIM down to clean data."""
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing", prediction_type=prediction)
-
-
-# ---- one loop trains all networks ----------------------------------------------------------------------------------
-
-
-def fit(name, model, loss_fn, batches, updates, lr, runs, ema_decay=0.0):
-    """Train model in place: AdamW, linear warm-up and cosine decay, EMA, atomic checkpoints, resumed when found.
-    loss_fn(model, batch) -> scalar; batches(generator) -> one rank's batch. Update i draws from its own generator, so
-    that a resumed run sees the same data as an uninterrupted one."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    finished, checkpoint = runs / f"{name}.safetensors", runs / f"{name}-checkpoint.pt"
-    if finished.exists():
-        model.load_state_dict(load_file(finished))
-        return
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / updates)))))
-    ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        ema.load_state_dict(state["ema"])
-        start = state["update"]
-    wrapped = DistributedDataParallel(model) if world > 1 else model
-    model.train()
-    average, saved = None, time.time()
-    bar = tqdm(range(start, updates), initial=start, total=updates, desc=name, disable=rank > 0, mininterval=30)
-    for update in bar:
-        generator = torch.Generator().manual_seed(1_000_003 * update + rank)
-        loss = loss_fn(wrapped, batches(generator))
-        if not torch.isfinite(loss):
-            raise SystemExit(f"{name}: loss {loss.item()} at update {update}; delete {checkpoint} and lower the rate {lr}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.step(model.parameters())
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}")
-        if rank == 0 and (time.time() - saved > 120 or update == updates - 1):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                     "ema": ema.state_dict(), "update": update + 1}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
-            saved = time.time()
-    ema.copy_to(model.parameters())
-    if rank == 0:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, finished)
-        checkpoint.unlink(missing_ok=True)
-    if world > 1:
-        dist.barrier()
-
-
 def cached(path, shape, dtype, make, chunk=2048):
     """A memory-mapped array of n rows, made chunk by chunk where an earlier start has stopped; rank 0 makes it.
     make(first, last) -> rows.  Returns: the array, read-only."""
@@ -148,49 +65,6 @@ def cached(path, shape, dtype, make, chunk=2048):
     if dist.is_initialized():
         dist.barrier()
     return np.load(path, mmap_mode="r")
-
-
-# ---- losses of the three networks ----------------------------------------------------------------------------------
-
-
-def clip_loss(model, batch):
-    """The symmetric contrastive loss of CLIP over the batch. Equal captions in a batch need no correction: the loss
-    learns log p(image, text) / (p(image) p(text)) of the joint law it is shown."""
-    images, tokens = batch
-    logits = model(pixel_values=images, input_ids=tokens).logits_per_image
-    target = torch.arange(len(images))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-class Reconstruct(torch.nn.Module):
-    """Autoencoder under one forward, so that DDP sees both halves."""
-
-    def __init__(self, autoencoder):
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, images, noise):
-        z = self.autoencoder.encode(images).latents
-        return self.autoencoder.decode(z + 0.05 * noise).sample, z
-
-
-def autoencoder_loss(model, batch):
-    """Mean squared and absolute error; latents kept at zero mean and unit variance per channel; the decoder sees a
-    little noise, so that it forgives the diffusion model's small errors."""
-    images, noise = batch
-    output, z = model(images, noise)
-    moments = z.mean((0, 2, 3)).square().mean() + (z.var((0, 2, 3)) - 1).square().mean()
-    error = output - images
-    return error.square().mean() + 0.05 * error.abs().mean() + 0.01 * moments
-
-
-def unet_loss(model, batch, alphas_cumprod):
-    """The diffusion loss: epsilon prediction, weighted as an error of v = alpha eps - sigma x, which is eps's error over
-    alpha. Plain eps weights hardly see the noisiest tenth of the axis, where few-step sampling takes place."""
-    z_0, text, t, eps = batch
-    alpha = alphas_cumprod[t].sqrt()[:, None, None, None]
-    z_t = alpha * z_0 + (1 - alpha ** 2).sqrt() * eps
-    return ((model(z_t, t, text).sample - eps) / alpha).square().mean()
 
 
 # ---- the story -----------------------------------------------------------------------------------------------------
@@ -233,7 +107,7 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
         return
 
     # CLIP; a scene's caption is drawn anew each time
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(scenes.vocabulary())
 
     def tokens_of(rows, generator):
         chosen = plans[rows].clone()

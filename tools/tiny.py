@@ -55,13 +55,14 @@ LABELS = list(sprites.OBJECTS)      # its classes by number; one more is the nul
 # ---- what is built, in SD's own classes ----------------------------------------------------------------------------
 
 
-def make_tokenizer():
-    """A CLIPTokenizer in whose vocabulary every word of the captions is one token; other words fall into letters."""
-    letters = sorted(set("".join(sprites.vocabulary()) + "abcdefghijklmnopqrstuvwxyz0123456789-'!,.?"))
+def make_tokenizer(vocabulary=None):
+    """A CLIPTokenizer in which every word of the captions is one token; other words fall into letters. vocabulary: the words."""
+    words = sprites.vocabulary() if vocabulary is None else vocabulary
+    letters = sorted(set("".join(words) + "abcdefghijklmnopqrstuvwxyz0123456789-'!,.?"))
     alphabet = letters + [letter + "</w>" for letter in letters]
     bpe = Tokenizer(token_models.BPE(end_of_word_suffix="</w>"))
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator(sprites.vocabulary(), trainer)
+    bpe.train_from_iterator(words, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in learned["merges"]]
     tokens = list(dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *alphabet, *sorted(learned["vocab"], key=learned["vocab"].get)]))
