@@ -1,16 +1,20 @@
 """Measures students against their teacher: python eval.py runs/demo
 
-Everything is generated from the same noise and captions: the teacher in 32 DDIM steps, the untrained student (plain DDIM
-in 8, 4, 2, 1 steps), and every student found under the run. --protocol says with which captions and against which images:
+Everything is generated from the same noise and captions: the teacher in 32 DDIM steps, the
+untrained student (plain DDIM in 8, 4, 2, 1 steps), and every student found under the run.
+--protocol says with which captions and against which images:
 
-    python eval.py runs/demo                                                   # tiny: the embedded pictures
-    torchrun --nproc_per_node=8 eval.py runs/sd15 --protocol coco2017-5k --data coco --dtype fp16
+    python eval.py runs/demo                                                   # tiny: the embedded
+    pictures torchrun --nproc_per_node=8 eval.py runs/sd15 --protocol coco2017-5k --data coco
+    --dtype fp16
 
-Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated is kept under --cache.
+Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated
+is kept under --cache.
 
-FID is the Frechet distance on features of Inception. The protocols tiny and pixel have the features of the repository's own small
-CLIP, and real images nobody trained on: that is called FD here, and compares with no published number. Either is too high on average, by
-c / N: the corrected one is not (metrics.frechet_groups), and has the interval. Published FIDs are plain.
+FID is the Frechet distance on features of Inception. The protocols tiny and pixel have the features
+of the repository's own small CLIP, and real images nobody trained on: that is called FD here, and
+compares with no published number. Either is too high on average, by c / N: the corrected one is not
+(metrics.frechet_groups), and has the interval. Published FIDs are plain.
 """
 import dataclasses
 import json
@@ -27,31 +31,36 @@ from models import saved
 from runtime import cli, processes, store
 from runtime.cli import UserError
 
-GRID_PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green", "animal on yellow", "food",
-                "on purple")
+GRID_PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange",
+                "fox on green", "animal on yellow", "food", "on purple")
 
 
-# ---- python eval.py RUN --------------------------------------------------------------------------------------------
+# ---- python eval.py RUN ------------------------------------------------------------------------------------
 
 
 def main(c):
     run = Path(c.run)
     if not c.run or not run.is_dir():
-        raise UserError(f"{c.run or 'no run'}: give the folder that train.py wrote, e.g. python eval.py runs/demo")
+        raise UserError(f"{c.run or 'no run'}: give the folder that train.py wrote, e.g. python eval.py "
+                        "runs/demo")
     students = sorted(run.rglob("student-*/reflow.json"),
-                      key=lambda file: (in_order(name_of_run(file, run)), -int(file.parent.name.split("-")[1])))
+                      key=lambda file: (in_order(name_of_run(file, run)),
+                                        -int(file.parent.name.split("-")[1])))
     if not students:
-        raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python train.py --out {run}")
+        raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python "
+                        f"train.py --out {run}")
     infos = [saved.read_about(file.parent, "teacher", "method", "windows") for file in students]
     names = {info["teacher"] for info in infos}
     if len(names) > 1:
-        raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their runs one by one")
+        raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their "
+                        "runs one by one")
     c, _ = protocols.resolve(dataclasses.replace(c, teacher=c.teacher or names.pop()))
-    for key in {"model_config", "random_init", "null_text", *["size"] * (c.size is None)}:      # one teacher is measured for all
+    # one teacher is measured for all
+    for key in {"model_config", "random_init", "null_text", *["size"] * (c.size is None)}:
         values = {str(saved.settings(info)[key]) for info in infos}
         if len(values) > 1:
-            raise UserError(f"{run}: students of runs with several --{key.replace('_', '-')} ({', '.join(sorted(values))}); evaluate them "
-                            "one by one")
+            raise UserError(f"{run}: students of runs with several --{key.replace('_', '-')} "
+                            f"({', '.join(sorted(values))}); evaluate them one by one")
     rank, world, _, barrier = processes.start_processes(SimpleNamespace(device=c.device, shard=False))
     evaluator = measuring.Evaluator(c, rank, world, barrier, infos[0])
 
@@ -60,14 +69,17 @@ def main(c):
     plan += [(solver, None, steps, c.teacher, solver, "") for solver in c.solvers for steps in c.ddim_steps]
     found = [(info["method"], info["windows"], steps, str(file.parent), c.solver, name_of_run(file, run))
              for file, info in zip(students, infos) for steps in c.steps if steps >= info["windows"]]
-    plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))        # one step per window first; stable otherwise
+    # one step per window first; stable otherwise
+    plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))
     for _, _, steps, folder, solver, _ in plan:
         evaluator.features(folder, steps, solver)
         evaluator.trajectories(folder, steps, solver)
     if rank > 0:
         return None
-    evaluator.processes = 0, 1, lambda: None                   # the others are done; distances take longer than they would wait
-    rows = [dict(run=name, **evaluator.row(folder, steps, method, solver)) for method, _, steps, folder, solver, name in plan]
+    # the others are done; distances take longer than they would wait
+    evaluator.processes = 0, 1, lambda: None
+    rows = [dict(run=name, **evaluator.row(folder, steps, method, solver))
+            for method, _, steps, folder, solver, name in plan]
     result = dict(protocol=evaluator.describe(infos), rows=rows)
     if evaluator.ids:                                          # one string: a line each would be 30,000 lines
         result["image_and_caption_ids"] = " ".join(f"{image}/{caption}" for image, caption in evaluator.ids)
@@ -81,7 +93,8 @@ def main(c):
 
 
 def name_of_run(file, run):
-    """Where under the folder `run` the run lies that left RUN/student-K/reflow.json: "" for itself, else its path, "seed-1"."""
+    """Where under the folder `run` the run lies that left RUN/student-K/reflow.json: "" for itself,
+    else its path, "seed-1"."""
     return file.parent.parent.relative_to(run).as_posix().removeprefix(".")
 
 
@@ -91,7 +104,8 @@ def in_order(name):
 
 
 def table(result, brief=False):
-    """results as a Markdown table, with what they have of these columns. brief: six of them, for a terminal, and no protocol."""
+    """results as a Markdown table, with what they have of these columns. brief: six of them, for a
+    terminal, and no protocol."""
     protocol, rows = result["protocol"], result["rows"]
     fd, kd = ("FID", "KID") if protocol.get("distance") == "FID" else ("FD", "KD")
 
@@ -103,17 +117,23 @@ def table(result, brief=False):
     # results of before the correction have the plain distance alone, with the interval beside it
     leading = "fd_corrected" if "fd_corrected" in rows[0] else "fd"
     columns = {
-        "method": ("method", str), "windows": ("windows", number(0)), "steps": ("steps", number(0)), "nfe": ("NFE", number(0)),
-        "nfe_pairs_as_one": ("NFE, pairs as 1", number(0)), "fd_corrected": (f"{fd} corrected", number(2)), "fd": (fd, number(2)),
-        "fd_teacher": (f"{fd} to teacher", number(2)), "fd_teacher_corrected": (f"{fd} to teacher, corrected", number(2)),
-        "kid": (f"{kd} x 1000", number(2, 1000)), "cmmd": ("CMMD", number(3)), "clip": ("CLIP score", number(1)),
+        "method": ("method", str), "windows": ("windows", number(0)), "steps": ("steps", number(0)),
+        "nfe": ("NFE", number(0)),
+        "nfe_pairs_as_one": ("NFE, pairs as 1", number(0)), "fd_corrected": (f"{fd} corrected", number(2)),
+        "fd": (fd, number(2)),
+        "fd_teacher": (f"{fd} to teacher", number(2)),
+        "fd_teacher_corrected": (f"{fd} to teacher, corrected", number(2)),
+        "kid": (f"{kd} x 1000", number(2, 1000)), "cmmd": ("CMMD", number(3)),
+        "clip": ("CLIP score", number(1)),
         "endpoint_error": ("endpoint error", number(3)), "straightness": ("straightness", numbers(3)),
         "chord_error": ("chord error", numbers(3)), "seconds_per_image": ("s/image", number(4))}
     columns[leading] = f"{columns[leading][0]} (95%)", columns[leading][1]
-    # a FID as published beside the corrected one; elsewhere nobody compares with the plain one, and time is of interest
+    # a FID as published beside the corrected one; elsewhere nobody compares with the plain one, and time is
+    # of interest
     last = "fd" if fd == "FID" and leading != "fd" else "seconds_per_image"
     columns = {key: column for key, column in columns.items()
-               if key in rows[0] and (not brief or key in ("method", "windows", "steps", leading, "clip", last))}
+               if key in rows[0] and
+               (not brief or key in ("method", "windows", "steps", leading, "clip", last))}
     lines = [f"| {' | '.join(title for title, _ in columns.values())} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = {key: said(row[key]) for key, (_, said) in columns.items()}
@@ -121,21 +141,26 @@ def table(result, brief=False):
         if row.get("run", "") not in ("", row["method"]):
             cells["method"] += f" ({row['run']})"
         lines.append(f"| {' | '.join(cells.values())} |")
-    bias = "corrected for the bias of so few images" if leading != "fd" else "not corrected for the bias of so few images"
-    lines += ["", f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}, {bias}; N = {protocol['n']} against "
-              f"{protocol['real']} real images; seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}; guidance {protocol['guidance']:g}"
-              + (f" by {protocol['guide']}" if "guide" in protocol else "") + f"; {protocol['solver']}. Commit {protocol['commit']}."]
+    bias = "not " * (leading == "fd") + "corrected for the bias of so few images"
+    lines += ["",
+              f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}, {bias}; "
+              f"N = {protocol['n']} against {protocol['real']} real images; seeds {protocol['seeds'][0]} to "
+              f"{protocol['seeds'][1]}; guidance {protocol['guidance']:g}"
+              + (f" by {protocol['guide']}" if "guide" in protocol else "") +
+              f"; {protocol['solver']}. Commit {protocol['commit']}."]
     lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol and not brief else []
     return "\n".join(lines) + "\n"
 
 
 def picture(evaluator, plan, file, least=96):
-    """grid.png: the same seeds and prompts down the rows; teacher, plain solvers and students across, at least so many pixels each."""
+    """grid.png: the same seeds and prompts down the rows; teacher, plain solvers and students
+    across, at least so many pixels each."""
     c = evaluator.c
     own = [prompt for prompt in dict.fromkeys(evaluator.prompts) if prompt][:len(GRID_PROMPTS)]
     prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else own
     trained = [row for row in plan if row[1]]
-    shown = next((row for row in trained if row[1] > 1), trained[0])        # one run: the first that is progressive, or the first
+    # one run: the first that is progressive, or the first
+    shown = next((row for row in trained if row[1] > 1), trained[0])
     plain = [row for row in plan if row[0] in c.solvers]
     students = [row for row in trained if (row[0], row[5]) == (shown[0], shown[5]) and row[1] in (row[2], 1)]
     columns = [row for row in plan if row[0] == "teacher"]
@@ -146,8 +171,10 @@ def picture(evaluator, plan, file, least=96):
         pipeline, model, info = evaluator.open(folder)
         solve, spacing = sampler.parse_solver(solver)
         times = sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
-        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch, size=c.size, solver=solve)
-        drawn = imaging.to_pil(models.decode(pipeline, z), -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))
+        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch,
+                             size=c.size, solver=solve)
+        drawn = imaging.to_pil(models.decode(pipeline, z),
+                               -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))
         pictures.append([image if image.width <= 256 else coco.square(image, 256) for image in drawn])
     titles = [f"{method.split('/')[0]}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
     labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]

@@ -1,8 +1,10 @@
 """What a run leaves: complete diffusers pipelines, weight differences, LoRA files.
 
-    python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student   # a pipeline, before the run is over
-    python export.py delta --student runs/x/student-4 --base sd15 --out delta.safetensors         # student minus base
-    python export.py merge --delta delta.safetensors --model dreamshaper/ --out merged            # the same difference, on another model
+    python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student   #
+    a pipeline, before the run is over python export.py delta --student runs/x/student-4 --base sd15
+    --out delta.safetensors         # student minus base python export.py merge --delta
+    delta.safetensors --model dreamshaper/ --out merged            # the same difference, on another
+    model
 """
 import json
 import shutil
@@ -22,32 +24,37 @@ from models import configs, load, saved
 from runtime import cli, store
 from runtime.cli import UserError
 
-LORA_FILE = "pytorch_lora_weights.safetensors"             # the name that diffusers' load_lora_weights looks for
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
 
 
 def versions():
-    """The commit of this code ('+' if more than results has changed since, 'unknown' outside a git checkout) and its libraries'."""
+    """The commit of this code ('+' if more than results has changed since, 'unknown' outside a git
+    checkout) and its libraries'."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"], capture_output=True).returncode
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True,
+                              check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"],
+                                 capture_output=True).returncode
         commit = head + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     return dict(commit=commit, versions=dict(torch=torch.__version__, diffusers=diffusers.__version__))
 
 
-# ---- a student as a pipeline ---------------------------------------------------------------------------------------
+# ---- a student as a pipeline -------------------------------------------------------------------------------
 
 
 def adapters(weights):
-    """The adapter "student" among a network's weights, as its state_dict names them.  Returns: layer -> (A, B); {} without one."""
+    """The adapter "student" among a network's weights, as its state_dict names them.
+    Returns: layer -> (A, B); {} without one."""
     return {name.split(".lora_A.")[0]: (value, weights[name.replace(".lora_A.", ".lora_B.")])
             for name, value in weights.items() if ".lora_A.student." in name}
 
 
 def merge_lora(weights, layers):
-    """Add B A to every adapted layer, linear or convolution, in place. Scale 1: our alpha is the rank.
+    """Add B A to every adapted layer, linear or convolution, in place. Scale 1: our alpha is the
+    rank.
     weights: name -> fp32 tensor; layers: from adapters().  Returns: weights."""
     for layer, (down, up) in layers.items():
         weight = weights[f"{layer}.weight"]
@@ -56,9 +63,11 @@ def merge_lora(weights, layers):
 
 
 def exact_steps(scheduler, windows, path):
-    """The numbers of steps at which stock DDIM (timestep_spacing "trailing") takes the very steps of sampler.py: those that divide
-    the timesteps, as others are rounded to whole timesteps; on path linear only one per window, as in between the student leaves
-    the schedule's curve.  Returns: list of int, rising; empty for EDM's form, and where windows do not divide the timesteps."""
+    """The numbers of steps at which stock DDIM (timestep_spacing "trailing") takes the very steps
+    of sampler.py: those that divide the timesteps, as others are rounded to whole timesteps;
+    on path linear only one per window, as in between the student leaves the schedule's curve.
+    Returns: list of int, rising; empty for EDM's form, and where windows do not divide the
+    timesteps."""
     timesteps = 0 if configs.is_edm(scheduler) else scheduler.config.num_train_timesteps
     steps = [n for n in range(windows, timesteps + 1, windows) if timesteps % n == 0]
     return steps if path == "vp" else [n for n in steps if n == windows]
@@ -67,58 +76,67 @@ def exact_steps(scheduler, windows, path):
 def agreement(scheduler, windows, path):
     """A sentence: at which numbers of steps stock samplers give the pictures of sampler.py."""
     if configs.is_edm(scheduler):
-        return ("Only sampler.py samples it: its network is in EDM's form, to which diffusers' DDIM does not apply, and its windows are "
-                "even in sigma^(1/7), from the scheduler's sigma_max down to sigma_min, and then the data.")
-    steps, timesteps = exact_steps(scheduler, windows, path), f"{scheduler.config.num_train_timesteps} timesteps"
+        return ("Only sampler.py samples it: its network is in EDM's form, to which diffusers' DDIM does not "
+                "apply, and its windows are even in sigma^(1/7), from the scheduler's sigma_max down to "
+                "sigma_min, and then the data.")
+    steps, timesteps = exact_steps(scheduler, windows,
+                                   path), f"{scheduler.config.num_train_timesteps} timesteps"
     if not steps:
         return f"Only sampler.py stops at its boundaries: {timesteps} do not divide into {windows} windows."
     if path == "linear":
-        return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in between, the student leaves the "
-                "noise schedule (path linear).")
+        return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in "
+                "between, the student leaves the noise schedule (path linear).")
     shown = ", ".join([*map(str, steps[:4]), *["..."] * (len(steps) > 4)])
-    return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide the {timesteps}); other "
-            "numbers are rounded to whole timesteps.")
+    return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide "
+            f"the {timesteps}); other numbers are rounded to whole timesteps.")
 
 
 CARD = """# A reflow student of {windows} window{s}
 
-Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights. reflow.json tells the rest. Sample it with
-`{line}`.
+Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
+reflow.json tells the rest. Sample it with `{line}`.
 {sentences}
 """
 
 
 def card(pipeline, info):
-    """The model card of a student, which says how it is sampled. info: the contents of reflow.json."""
+    """The model card of a student, which says how it is sampled. info: the contents of
+    reflow.json."""
     windows, path = info["windows"], info["path"]
     module, exact = models.family(pipeline), exact_steps(pipeline.scheduler, windows, path)
     word, call = models.prompts(pipeline), module.stock_call(pipeline, windows) if exact else None
     prompt = {"text": " --prompt PROMPT", "class": " --prompt CLASS", "": ""}[word]
-    line = f"DiffusionPipeline.from_pretrained(folder)({call})" if call else f"python sampler.py --model FOLDER{prompt} --steps {windows}"
+    line = (f"DiffusionPipeline.from_pretrained(folder)({call})" if call else
+            f"python sampler.py --model FOLDER{prompt} --steps {windows}")
     sentences = [agreement(pipeline.scheduler, windows, path),
-                 *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1), saved.settings(info)["null_text"])]
+                 *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
+                                     saved.settings(info)["null_text"])]
     return CARD.format(**info, s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
 
 
 def export(folder, trained, info):
-    """Write a student as a complete diffusers pipeline in fp32 with a stock DDIM scheduler (a network in EDM's form keeps its own),
-    reflow.json beside it, and a LoRA file if it is one. trained: name -> whole CPU tensor, as the network's state_dict names
-    them; of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they are added to the
-    teacher as it is stored. info: the contents of reflow.json (train.describe)."""
+    """Write a student as a complete diffusers pipeline in fp32 with a stock DDIM scheduler (a
+    network in EDM's form keeps its own), reflow.json beside it, and a LoRA file if it is one.
+    trained: name -> whole CPU tensor, as the network's state_dict names them;
+    of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they
+    are added to the teacher as it is stored. info: the contents of reflow.json (train.describe)."""
     layers, pipeline = adapters(trained), saved.load_teacher(info)
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
     else:
         models.network(pipeline).load_state_dict(trained)
-    lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items() for side, value in zip("AB", pair)}
+    lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items()
+            for side, value in zip("AB", pair)}
     write_pipeline(folder, pipeline, info, lora)
 
 
 def write_pipeline(folder, pipeline, info, lora=None):
     saved.apply_settings(pipeline, info, written=True)
     if not configs.is_edm(pipeline.scheduler):
-        stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False, steps_offset=1)
-        pipeline = models.family(pipeline).with_scheduler(pipeline, configs.as_ddim(pipeline.scheduler, **stock))
+        stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+                     thresholding=False, steps_offset=1)
+        pipeline = models.family(pipeline).with_scheduler(pipeline,
+                                                          configs.as_ddim(pipeline.scheduler, **stock))
 
     def write(part):
         pipeline.save_pretrained(part, safe_serialization=True)
@@ -136,13 +154,16 @@ def write_pipeline(folder, pipeline, info, lora=None):
 
 
 def make_portable(folder):
-    """Change what transformers 5 has just written in a model's folder so that transformers 4 reads it too, and so that diffusers'
-    plain call runs. In place; what is so already stays.
-    - Text encoders: CLIPTextModel's tensors begin with "text_model.", as in every published model. Since 5.6 transformers may leave
+    """Change what transformers 5 has just written in a model's folder so that transformers 4 reads
+    it too, and so that diffusers' plain call runs. In place; what is so already stays.
+    - Text encoders: CLIPTextModel's tensors begin with "text_model.", as in every published model.
+    Since 5.6 transformers may leave
       that out; older ones then fill the encoder with random numbers, in silence.
     - Tokenizers: vocab.json and merges.txt, which transformers 4 wants, beside tokenizer.json.
-    - config.json: "dtype" float32. Transformers 5 loads in the dtype named there, diffusers loads its networks in float32 whatever
-      the files hold, and two dtypes in one pipeline fail. Weights stored in half precision stay as small as they are."""
+    - config.json: "dtype" float32. Transformers 5 loads in the dtype named there, diffusers loads
+    its networks in float32 whatever
+      the files hold, and two dtypes in one pipeline fail. Weights stored in half precision stay as
+      small as they are."""
     for file in folder.rglob("config.json"):
         settings = json.loads(file.read_text())
         if "model_type" not in settings:                   # diffusers'
@@ -153,7 +174,8 @@ def make_portable(folder):
         file.write_text(json.dumps(settings, indent=2) + "\n")
         if settings["architectures"] == ["CLIPTextModel"]:
             weights = load_file(file.parent / "model.safetensors")
-            save_file({"text_model." + name.removeprefix("text_model."): value for name, value in weights.items()},
+            save_file({"text_model." + name.removeprefix("text_model."): value
+                       for name, value in weights.items()},
                       file.parent / "model.safetensors", {"format": "pt"})
     for file in folder.rglob("tokenizer.json"):
         model = json.loads(file.read_text())["model"]
@@ -164,14 +186,16 @@ def make_portable(folder):
 
 
 def trained_weights(folder, lora):
-    """What the student in `folder` was trained in, under the names the trainer gives it: name -> tensor."""
+    """What the student in `folder` was trained in, under the names the trainer gives it: name ->
+    tensor."""
     if not lora:
         return only_network(str(folder)).state_dict()
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
-    return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value for name, value in load_file(folder / LORA_FILE).items()}
+    return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value
+            for name, value in load_file(folder / LORA_FILE).items()}
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def free_folder(option, name):
@@ -202,7 +226,8 @@ class ExportConfig:
 
 
 def export_checkpoint(c):
-    """The running average of a checkpoint as a pipeline, complete like the one at the end of a stage."""
+    """The running average of a checkpoint as a pipeline, complete like the one at the end of a
+    stage."""
     folder = free_folder("--out", c.out)
     metadata, tensors = open_safetensors("--checkpoint", c.checkpoint)
     if "info" not in metadata:
@@ -222,36 +247,43 @@ class DeltaConfig:
 
 
 def export_delta(c):
-    """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what it is merged into. Of a LoRA and
-    its teacher it is what the adapters add, free of rounding; tensors without adapter are zero."""
+    """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what
+    it is merged into. Of a LoRA and its teacher it is what the adapters add, free of rounding;
+    tensors without adapter are zero."""
     dtype = teacher.DTYPES[cli.choose("--dtype", c.dtype, ("fp32", "fp16"))]
     info = saved.read_info("--student", c.student)
     base, folder = c.base or info["teacher"], Path(c.student)
     student = only_network(c.student).state_dict()
     if base == info["teacher"] and (folder / LORA_FILE).is_file():
-        delta = merge_lora({name: torch.zeros_like(value) for name, value in student.items()}, adapters(trained_weights(folder, lora=True)))
+        delta = merge_lora({name: torch.zeros_like(value) for name, value in student.items()},
+                           adapters(trained_weights(folder, lora=True)))
     else:
         alone = dict(vae=None, text_encoder=None)
-        other = (models.network(saved.load_teacher(info, **alone)) if base == info["teacher"] else only_network(base)).state_dict()
+        other = (models.network(saved.load_teacher(info, **alone)) if base == info["teacher"]
+                 else only_network(base)).state_dict()
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
         delta = {name: value - other[name] for name, value in student.items()}
     delta = {name: value.to(dtype) for name, value in delta.items()}
     store.write_atomically(Path(c.out), lambda part: save_file(delta, part, {"info": json.dumps(info)}))
-    size, changed = sum(value.float().square().sum().item() for value in delta.values()) ** 0.5, sum(map(torch.any, delta.values()))
+    size, changed = sum(value.float().square().sum().item()
+                        for value in delta.values()) ** 0.5, sum(map(torch.any, delta.values()))
     print(f"{c.out}: {c.student} minus {base}, {changed} of {len(delta)} tensors differ, norm {size:.4g}")
 
 
 @dataclass
 class MergeConfig:
     delta: str = ""                  # a file that export.py delta wrote
-    model: str = ""                  # what to add it to: a preset, folder, hub id or single file of the same architecture
+    model: str = ""                  # what to add it to: a preset, folder, hub id or single file of the same
+                                     # architecture
     out: str = ""                    # folder to write: a complete pipeline
-    model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
+    model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
+                                     # default: from the hub
     scale: float = 1.0               # how much of the difference to add
 
 
 def merge(c):
-    """Another model of the same architecture plus the difference: it samples in as few steps, in its own style."""
+    """Another model of the same architecture plus the difference: it samples in as few steps, in
+    its own style."""
     folder = free_folder("--out", c.out)
     metadata, delta = open_safetensors("--delta", c.delta)
     if "info" not in metadata:
@@ -267,7 +299,8 @@ def merge(c):
     options = {**info["config"], "model": c.model, "model_config": c.model_config, "random_init": False}
     write_pipeline(folder, pipeline, {**info, "teacher": c.model, "config": options,
                                       "delta": dict(file=c.delta, scale=c.scale, student_of=info["teacher"])})
-    print(f"{folder}: {c.model} with {c.scale:g} x {c.delta}. {agreement(pipeline.scheduler, info['windows'], info['path'])}")
+    print(f"{folder}: {c.model} with {c.scale:g} x {c.delta}. "
+          f"{agreement(pipeline.scheduler, info['windows'], info['path'])}")
 
 
 def only_network(name):
@@ -279,11 +312,12 @@ def check_same_architecture(one, weights, other, others):
     for name in sorted({*weights, *others}):
         shapes = [tuple(w[name].shape) if name in w else None for w in (weights, others)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{one}: not the architecture of {other} ({name}: {shapes[0] or 'absent'} against {shapes[1] or 'absent'}); "
-                            "give a model of the same family")
+            raise UserError(f"{one}: not the architecture of {other} ({name}: {shapes[0] or 'absent'} "
+                            f"against {shapes[1] or 'absent'}); give a model of the same family")
 
 
-COMMANDS = {"checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig), "merge": (merge, MergeConfig)}
+COMMANDS = {"checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
+            "merge": (merge, MergeConfig)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:

@@ -1,5 +1,6 @@
-"""Losses: pure functions of (prediction, target) that return one value per sample; weighting and averaging belong to
-the caller. What is compared (eps, flow velocity, end of the window) is a row of reflow.SPACES.
+"""Losses: pure functions of (prediction, target) that return one value per sample;
+weighting and averaging belong to the caller. What is compared (eps, flow velocity, end of the
+window) is a row of reflow.SPACES.
 
     python losses.py        # prints each loss at known points and asserts the decomposition
 """
@@ -9,22 +10,26 @@ from torch import nn
 
 
 def _flat(pred, target):
-    """Both as (B, D) in float32 or better. Raises ValueError if shapes differ: broadcasting would hide the mistake."""
+    """Both as (B, D) in float32 or better. Raises ValueError if shapes differ: broadcasting would
+    hide the mistake."""
     if pred.shape != target.shape or pred.ndim < 2:
-        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)}: need one shape (B, ...)")
+        raise ValueError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)}: need one shape "
+                         "(B, ...)")
     dtype = torch.promote_types(torch.promote_types(pred.dtype, target.dtype), torch.float32)
     return pred.flatten(1).to(dtype), target.flatten(1).to(dtype)
 
 
 def mse(pred, target):
-    """mean (p - q)^2 over all but B.  pred, target: (B, ...).  Returns: (B,), >= 0, 0 at the target."""
+    """mean (p - q)^2 over all but B.  pred, target: (B, ...).  Returns: (B,), >= 0, 0 at the
+    target."""
     p, q = _flat(pred, target)
     return (p - q).square().mean(1)
 
 
 def pseudo_huber(pred, target, c=0.001):
     """mean (sqrt((p - q)^2 + c^2) - c): quadratic near 0 (error^2 / 2c), linear far away (|error|).
-    pred, target: (B, ...).  Returns: (B,), >= 0, 0 at the target. c = 0.001 is Rectified Diffusion's."""
+    pred, target: (B, ...).  Returns: (B,), >= 0, 0 at the target. c = 0.001 is Rectified
+    Diffusion's."""
     p, q = _flat(pred, target)
     return (((p - q).square() + c * c).sqrt() - c).mean(1)
 
@@ -32,7 +37,8 @@ def pseudo_huber(pred, target, c=0.001):
 def direction_loss(pred, target):
     """1 - cos(p, q), per sample. Penalizes the angle only; blind to length.
     pred, target: (B, ...) same shape, flattened over all but B.  Returns: (B,), in [0, 2].
-    0 when parallel, 1 when orthogonal, 2 when opposite; the gradient is orthogonal to pred. Norms are clamped at 1e-8.
+    0 when parallel, 1 when orthogonal, 2 when opposite; the gradient is orthogonal to pred.
+    Norms are clamped at 1e-8.
     Source: ProReflow's direction term (whether it is per sample there is unknown; ours is)."""
     p, q = _flat(pred, target)
     return 1 - (p * q).sum(1) / (p.norm(dim=1).clamp_min(1e-8) * q.norm(dim=1).clamp_min(1e-8))
@@ -41,7 +47,8 @@ def direction_loss(pred, target):
 def decompose(pred, target):
     """The squared error, split exactly into magnitude and direction, over D = numbers per sample:
     mean (p - q)^2 = (|p| - |q|)^2 / D + 2 |p||q| (1 - cos) / D.
-    pred, target: (B, ...).  Returns: (magnitude, direction), each (B,), >= 0; their sum is mse(pred, target)."""
+    pred, target: (B, ...).  Returns: (magnitude, direction), each (B,), >= 0;
+    their sum is mse(pred, target)."""
     p, q = _flat(pred, target)
     p_norm, q_norm = p.norm(dim=1), q.norm(dim=1)
     magnitude = (p_norm - q_norm).square() / p.shape[1]
@@ -50,78 +57,96 @@ def decompose(pred, target):
 
 
 def aligned(value, pred, target, direction_weight):
-    """Aligned v-prediction: value + alpha (1 - cos(p, q)), alpha = direction_weight >= 0.  value: (B,), a loss of the same
-    samples; pred, target: (B, ...), velocities.  Returns: (B,).
+    """Aligned v-prediction: value + alpha (1 - cos(p, q)), alpha = direction_weight >= 0.
+    value: (B,), a loss of the same samples; pred, target: (B, ...), velocities.  Returns: (B,).
     Source: ProReflow, with value = MSE; its alpha is unknown, and so is the space of its cosine."""
     return value + direction_weight * direction_loss(pred, target) if direction_weight else value
 
 
-# ---- Simple ReFlow: any invertible linear map before the square, any positive weight after it ---------------------------
-# Neither moves the minimum, the posterior mean, which is why the paper allows these two and no perceptual loss.
+# ---- Simple ReFlow: any invertible linear map before the square, any positive weight after it --------------
+# Neither moves the minimum, the posterior mean, which is why the paper allows these two and no perceptual
+# loss.
 
 
 def high_pass(z, weight, radius=0.1):
-    """phi(z) = z + weight HPF(z), over the last two axes, each channel by itself. HPF keeps the frequencies of at least
-    radius times the highest one, sqrt(1/2) cycles per pixel (the corner of the spectrum), and is an orthogonal projector:
+    """phi(z) = z + weight HPF(z), over the last two axes, each channel by itself.
+    HPF keeps the frequencies of at least radius times the highest one, sqrt(1/2) cycles per pixel
+    (the corner of the spectrum), and is an orthogonal projector:
     |phi(z)|^2 = |z|^2 + (weight^2 + 2 weight) |HPF(z)|^2, and phi with -weight / (1 + weight) is the inverse.
-    z: (..., h, w), real, any h and w; weight > -1, 0 is the identity; radius in [0, 1].  Returns: like z, float32 or better.
-    Raises ValueError outside these ranges.  Source: Simple ReFlow, whose weight and radius are unknown; 0.1 is our default."""
+    z: (..., h, w), real, any h and w; weight > -1, 0 is the identity; radius in [0, 1].
+    Returns: like z, float32 or better.
+    Raises ValueError outside these ranges.  Source: Simple ReFlow, whose weight and radius are
+    unknown; 0.1 is our default."""
     if z.ndim < 3 or not weight > -1 or not 0 <= radius <= 1:
-        raise ValueError(f"shape {tuple(z.shape)}, weight {weight:g}, radius {radius:g}: need (..., h, w), weight > -1 (phi must be "
-                         "invertible) and radius in [0, 1]")
-    z = z.to(torch.promote_types(z.dtype, torch.float32))                          # there is no FFT of bfloat16
+        raise ValueError(f"shape {tuple(z.shape)}, weight {weight:g}, radius {radius:g}: need (..., h, w), "
+                         "weight > -1 (phi must be invertible) and radius in [0, 1]")
+    z = z.to(torch.promote_types(z.dtype, torch.float32))  # there is no FFT of bfloat16
     height, width = z.shape[-2:]
-    vertical, horizontal = torch.fft.fftfreq(height, device=z.device), torch.fft.rfftfreq(width, device=z.device)
-    # even in both frequencies, so that what comes back is real; a little less, so that rounding leaves the corner in at radius 1
+    vertical = torch.fft.fftfreq(height, device=z.device)
+    horizontal = torch.fft.rfftfreq(width, device=z.device)
+    # even in both frequencies, so that what comes back is real; a little less, so that rounding leaves the
+    # corner in at radius 1
     kept = vertical[:, None].square() + horizontal.square() >= radius ** 2 / 2 * (1 - 1e-6)
     return torch.fft.irfft2(torch.fft.rfft2(z) * (1 + weight * kept), s=(height, width))
 
 
 def high_pass_loss(pred, target, weight=1.0, radius=0.1):
-    """mean (phi(p - q) / (1 + weight))^2 over all but B: the highest frequencies count as in mse, those below radius by
-    1 / (1 + weight)^2 of it. Without the division the size of the loss, and of its gradients, would grow with weight^2.
-    pred, target: (B, ..., h, w).  Returns: (B,), >= 0, 0 at the target, mse at weight = 0. weight and radius: of high_pass; ours."""
+    """mean (phi(p - q) / (1 + weight))^2 over all but B: the highest frequencies count as in mse,
+    those below radius by 1 / (1 + weight)^2 of it. Without the division the size of the loss, and
+    of its gradients, would grow with weight^2.
+    pred, target: (B, ..., h, w).  Returns: (B,), >= 0, 0 at the target, mse at weight = 0.
+    weight and radius: of high_pass; ours."""
     p, q = _flat(pred, target)
     return (high_pass((p - q).view(pred.shape), weight, radius) / (1 + weight)).square().flatten(1).mean(1)
 
 
 def normalized(value, log_predicted, floor=1e-4):
-    """Each sample's loss over what is usual at its (z_t, t), so that no region outweighs the others, and the regression that
-    teaches log_predicted what is usual: value / sg[max(exp(p), floor)] + (sg[log max(value, floor)] - p)^2. The first part
-    moves the student alone, the second the normalizer alone (LossNormalizer), towards E[log value].
-    value: (B,), >= 0; log_predicted: (B,), p; floor > 0: below it a loss counts as that small.  Returns: (B,), >= 0.
-    Source: Simple ReFlow's w(x_t, t) = 1 / sg[E loss]; that it learns the denominator, and how, is our guess."""
+    """Each sample's loss over what is usual at its (z_t, t), so that no region outweighs the
+    others, and the regression that teaches log_predicted what is usual: value / sg[max(exp(p),
+    floor)] + (sg[log max(value, floor)] - p)^2. The first part moves the student alone, the second
+    the normalizer alone (LossNormalizer), towards E[log value].
+    value: (B,), >= 0; log_predicted: (B,), p; floor > 0: below it a loss counts as that small.
+    Returns: (B,), >= 0.
+    Source: Simple ReFlow's w(x_t, t) = 1 / sg[E loss]; that it learns the denominator, and how, is
+    our guess."""
     _check_normalizer(value, log_predicted, floor)
     usual = log_predicted.detach().exp().clamp_min(floor)
     return value / usual + (value.detach().clamp_min(floor).log() - log_predicted).square()
 
 
 def self_normalized(value, floor=1e-4):
-    """value / sg[max(value, floor)]: w = 1 / sg[loss] read literally, sample by sample. Above floor it is the constant 1 with
-    the gradient of log value (so log `value`, not this); below, an ordinary loss, as 1 / value has no bound.
-    value: (B,), >= 0.  Returns: (B,), in [0, 1].  Source: Simple ReFlow, as for normalized; the floor is ours."""
+    """value / sg[max(value, floor)]: w = 1 / sg[loss] read literally, sample by sample.
+    Above floor it is the constant 1 with the gradient of log value (so log `value`, not this);
+    below, an ordinary loss, as 1 / value has no bound.
+    value: (B,), >= 0.  Returns: (B,), in [0, 1].  Source: Simple ReFlow, as for normalized;
+    the floor is ours."""
     _check_normalizer(value, value, floor)
     return value / value.detach().clamp_min(floor)
 
 
 def _check_normalizer(value, log_predicted, floor):
     if value.ndim != 1 or value.shape != log_predicted.shape or not floor > 0:
-        raise ValueError(f"loss {tuple(value.shape)}, predicted {tuple(log_predicted.shape)}, floor {floor:g}: need (B,) twice and "
-                         "floor > 0")
+        raise ValueError(f"loss {tuple(value.shape)}, predicted {tuple(log_predicted.shape)}, floor "
+                         f"{floor:g}: need (B,) twice and floor > 0")
 
 
 class LossNormalizer(nn.Module):
-    """A small network that predicts E[log loss | z_t, t], for `normalized`. Stages of a 3x3 convolution that halves the
-    picture, each given the time; their mean over the picture; two linear layers, the last zero: 0 before training, every weight 1.
-    channels: of the latent; width: of the first stage, doubled by each.  z: (B, channels, h, w), any h and w; t: (B,), in (0, 1].
-    Returns: (B,), float32. Half a million parameters, for a learning rate of about 1e-3.  Shape and sizes are ours."""
+    """A small network that predicts E[log loss | z_t, t], for `normalized`. Stages of a 3x3
+    convolution that halves the picture, each given the time; their mean over the picture;
+    two linear layers, the last zero: 0 before training, every weight 1.
+    channels: of the latent; width: of the first stage, doubled by each.  z: (B, channels, h, w),
+    any h and w; t: (B,), in (0, 1].
+    Returns: (B,), float32. Half a million parameters, for a learning rate of about 1e-3.
+    Shape and sizes are ours."""
 
     def __init__(self, channels, width=32, stages=4):
         super().__init__()
         widths = [channels, *(width * 2 ** i for i in range(stages))]
-        self.embed = nn.Sequential(Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0), TimestepEmbedding(128, 128))
+        self.embed = nn.Sequential(Timesteps(128, flip_sin_to_cos=True, downscale_freq_shift=0),
+                                   TimestepEmbedding(128, 128))
         self.times = nn.ModuleList(nn.Linear(128, out) for out in widths[1:])
-        self.stages = nn.ModuleList(nn.Conv2d(before, out, 3, stride=2, padding=1) for before, out in zip(widths, widths[1:]))
+        self.stages = nn.ModuleList(nn.Conv2d(before, out, 3, stride=2, padding=1)
+                                    for before, out in zip(widths, widths[1:]))
         self.head = nn.Sequential(nn.Linear(widths[-1], 128), nn.LeakyReLU(0.2), nn.Linear(128, 1))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
@@ -136,16 +161,20 @@ class LossNormalizer(nn.Module):
 LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber, "high-pass": high_pass_loss}
 
 # (values (B,), function that evaluates the normalizer) -> what is minimized
-NORMALIZATIONS = {"none": lambda value, predict: value, "learned": lambda value, predict: normalized(value, predict()),
+NORMALIZATIONS = {"none": lambda value, predict: value,
+                  "learned": lambda value, predict: normalized(value, predict()),
                   "per-sample": lambda value, predict: self_normalized(value)}
 
 
 if __name__ == "__main__":
     target = torch.tensor([[3.0, 4.0]]).repeat(5, 1)
-    points = {"at the target": [3, 4], "twice as long": [6, 8], "turned 90 degrees": [-4, 3], "opposite": [-3, -4], "zero": [0, 0]}
+    points = {"at the target": [3, 4], "twice as long": [6, 8], "turned 90 degrees": [-4, 3],
+              "opposite": [-3, -4], "zero": [0, 0]}
     pred = torch.tensor(list(points.values()), dtype=torch.float32)
     magnitude, direction = decompose(pred, target)
     assert torch.allclose(magnitude + direction, mse(pred, target))
-    print(f"{'target (3, 4), prediction':30} {'mse':>8} {'magnitude':>10} {'direction':>10} {'1 - cos':>8} {'p-huber':>8}")
-    for row in zip(points, mse(pred, target), magnitude, direction, direction_loss(pred, target), pseudo_huber(pred, target)):
+    print(f"{'target (3, 4), prediction':30} {'mse':>8} {'magnitude':>10} {'direction':>10} {'1 - cos':>8} "
+          f"{'p-huber':>8}")
+    for row in zip(points, mse(pred, target), magnitude, direction, direction_loss(pred, target),
+                   pseudo_huber(pred, target)):
         print(f"{row[0]:30} {row[1]:8.3f} {row[2]:10.3f} {row[3]:10.3f} {row[4]:8.3f} {row[5]:8.3f}")

@@ -1,4 +1,5 @@
-"""The options of train.py, and the recipe that they make: checked, so that pieces which do not fit are refused before anything runs."""
+"""The options of train.py, and the recipe that they make: checked, so that pieces which do not fit
+are refused before anything runs."""
 import dataclasses
 import shlex
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ from teacher import PRECISIONS
 
 @dataclass
 class Config:
-    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl), a diffusers folder, a hub id or .safetensors
-    model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration; default: from the hub
-    random_init: bool = False        # random weights in the teacher's architecture: measures everything but quality, downloads nothing
-    recipe: str = "default"          # a row of reflow.RECIPES; the options down to --dropout override its columns
+    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl), a diffusers folder,
+                                     # a hub id or .safetensors
+    model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
+                                     # default: from the hub
+    random_init: bool = False        # random weights in the teacher's architecture: measures everything but
+                                     # quality, downloads nothing
+    recipe: str = "default"          # a row of reflow.RECIPES; the options down to --dropout override its
+                                     # columns
     windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
     pairs: str | None = None         # trajectory, data, student or consistency
     path: str | None = None          # vp or linear
@@ -27,49 +32,63 @@ class Config:
     normalization: str | None = None  # of each sample's loss: none, learned or per-sample
     time_law: str | None = None      # uniform, starts, exponential, cosh or log-normal
     time_base: float | None = None   # of the exponential law; above 0 and not 1
-    time_inside: bool | None = None  # the law inside each window, all windows equally often, instead of on the whole axis
+    time_inside: bool | None = None  # the law inside each window, all windows equally often, instead of on
+                                     # the whole axis
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
     direction_space: str | None = None  # of that cosine: eps, u, x, velocity or end
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
     reuse: int | None = None         # times t that each pair is asked at, in the same update
     forward_rate: float | None = None  # rho: share of trajectories that run from real images to noise
-    projection: float | None = None  # entropy of the optimal transport that brings pairs back on their marginals; 0 = none
+    projection: float | None = None  # entropy of the optimal transport that brings pairs back on their
+                                     # marginals; 0 = none
     dropout: float | None = None     # of the student while it trains
     name: str = ""                   # what tables call this method; default: the recipe's name
-    data: str = ""                   # images with captions: folder, shards, datasets name, sprites (tiny's) or sprites-by-group (pixel's)
+    data: str = ""                   # images with captions: folder, shards, datasets name, sprites (tiny's)
+                                     # or sprites-by-group (pixel's)
     image_column: str = ""           # of a datasets source; default: its first column of images
-    caption_column: str = ""         # of a datasets source or metadata file; default: text, caption, captions, prompt or txt
-    skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of refusing the data
+    caption_column: str = ""         # of a datasets source or metadata file; default: text, caption,
+                                     # captions, prompt or txt
+    skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of
+                                     # refusing the data
     prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
     size: int | None = None          # pixels, square; default: what the model was made for
     out: str = "runs/train"          # students, checkpoints and log go here
     cache: str = ""                  # teacher trajectories and latents, shared by runs; default OUT/cache
-    trajectories: int = 6144         # how many to cache, at most one per pair; each costs solver_steps evaluations
+    trajectories: int = 6144         # how many to cache, at most one per pair; each costs solver_steps
+                                     # evaluations
     cache_only: bool = False         # make the caches of this run and stop, to share them with other runs
-    cache_latents: bool = False      # for pairs from images: encode every image and caption once, before training
+    cache_latents: bool = False      # for pairs from images: encode every image and caption once, before
+                                     # training
     updates: int = 3000              # optimizer steps over all stages
     batch: int = 64                  # samples per update, over all processes and micro-batches
-    micro_batch: int | None = None   # samples per forward on one process; gradients accumulate; default: all of its share
+    micro_batch: int | None = None   # samples per forward on one process; gradients accumulate;
+                                     # default: all of its share
     lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
     ema: float = 0.999               # decay of the running average, which is what is kept
     lora: int = 0                    # rank of LoRA adapters on one shared network; 0 = train every weight
-    precision: str = "fp32"          # bf16: autocast; what is trained stays fp32, what LoRA leaves frozen is kept in bf16
+    precision: str = "fp32"          # bf16: autocast; what is trained stays fp32, what LoRA leaves frozen is
+                                     # kept in bf16
     gradient_checkpointing: bool = False  # a forward more per update, for much less memory
     shard: bool = False              # FSDP2: weights, gradients and optimizer state spread over the processes
     compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
-    guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow; w puts w into the student
-    text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance works at sampling
-    null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the model's own pipeline does)
+    guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;
+                                     # w puts w into the student
+    text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance
+                                     # works at sampling
+    null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the
+                                     # model's own pipeline does)
     seed: int = 0                    # of data, noise, times and random weights
     resume: bool = True              # go on from what OUT holds; --no-resume refuses an OUT that holds a run
     keep: int = 2                    # checkpoints kept
     checkpoint_steps: int = 200      # updates between checkpoints
     log_steps: int = 20              # updates between lines of OUT/log.jsonl and points of OUT/tensorboard
-    grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any update; 0 = none
+    grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any
+                                     # update; 0 = none
     device: str = ""                 # cpu or cuda; default: cuda if there is one
 
 
-RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe) if field.name not in ("stages", "shares"))
+RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe)
+                       if field.name not in ("stages", "shares"))
 
 NULL_TEXTS = ("auto", "empty", "zeros")
 
@@ -78,11 +97,14 @@ def resolve_recipe(c):
     """The recipe of a Config, overrides applied and checked.  Raises UserError."""
     recipe = cli.choose("--recipe", c.recipe, reflow.RECIPES)
     if c.windows is not None:
-        recipe = dataclasses.replace(recipe, stages=tuple(c.windows), shares=recipe.shares[-len(c.windows):] if
+        recipe = dataclasses.replace(recipe, stages=tuple(c.windows),
+                                     shares=recipe.shares[-len(c.windows):] if
                                      len(c.windows) <= len(recipe.shares) else (1,) * len(c.windows))
     overrides = {name: getattr(c, name) for name in RECIPE_COLUMNS}
-    recipe = dataclasses.replace(recipe, **{name: value for name, value in overrides.items() if value is not None})
-    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES, "direction_space": reflow.SPACES, "loss": losses.LOSSES,
+    recipe = dataclasses.replace(recipe,
+                                 **{name: value for name, value in overrides.items() if value is not None})
+    tables = {"pairs": SOURCES, "path": reflow.PATHS, "space": reflow.SPACES,
+              "direction_space": reflow.SPACES, "loss": losses.LOSSES,
               "time_law": reflow.TIME_LAWS, "normalization": losses.NORMALIZATIONS}
     for name, table in tables.items():
         cli.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
@@ -94,10 +116,11 @@ def resolve_recipe(c):
     except ValueError as error:
         raise UserError(f"--windows / --updates: {error}") from error
     if recipe.solver_steps < 1 or recipe.solver_steps % cache_windows(recipe):
-        raise UserError(f"--solver-steps {recipe.solver_steps}: must be a multiple of {cache_windows(recipe)}, the number of "
-                        "windows, so that the teacher stops at every boundary")
-    cli.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0, keep=1, lora=0,
-                    size=1, guidance_teacher=0, text_dropout=0)
+        raise UserError(f"--solver-steps {recipe.solver_steps}: must be a multiple of "
+                        f"{cache_windows(recipe)}, the number of windows, so that the teacher stops at every "
+                        "boundary")
+    cli.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0,
+                 keep=1, lora=0, size=1, guidance_teacher=0, text_dropout=0)
     cli.at_least(recipe, direction_weight=0, reuse=1, projection=0)
     for name, value, good, range_ in (
             ("lr", c.lr, c.lr > 0, "above 0"), ("ema", c.ema, 0 <= c.ema < 1, "in [0, 1)"),
@@ -105,7 +128,8 @@ def resolve_recipe(c):
             ("high_pass_weight", recipe.high_pass_weight, recipe.high_pass_weight > -1,
              "above -1, or the loss is blind to some frequencies"),
             ("high_pass_radius", recipe.high_pass_radius, 0 <= recipe.high_pass_radius <= 1, "in [0, 1]"),
-            ("time_base", recipe.time_base, 0 < recipe.time_base != 1, "above 0 and not 1; --time-law uniform is what it tends to at 1"),
+            ("time_base", recipe.time_base, 0 < recipe.time_base != 1,
+             "above 0 and not 1; --time-law uniform is what it tends to at 1"),
             ("forward_rate", recipe.forward_rate, 0 <= recipe.forward_rate <= 1, "in [0, 1]"),
             ("dropout", recipe.dropout, 0 <= recipe.dropout < 1, "in [0, 1)")):
         if not good:
@@ -115,42 +139,49 @@ def resolve_recipe(c):
 
 
 def check_pieces(c, recipe):
-    """Raises UserError where two pieces of a recipe do not go together, or one is given that the others never read."""
+    """Raises UserError where two pieces of a recipe do not go together, or one is given that the
+    others never read."""
     for name, value in (("forward_rate", recipe.forward_rate), ("projection", recipe.projection)):
         option = f"--{name.replace('_', '-')} {value}"
         if value and recipe.pairs != "trajectory":
-            raise UserError(f"{option}: changes whole trajectories; use --pairs trajectory, or set it to 0 with --pairs {recipe.pairs}")
+            raise UserError(f"{option}: changes whole trajectories; use --pairs trajectory, or set it to 0 "
+                            f"with --pairs {recipe.pairs}")
         if value and c.prompts:
-            raise UserError(f"{option}: needs images, and --prompts {c.prompts} holds none; give --data, or set it to 0")
+            raise UserError(f"{option}: needs images, and --prompts {c.prompts} holds none; give --data, or "
+                            "set it to 0")
     if recipe.projection and recipe.stages != (1,):
-        raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use --windows 1, or set it to 0")
-    if recipe.pairs == "consistency":                      # every sample is a window of its own, from its t down to the data
+        raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use "
+                        "--windows 1, or set it to 0")
+    if recipe.pairs == "consistency":  # every sample is a window of its own, from its t down to the data
         for option, value, right in (("windows", recipe.stages, (1,)), ("path", recipe.path, "vp"),
                                      ("reuse", recipe.reuse, 1)):
             if value != right:
                 shown, remedy = (str(each).strip("(,)").replace(",", "") for each in (value, right))
-                raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which runs from its "
-                                f"own t straight to the data; use --{option} {remedy}, or other --pairs")
+                raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which "
+                                f"runs from its own t straight to the data; use --{option} {remedy}, or "
+                                "other --pairs")
     for option, read, owner in (("time_base", recipe.time_law == "exponential", "--time-law exponential"),
                                 ("high_pass_weight", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
-                                ("direction_space", recipe.direction_weight > 0, "--direction-weight above 0"),
+                                ("direction_space", recipe.direction_weight > 0,
+                                 "--direction-weight above 0"),
                                 ("cache_latents", recipe.pairs != "trajectory", "pairs from images")):
         if getattr(c, option) != getattr(Config, option) and not read:
             raise UserError(f"--{option.replace('_', '-')}: only goes with {owner}; leave it out")
 
 
 def fit_prediction(c, recipe, prediction):
-    """The recipe for a teacher of this prediction type: one that predicts x is compared in x, where the recipe
-    compares what contains eps. In u, one sample of 64 held 22% of the gradient (median; up to 89%), with times kept
-    above the schedule's floor 20% (66%), in x 3%.  Raises UserError where another space was given on the command line."""
+    """The recipe for a teacher of this prediction type: one that predicts x is compared in x, where
+    the recipe compares what contains eps. In u, one sample of 64 held 22% of the gradient (median;
+    up to 89%), with times kept above the schedule's floor 20% (66%), in x 3%.
+    Raises UserError where another space was given on the command line."""
     if prediction != "sample":
         return recipe
     for option in ("space", "direction_space"):
         given = getattr(c, option)
         if given not in (None, "x", "end"):
-            raise UserError(f"--{option.replace('_', '-')} {given}: this teacher predicts x, whose errors have no bound there as "
-                            "t goes to 0; leave it out (x), or give end")
+            raise UserError(f"--{option.replace('_', '-')} {given}: this teacher predicts x, whose errors "
+                            "have no bound there as t goes to 0; leave it out (x), or give end")
     return dataclasses.replace(recipe, **{option: "x" for option in ("space", "direction_space")
                                           if getattr(recipe, option) != "end"})
 

@@ -1,21 +1,23 @@
-"""Where the pairs come from: the two ends (z_start, z_end) of each sample's window, and the text they belong to.
+"""Where the pairs come from: the two ends (z_start, z_end) of each sample's window, and the text
+they belong to.
 
-| source     | z_start                                   | z_end                                                          |
-|------------|-------------------------------------------|----------------------------------------------------------------|
-| trajectory | a boundary of the teacher's own path      | its next boundary; solved once, cached, shared by every stage  |
-| data       | a real latent noised to t_start           | teacher's DDIM inside the window (PeRFlow)                     |
-| student    | the same                                  | the previous stage's student, a step per old window (ProReflow)|
-| consistency| a real latent noised to t                 | one step of the teacher, then the student's own x_hat there    |
+| source      | z_start                             | z_end                                               |
+|-------------|-------------------------------------|-----------------------------------------------------|
+| trajectory  | a boundary of the teacher's path    | its next one; solved once, cached, for every stage  |
+| data        | a real latent noised to t_start     | teacher's DDIM inside the window (PeRFlow)          |
+| student     | the same                            | previous student, a step per old window (ProReflow) |
+| consistency | a real latent noised to t           | one teacher step, then the student's own x_hat there|
 
-Consistency distillation (LCM) is the peer that users know. It is a chord as well: from z_t to the data at t = 0, which the
-student itself is believed to know better one teacher step nearer to it.
+Consistency distillation (LCM) is the peer that users know. It is a chord as well: from z_t to the
+data at t = 0, which the student itself is believed to know better one teacher step nearer to it.
 
-A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to the noise that the teacher makes
-it from (forward, Simple ReFlow). A backward one has the true noise at its start, a forward one true data at its end; the other end
-is only as good as the teacher. Projected pairs (there as well) mend that end.
+A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to
+the noise that the teacher makes it from (forward, Simple ReFlow). A backward one has the true noise
+at its start, a forward one true data at its end; the other end is only as good as the teacher.
+Projected pairs (there as well) mend that end.
 
-Everything random about sample k comes from generators seeded with (seed, k), so that a sample is the same on one process
-or eight, at any micro-batch, before or after a resume.
+Everything random about sample k comes from generators seeded with (seed, k), so that a sample is
+the same on one process or eight, at any micro-batch, before or after a resume.
 """
 import functools
 import math
@@ -35,15 +37,18 @@ SOURCES = ("trajectory", "data", "student", "consistency")
 
 LARGE_BATCH = 1024            # trajectories that are projected together
 
-LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")      # in an autoencoder's config
+LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # in an autoencoder's config
 
 
 class Pairs:
-    """The pairs of one run.  c: train.Config; recipe: reflow.Recipe; pipeline: the teacher's, frozen, on its device;
-    dataset: from data.open_dataset; processes: (rank, world size, barrier). Makes the caches that the run asks for."""
+    """The pairs of one run.  c: train.Config; recipe: reflow.Recipe; pipeline: the teacher's,
+    frozen, on its device;
+    dataset: from data.open_dataset; processes: (rank, world size, barrier). Makes the caches that
+    the run asks for."""
 
     def __init__(self, c, recipe, pipeline, dataset, processes=(0, 1, lambda: None)):
-        self.c, self.recipe, self.pipeline, self.dataset, self.processes = c, recipe, pipeline, dataset, processes
+        self.c, self.recipe, self.pipeline, self.dataset = c, recipe, pipeline, dataset
+        self.processes = processes
         self.device = models.network(pipeline).device
         self.shape = models.latent_shape(pipeline, c.size)
         self.size = [side * pipeline.vae_scale_factor for side in self.shape[1:]]         # (H, W) in pixels
@@ -51,14 +56,16 @@ class Pairs:
         self.schedule, self.prediction = model.schedule, model.prediction
         check_windows(recipe.stages, self.schedule)
         models.check_null(pipeline, c.guidance_teacher, c.text_dropout)
-        self.null, self.null_there = ((self.text([""]), self.text([""], self.device)) if models.has_null(pipeline) else ({}, {}))
+        self.null, self.null_there = ((self.text([""]), self.text([""], self.device))
+                                      if models.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
-            raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start from images; give --data FOLDER "
-                            "instead, or --pairs trajectory")
+            raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start "
+                            "from images; give --data FOLDER instead, or --pairs trajectory")
         from_images = recipe.pairs != "trajectory" or recipe.forward_rate or recipe.projection
         if from_images and self.size[0] != self.size[1]:
-            raise UserError(f"--model {c.model}: made for {self.size[0]} x {self.size[1]} pixels, and pictures are cropped "
-                            f"to squares; give --size {min(self.size)}, or --pairs trajectory without --forward-rate")
+            raise UserError(f"--model {c.model}: made for {self.size[0]} x {self.size[1]} pixels, and "
+                            f"pictures are cropped to squares; give --size {min(self.size)}, or --pairs "
+                            "trajectory without --forward-rate")
         self.rows = None
         if recipe.pairs == "trajectory":
             self.rows = self.cache_trajectories()
@@ -69,17 +76,21 @@ class Pairs:
     # ---- caches ----
 
     def text(self, captions, device="cpu"):
-        """Text conditions of captions, "" being the null embedding (what guidance and dropped captions use)."""
-        return models.encode_text(self.pipeline, [caption or None for caption in captions], null=self.c.null_text,
-                                   size=self.size, device=device)
+        """Text conditions of captions, "" being the null embedding (what guidance and dropped
+        captions use)."""
+        return models.encode_text(self.pipeline, [caption or None for caption in captions],
+                                  null=self.c.null_text, size=self.size, device=device)
 
     def autocast(self):
-        """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their casts are not kept."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16", cache_enabled=not self.c.shard)
+        """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their
+        casts are not kept."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16",
+                              cache_enabled=not self.c.shard)
 
     def noises(self, numbers):
         """Noise of these samples, (N, C, h, w)."""
-        return torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "noise", k)) for k in numbers]).to(self.device)
+        return torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "noise", k))
+                            for k in numbers]).to(self.device)
 
     def latents(self, numbers):
         """Latents of the images of these samples, (N, C, h, w)."""
@@ -87,55 +98,70 @@ class Pairs:
 
     @torch.no_grad()
     def cache_trajectories(self):
-        """Latents at every boundary of the teacher's trajectories, noise first, (9, C, h, w) each for 8 windows, and the text they
-        were made with: the backward ones, then the forward ones.  Returns: data.Joined."""
+        """Latents at every boundary of the teacher's trajectories, noise first, (9, C, h, w) each
+        for 8 windows, and the text they were made with: the backward ones, then the forward ones.
+        Returns: data.Joined."""
         c, recipe, model = self.c, self.recipe, models.as_model(self.pipeline)
         windows = cache_windows(recipe)
         times, keep = sampler.time_grid(recipe.solver_steps), recipe.solver_steps // windows
 
         def solve(walk, begin, numbers):
             visited = []
-            cond = self.text([self.dataset.captions[i] for i in self.captions(numbers, "trajectory")], self.device)
+            cond = self.text([self.dataset.captions[i] for i in self.captions(numbers, "trajectory")],
+                             self.device)
             z = begin(numbers)
             with self.autocast():
                 end = walk(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
                            lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
-            return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1), **cond}.items()}
-        settings = dict(teacher=models.fingerprint(models.network(self.pipeline), *models.text_encoders(self.pipeline)),
+            return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1),
+                                                        **cond}.items()}
+        settings = dict(teacher=models.fingerprint(models.network(self.pipeline),
+                                                   *models.text_encoders(self.pipeline)),
                         prediction=self.prediction, schedule=store.digest(self.schedule.key),
                         solver_steps=recipe.solver_steps, windows=windows, guidance=c.guidance_teacher,
                         text_dropout=c.text_dropout, null_text=c.null_text, size=self.size, seed=c.seed,
-                        precision=c.precision, data=c.data or c.prompts,      # and which captions the first samples draw
-                        captions=store.digest(self.dataset.captions, self.dataset.caption_indices(range(256))))
+                        # and which captions the first samples draw
+                        precision=c.precision, data=c.data or c.prompts,
+                        captions=store.digest(self.dataset.captions,
+                                              self.dataset.caption_indices(range(256))))
         total = trajectory_count(c, recipe)
         stores, forward = [], round(recipe.forward_rate * total)
-        for name, count, walk, begin, right in (("trajectories", total - forward, sampler.ddim, self.noises, self.latents),
-                                                ("inversions", forward, sampler.invert, self.latents, self.noises)):
+        for name, count, walk, begin, right in (("trajectories", total - forward, sampler.ddim, self.noises,
+                                                 self.latents),
+                                                ("inversions", forward, sampler.invert, self.latents,
+                                                 self.noises)):
             if count:
                 made = {**settings, **(self.pictures() if walk is sampler.invert else {})}
-                rows = store.cached(cache_folder(c) / name, count, made, functools.partial(solve, walk, begin), 256,
+                rows = store.cached(cache_folder(c) / name, count, made,
+                                    functools.partial(solve, walk, begin), 256,
                                    *self.processes, desc=f"teacher {name}", batch=c.micro_batch or c.batch)
                 if recipe.projection:
                     wrong = -1 if walk is sampler.ddim else 0
                     made = {**settings, **self.pictures(), "projection": recipe.projection}
                     rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
-                                       functools.partial(self.project, rows, wrong, right), LARGE_BATCH, *self.processes, desc="projection")
+                                       functools.partial(self.project, rows, wrong, right), LARGE_BATCH,
+                                       *self.processes, desc="projection")
                 stores.append(rows)
         return store.Joined(stores)
 
     def project(self, rows, wrong, right, numbers):
-        """Trajectories of a large minibatch with one end, 0 or -1, replaced by samples right(numbers) of what should be there, each by one
-        that it draws from their optimal transport. What a sample is conditioned on counts as much as its latent in what is near, classes
-        by being others. Only the two ends are kept.
-        Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is not public; this one is ours."""
+        """Trajectories of a large minibatch with one end, 0 or -1, replaced by samples
+        right(numbers) of what should be there, each by one that it draws from their optimal
+        transport. What a sample is conditioned on counts as much as its latent in what is near,
+        classes by being others. Only the two ends are kept.
+        Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is
+        not public; this one is ours."""
         cond, cost = rows[numbers], 0
-        path, true = cond.pop("z"), torch.cat([right(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
-        comparable = (value if value.is_floating_point() else torch.nn.functional.one_hot(value) for value in cond.values())
+        path, true = cond.pop("z"), torch.cat([right(numbers[i:i + 64])
+                                               for i in range(0, len(numbers), 64)]).cpu()
+        comparable = (value if value.is_floating_point() else torch.nn.functional.one_hot(value)
+                      for value in cond.values())
         for a, b in ((path[:, wrong], true), *((value, value) for value in comparable)):
             distance = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square()
             cost = cost + distance / distance.mean().clamp_min(1e-12)
-        partner = couple(cost, self.recipe.projection, seeds.generator(self.c.seed, "projection", wrong, numbers[0]))
+        partner = couple(cost, self.recipe.projection,
+                         seeds.generator(self.c.seed, "projection", wrong, numbers[0]))
         ends = [path[:, 0], path[:, -1]]
         ends[wrong] = true[partner]
         if wrong == -1:                                    # a picture brings its own caption
@@ -143,15 +169,17 @@ class Pairs:
         return {"z": torch.stack(ends, 1), **cond}
 
     def pictures(self):
-        """What the latents of the dataset's images depend on, for the settings of a cache: the images (names, captions,
-        and the bytes of up to 64), the autoencoder and its scale."""
+        """What the latents of the dataset's images depend on, for the settings of a cache: the
+        images (names, captions, and the bytes of up to 64), the autoencoder and its scale."""
         dataset, vae = self.dataset, next(iter(models.autoencoder(self.pipeline)), None)
         images = None                                      # the embedded pictures are a function of the seed
         if dataset.size is not None:
-            some = (dataset.kept[row].where for row in sorted(set(dataset.rows(range(min(64, dataset.size))))))
+            some = (dataset.kept[row].where
+                    for row in sorted(set(dataset.rows(range(min(64, dataset.size))))))
             images = store.digest(dataset.key, *(zlib.crc32(dataset.read(where)) for where in some))
         scale = {} if vae is None else {name: vae.config.get(name) for name in LATENT_SCALE}
-        return dict(images=images, autoencoder=models.fingerprint(*models.autoencoder(self.pipeline)), **scale)
+        return dict(images=images, autoencoder=models.fingerprint(*models.autoencoder(self.pipeline)),
+                    **scale)
 
     @torch.no_grad()
     def cache_latents(self):
@@ -162,39 +190,50 @@ class Pairs:
 
         def solve(rows):
             latents = models.encode(self.pipeline, dataset.decode(rows, self.size[0]).to(self.device))
-            return {"z_0": latents.cpu(), **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
-        settings = dict(text=models.fingerprint(*models.text_encoders(self.pipeline)), size=self.size, null_text=c.null_text,
-                        data=c.data, **self.pictures())
-        return store.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes, desc="latents")
+            return {"z_0": latents.cpu(),
+                    **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
+        settings = dict(text=models.fingerprint(*models.text_encoders(self.pipeline)), size=self.size,
+                        null_text=c.null_text, data=c.data, **self.pictures())
+        return store.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes,
+                            desc="latents")
 
     def null_like(self, cond):
-        """The null embedding, as often as cond has rows; {} where the model has none, or takes no condition."""
-        return {key: value.expand(len(cond[key]), *[-1] * (value.ndim - 1)) for key, value in self.null_there.items()}
+        """The null embedding, as often as cond has rows; {} where the model has none, or takes no
+        condition."""
+        return {key: value.expand(len(cond[key]), *[-1] * (value.ndim - 1))
+                for key, value in self.null_there.items()}
 
     # ---- one micro-batch: first on the host, then on the device ----
 
     def captions(self, numbers, purpose):
-        """The caption of each sample as an index into dataset.captions; dropped (index 0, "") at the rate text_dropout."""
-        drop = [torch.rand(1, generator=seeds.generator(self.c.seed, purpose, "drop", k)).item() < self.c.text_dropout for k in numbers]
-        return [0 if dropped else index for dropped, index in zip(drop, self.dataset.caption_indices(numbers))]
+        """The caption of each sample as an index into dataset.captions; dropped (index 0, "") at
+        the rate text_dropout."""
+        drop = [torch.rand(1,
+                           generator=seeds.generator(self.c.seed, purpose, "drop",
+                                                     k)).item() < self.c.text_dropout for k in numbers]
+        return [0 if dropped else index
+                for dropped, index in zip(drop, self.dataset.caption_indices(numbers))]
 
     def times(self, numbers, windows):
-        u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "time", k), dtype=torch.float64) for k in numbers])
+        u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "time", k), dtype=torch.float64)
+                       for k in numbers])
         return reflow.draw_times(self.recipe, u, windows, self.schedule)
 
     def fetch(self, numbers, windows):
-        """What the host knows of these samples: their times, and the cached rows or images their pairs start from. Runs
-        in a thread, a micro-batch ahead.  Returns: dict of CPU tensors (len(numbers), ...), captions as a list."""
-        pin = self.device.type == "cuda"                 # a copy to the device waits for it unless it comes from pinned memory
+        """What the host knows of these samples: their times, and the cached rows or images their
+        pairs start from. Runs in a thread, a micro-batch ahead.  Returns: dict of CPU tensors
+        (len(numbers), ...), captions as a list."""
+        # a copy to the device waits for it unless it comes from pinned memory
+        pin = self.device.type == "cuda"
         return {key: value.pin_memory() if pin and torch.is_tensor(value) else value
                 for key, value in self._fetch(numbers, windows).items()}
 
     def _fetch(self, numbers, windows):
-        reuse = self.recipe.reuse                        # samples 0..m-1 share pair 0, the next m pair 1, and so on
+        reuse = self.recipe.reuse  # samples 0..m-1 share pair 0, the next m pair 1, and so on
         pair = list(dict.fromkeys(k // reuse for k in numbers))
         t = self.times(numbers, windows)
         t_start, t_end = reflow.window_of(t, windows)
-        if reuse > 1:                                    # each sample keeps its place in the window, the pair says which window
+        if reuse > 1:  # each sample keeps its place in the window, the pair says which window
             place = (t - t_end) / (t_start - t_end)
             own = reflow.window_of(self.times([p * reuse for p in pair], windows), windows)
             t_start, t_end = (edge.repeat_interleave(reuse) for edge in own)
@@ -203,13 +242,16 @@ class Pairs:
             t_start, t_end = t, torch.zeros_like(t)
         batch = dict(t=t, t_start=t_start, t_end=t_end)
         if self.recipe.pairs == "trajectory":
-            rows = self.rows[[torch.randint(len(self.rows), (1,), generator=seeds.generator(self.c.seed, "row", p)).item() for p in pair]]
+            rows = self.rows[[torch.randint(len(self.rows), (1,),
+                                            generator=seeds.generator(self.c.seed, "row", p)).item()
+                                            for p in pair]]
             path, every = rows.pop("z"), torch.arange(len(pair))
             batch |= {name: path[every, ((1 - edge[::reuse]) * (path.shape[1] - 1)).round().long()]
                       for name, edge in (("z_start", t_start), ("z_end", t_end))}
             return batch | rows
         captions = self.captions(pair, "data")
-        batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p)) for p in pair])
+        batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p))
+                                    for p in pair])
         if self.rows is None:
             return batch | {"images": self.dataset.images(pair, self.size[0]),
                             "captions": [self.dataset.captions[i] for i in captions]}
@@ -220,12 +262,15 @@ class Pairs:
 
     @torch.no_grad()
     def ends(self, batch, solver, steps, student=None):
-        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end is not cached: the
-        teacher (its path is None), or the previous stage's student, which has learned the teacher's guidance and gets
-        none; student: the Model that is trained, which consistency evaluates itself.
-        Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,), float32 latents (B, C, h, w)."""
+        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end
+        is not cached: the teacher (its path is None), or the previous stage's student, which has
+        learned the teacher's guidance and gets none; student: the Model that is trained, which
+        consistency evaluates itself.
+        Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,),
+        float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
-        batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()}
+        batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
+                 for key, value in batch.items()}
         t, t_start, t_end = (batch.pop(key) for key in ("t", "t_start", "t_end"))
         if self.recipe.pairs == "trajectory":
             z_start, z_end, cond = batch.pop("z_start"), batch.pop("z_end"), batch
@@ -240,7 +285,8 @@ class Pairs:
             alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
             with self.autocast():
-                if self.recipe.pairs == "consistency":   # a window as long as one teacher step, then the student's jump to t = 0
+                # a window as long as one teacher step, then the student's jump to t = 0
+                if self.recipe.pairs == "consistency":
                     nearer = (starts - 1 / steps).clamp_min(0)
                     step = torch.stack([starts, nearer])
                     z_near = sampler.ddim(solver, z_start, step, cond, guidance, self.null_like(cond))
@@ -248,34 +294,42 @@ class Pairs:
                     jump = sampler.ddim(student, z_near, jump, cond)
                     z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
                 else:
-                    times = torch.lerp(starts, stops, torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)[:, None])
+                    times = torch.lerp(starts, stops,
+                                       torch.linspace(0, 1, steps + 1, dtype=starts.dtype,
+                                                      device=self.device)[:, None])
                     z_end = sampler.ddim(solver, z_start, times, cond, guidance, self.null_like(cond))
         if reuse > 1:
-            z_start, z_end, *values = (v.repeat_interleave(reuse, 0) for v in (z_start, z_end, *cond.values()))
+            z_start, z_end, *values = (v.repeat_interleave(reuse, 0)
+                                       for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
         return t, t_start, t_end, z_start, z_end, cond
 
 
 def couple(cost, entropy, generator):
-    """Entropic optimal transport between two sets of N equally likely points, by Sinkhorn's iterations on logarithms, and of its plan
-    one partner drawn for each point of the first set: on average, each of the second is drawn once.
-    cost: (N, N); entropy > 0: its weight, in units of the mean cost; towards 0 the plan is a permutation, for large values all
-    partners are equally likely.  Returns: (N,), indices of the second set."""
-    plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log", warn=False))
+    """Entropic optimal transport between two sets of N equally likely points, by Sinkhorn's
+    iterations on logarithms, and of its plan one partner drawn for each point of the first set: on
+    average, each of the second is drawn once.
+    cost: (N, N); entropy > 0: its weight, in units of the mean cost; towards 0 the plan is a
+    permutation, for large values all partners are equally likely.  Returns: (N,), indices of the
+    second set."""
+    plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log",
+                                        warn=False))
     return torch.multinomial(plan, 1, generator=generator)[:, 0]
 
 
 def check_windows(stages, schedule):
-    """Raises UserError unless every boundary of every stage is a timestep of the model, where it has timesteps: stock
-    schedulers step between whole ones, and would miss the boundaries of 6, 7 or 16 windows of 1000 timesteps."""
+    """Raises UserError unless every boundary of every stage is a timestep of the model, where it
+    has timesteps: stock schedulers step between whole ones, and would miss the boundaries of 6, 7
+    or 16 windows of 1000 timesteps."""
     total = schedule.timesteps
     for windows in stages:
         if total and total % windows:
             possible = [k for k in range(1, total + 1) if total % k == 0]
             below, above = (pick((k for k in possible if (k - windows) * sign > 0), default=total)
                             for pick, sign in ((max, -1), (min, 1)))
-            raise UserError(f"--windows {windows}: does not divide the model's {total} timesteps, so that stock schedulers "
-                            f"cannot stop at its boundaries; use for instance {below} or {above}")
+            raise UserError(f"--windows {windows}: does not divide the model's {total} timesteps, so that "
+                            f"stock schedulers cannot stop at its boundaries; use for instance {below} or "
+                            f"{above}")
 
 
 def cache_folder(c):
@@ -283,23 +337,27 @@ def cache_folder(c):
 
 
 def trajectory_count(c, recipe):
-    """Trajectories that are cached, for each pair to draw one of them at random: those asked for, yet no more than there are pairs."""
+    """Trajectories that are cached, for each pair to draw one of them at random: those asked for,
+    yet no more than there are pairs."""
     return min(c.trajectories, math.ceil(c.updates * c.batch / recipe.reuse))
 
 
 def cache_bytes(c, recipe, pipeline, dataset):
-    """What the rows that a run caches will take on disk: latents and one text each, all in float32."""
+    """What the rows that a run caches will take on disk: latents and one text each, all in
+    float32."""
     shape = models.latent_shape(pipeline, c.size)
     pixels = shape[-1] * pipeline.vae_scale_factor
-    text = models.encode_text(pipeline, [dataset.captions[-1] or None], null=c.null_text, size=(pixels, pixels))
+    text = models.encode_text(pipeline, [dataset.captions[-1] or None], null=c.null_text,
+                              size=(pixels, pixels))
     text = sum(value.nbytes for value in text.values())
     if recipe.pairs == "trajectory":
-        ends = 2 * math.prod(shape) * 4 + text             # projected ones are kept beside those they were made of
+        ends = 2 * math.prod(shape) * 4 + text  # projected ones are kept beside those they were made of
         row = (cache_windows(recipe) + 1) * math.prod(shape) * 4 + text + ends * (recipe.projection > 0)
         return trajectory_count(c, recipe) * row
     return (dataset.size or 0) * (math.prod(shape) * 4 + text) * c.cache_latents
 
 
 def cache_windows(recipe):
-    """Boundaries are cached for 8 windows, or the first stage's if it has more: they serve every later stage."""
+    """Boundaries are cached for 8 windows, or the first stage's if it has more: they serve every
+    later stage."""
     return math.lcm(8, *recipe.stages) if recipe.pairs == "trajectory" else max(recipe.stages)

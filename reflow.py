@@ -1,11 +1,14 @@
-"""The method: windows, their chord, the paths through it, the curriculum and the recipes. Tensors in, tensors out.
+"""The method: windows, their chord, the paths through it, the curriculum and the recipes.
+Tensors in, tensors out.
 
-Time runs from t = 0 (data) to t = 1 (noise): z_t = alpha_t x + sigma_t eps. Cut time into K windows. The two ends of a
-trajectory in a window, z_start and z_end, are two equations in two unknowns: exactly one pair (x*, eps*), the chord,
-explains both. Reflow trains the student to answer with the chord everywhere between the two ends. Once it does, its
-trajectory is straight over the window, and one step crosses it.
+Time runs from t = 0 (data) to t = 1 (noise): z_t = alpha_t x + sigma_t eps. Cut time into K
+windows. The two ends of a trajectory in a window, z_start and z_end, are two equations in two
+unknowns: exactly one pair (x*, eps*), the chord, explains both. Reflow trains the student to answer
+with the chord everywhere between the two ends. Once it does, its trajectory is straight over the
+window, and one step crosses it.
 
-Here is the method, complete; tools/flow2d.py runs it on a flow in the plane, train.py on diffusion models.
+Here is the method, complete; tools/flow2d.py runs it on a flow in the plane, train.py on diffusion
+models.
 """
 import contextlib
 import functools
@@ -16,40 +19,44 @@ import torch
 
 import losses
 
-# ---- windows -------------------------------------------------------------------------------------------------------
+# ---- windows -----------------------------------------------------------------------------------------------
 
 
 def boundaries(windows):
     """The K+1 times that cut (0, 1] into K windows, in sampling order: (1, (K-1)/K, ..., 0).
-    On Stable Diffusion's grid these are the timesteps 1000 k/K - 1, exact for any K; the last one, "timestep -1",
-    is clean data. Boundaries of 8, 4, 2 and 1 windows nest."""
+    On Stable Diffusion's grid these are the timesteps 1000 k/K - 1, exact for any K;
+    the last one, "timestep -1", is clean data. Boundaries of 8, 4, 2 and 1 windows nest."""
     if windows < 1:
         raise ValueError(f"windows = {windows}: at least 1 is needed")
     return tuple(k / windows for k in range(windows, -1, -1))
 
 
 def window_of(t, windows):
-    """The window (t_end, t_start] that holds t. t: tensor in (0, 1].  Returns: (t_start, t_end), tensors like t."""
+    """The window (t_end, t_start] that holds t. t: tensor in (0, 1].  Returns: (t_start, t_end),
+    tensors like t."""
     k = torch.ceil(t * windows - 1e-5).clamp(1, windows)      # the tolerance keeps 0.1 * 10 in its own window
     return k / windows, (k - 1) / windows
 
 
 def check_curriculum(stages):
-    """Raises ValueError unless each window count divides the one before it (so that windows merge, never split)."""
+    """Raises ValueError unless each window count divides the one before it (so that windows merge,
+    never split)."""
     for before, after in zip(stages, stages[1:]):
         if after >= before or before % after:
-            raise ValueError(f"stages {stages}: {before} windows do not merge into {after}; each count must divide the one before")
+            raise ValueError(f"stages {stages}: {before} windows do not merge into {after}; each count must "
+                             "divide the one before")
     if not stages or min(stages) < 1:
         raise ValueError(f"stages {stages}: at least one stage of at least one window is needed")
 
 
-# ---- the chord -----------------------------------------------------------------------------------------------------
+# ---- the chord ---------------------------------------------------------------------------------------------
 
 
 def chord(z_start, z_end, start, end):
-    """The pair (x, eps) that explains both ends of a window: solves z_start = alpha_s x + sigma_s eps,
-    z_end = alpha_e x + sigma_e eps (design: the determinant is never 0 while t_start > t_end).
-    z_start, z_end: (B, ...).  start, end: pairs (alpha, sigma) of tensors that broadcast with z.  Returns: (x, eps)."""
+    """The pair (x, eps) that explains both ends of a window: solves z_start = alpha_s x + sigma_s
+    eps, z_end = alpha_e x + sigma_e eps (design: the determinant is never 0 while t_start > t_end).
+    z_start, z_end: (B, ...).  start, end: pairs (alpha, sigma) of tensors that broadcast with z.
+    Returns: (x, eps)."""
     (alpha_s, sigma_s), (alpha_e, sigma_e) = start, end
     determinant = alpha_s * sigma_e - alpha_e * sigma_s
     x = (sigma_e * z_start - sigma_s * z_end) / determinant
@@ -57,19 +64,21 @@ def chord(z_start, z_end, start, end):
     return x, eps
 
 
-# A path says where the student meets the chord at time t: z_t = a_t x* + b_t eps*. Every path agrees with the noise
-# schedule at the two ends of the window.
+# A path says where the student meets the chord at time t: z_t = a_t x* + b_t eps*. Every path agrees with the
+# noise schedule at the two ends of the window.
 
 
 def vp_path(schedule, t, windows):
-    """The schedule's own curve: (a_t, b_t) = (alpha_t, sigma_t). Rectified Diffusion; also Simple ReFlow's
-    x_t = (1-t) x0 + t x1, which is the same curve run at another speed. The student never leaves the teacher's noise levels."""
+    """The schedule's own curve: (a_t, b_t) = (alpha_t, sigma_t). Rectified Diffusion;
+    also Simple ReFlow's x_t = (1-t) x0 + t x1, which is the same curve run at another speed.
+    The student never leaves the teacher's noise levels."""
     return schedule(t)
 
 
 def linear_path(schedule, t, windows):
-    """PeRFlow's, and so probably ProReflow's: z runs in a straight line from z_start to z_end, linear in t. As both ends
-    are mixtures of x* and eps*, so is everything between: a_t and b_t are linear in t too."""
+    """PeRFlow's, and so probably ProReflow's: z runs in a straight line from z_start to z_end,
+    linear in t. As both ends are mixtures of x* and eps*, so is everything between: a_t and b_t are
+    linear in t too."""
     t_start, t_end = window_of(t, windows)
     (a_s, b_s), (a_e, b_e) = schedule(t_start), schedule(t_end)
     progress = ((t_start - t) / (t_start - t_end)).to(a_s)
@@ -78,13 +87,14 @@ def linear_path(schedule, t, windows):
 
 PATHS = {"vp": vp_path, "linear": linear_path}
 
-# ---- the space of the loss -----------------------------------------------------------------------------------------
-# Whatever is compared between student and chord is p x + q eps. Each row: (schedule, t_start, t_end) -> (p, q).
+# ---- the space of the loss ---------------------------------------------------------------------------------
+# Whatever is compared between student and chord is p x + q eps.
+# Each row: (schedule, t_start, t_end) -> (p, q).
 
 
 def eps_space(schedule, t_start, t_end):
-    """Noise, as most trainers do. An error in x is sigma/alpha times the error in eps (14.6 at SD's last timestep), so
-    this space hardly sees the errors that few steps are made of."""
+    """Noise, as most trainers do. An error in x is sigma/alpha times the error in eps (14.6 at SD's
+    last timestep), so this space hardly sees the errors that few steps are made of."""
     return 0.0, 1.0
 
 
@@ -94,13 +104,14 @@ def flow_space(schedule, t_start, t_end):
 
 
 def clean_space(schedule, t_start, t_end):
-    """The clean latent x. For a network that predicts x, where eps_hat = (z - alpha x_hat) / sigma, the spaces that contain eps
-    weigh its error by alpha / sigma, without bound as t goes to 0."""
+    """The clean latent x. For a network that predicts x, where eps_hat = (z - alpha x_hat) / sigma,
+    the spaces that contain eps weigh its error by alpha / sigma, without bound as t goes to 0."""
     return 1.0, 0.0
 
 
 def window_velocity_space(schedule, t_start, t_end):
-    """The mean velocity over the window, (z_end - z_start) / (t_end - t_start): PeRFlow's `velocity`."""
+    """The mean velocity over the window, (z_end - z_start) / (t_end - t_start): PeRFlow's
+    `velocity`."""
     (a_s, b_s), (a_e, b_e) = schedule(t_start), schedule(t_end)
     width = (t_end - t_start).to(a_s)
     return (a_e - a_s) / width, (b_e - b_s) / width
@@ -111,12 +122,14 @@ def end_space(schedule, t_start, t_end):
     return schedule(t_end)
 
 
-SPACES = {"eps": eps_space, "u": flow_space, "x": clean_space, "velocity": window_velocity_space, "end": end_space}
+SPACES = {"eps": eps_space, "u": flow_space, "x": clean_space, "velocity": window_velocity_space,
+          "end": end_space}
 
-# ---- time laws: where in (0, 1] the student is evaluated; u uniform in [0, 1) -> t --------------------------------------
-# `uniform` and `starts` are laws of our t. The others are published for straight flows, z = (1 - tau) x + tau eps, and so
-# are laws of the noise level sigma_karras = tau / (1 - tau): they draw tau, CUMULATIVE has the share of draws at or below
-# tau, and draw_times goes on to the t at which the model's own schedule has that level. All but `starts` ignore windows.
+# ---- time laws: where in (0, 1] the student is evaluated; u uniform in [0, 1) -> t -------------------------
+# `uniform` and `starts` are laws of our t. The others are published for straight flows, z = (1 - tau) x + tau
+# eps, and so are laws of the noise level sigma_karras = tau / (1 - tau): they draw tau, CUMULATIVE has the
+# share of draws at or below tau, and draw_times goes on to the t at which the model's own schedule has that
+# level. All but `starts` ignore windows.
 
 
 def uniform(u, windows):
@@ -125,15 +138,17 @@ def uniform(u, windows):
 
 
 def starts(u, windows):
-    """Half of the draws uniform, half exactly at the start of a uniform window. What the student must say jumps at each
-    boundary, from one window's chord to the next one's, and a sampler with one step per window asks exactly there: a
-    network that is smooth in t needs to be told which side counts."""
+    """Half of the draws uniform, half exactly at the start of a uniform window.
+    The student's target jumps at each boundary, from one window's chord to the next one's, and a
+    sampler with one step per window evaluates it exactly there: a network that is smooth in t must
+    learn which side counts."""
     t = 1 - (2 * u) % 1
     return torch.where(u < 0.5, window_of(t, windows)[0], t)
 
 
 def exponential(u, windows, base=10.0):
-    """More often near noise: density base^tau ln(base) / (base - 1). base > 0 and not 1; below 1, more often near data.
+    """More often near noise: density base^tau ln(base) / (base - 1). base > 0 and not 1;
+    below 1, more often near data.
     Source: Simple ReFlow, with its base 10."""
     _check_base(base)
     return (torch.log1p((1 - u) * (base - 1)) / math.log(base)).clamp(2 ** -53, 1)
@@ -160,7 +175,8 @@ def cosh_cumulative(tau, a=4.0):
 
 
 def log_normal(u, windows, mean=-1.2, std=1.2):
-    """ln sigma_karras = logit(tau) is normal with this mean and standard deviation: the median level is exp(-1.2) = 0.301.
+    """ln sigma_karras = logit(tau) is normal with this mean and standard deviation: the median
+    level is exp(-1.2) = 0.301.
     Source: Karras et al. 2022 (EDM), table 1."""
     return torch.sigmoid(mean + std * torch.special.ndtri(1 - u)).clamp_min(2 ** -53)
 
@@ -169,15 +185,19 @@ def log_normal_cumulative(tau, mean=-1.2, std=1.2):
     return torch.special.ndtr((torch.logit(tau) - mean) / std)
 
 
-TIME_LAWS = {"uniform": uniform, "starts": starts, "exponential": exponential, "cosh": cosh, "log-normal": log_normal}
+TIME_LAWS = {"uniform": uniform, "starts": starts, "exponential": exponential, "cosh": cosh,
+             "log-normal": log_normal}
 
-CUMULATIVE = {"exponential": exponential_cumulative, "cosh": cosh_cumulative, "log-normal": log_normal_cumulative}
+CUMULATIVE = {"exponential": exponential_cumulative, "cosh": cosh_cumulative,
+              "log-normal": log_normal_cumulative}
 
 
 def draw_times(recipe, u, windows, schedule):
-    """The times that a recipe trains at. u: float64 (N,), uniform in [0, 1), CPU.  Returns: float64 (N,), in (0, 1].
-    A law of the noise level is truncated to the levels of the schedule, from its floor to t = 1. With time_inside, every law
-    is one of the place within the window, and all windows are equally likely."""
+    """The times that a recipe trains at. u: float64 (N,), uniform in [0, 1), CPU.
+    Returns: float64 (N,), in (0, 1].
+    A law of the noise level is truncated to the levels of the schedule, from its floor to t = 1.
+    With time_inside, every law is one of the place within the window, and all windows are equally
+    likely."""
     law, cumulative = TIME_LAWS[recipe.time_law], CUMULATIVE.get(recipe.time_law)
     if recipe.time_law == "exponential":
         law, cumulative = (functools.partial(each, base=recipe.time_base) for each in (law, cumulative))
@@ -192,7 +212,7 @@ def draw_times(recipe, u, windows, schedule):
     return schedule.time_of(tau / (1 - tau)).clamp_min(schedule.floor)
 
 
-# ---- recipes are data ----------------------------------------------------------------------------------------------
+# ---- recipes are data --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,39 +226,47 @@ class Recipe:
     loss: str = "mse"                    # a row of losses.LOSSES
     high_pass_weight: float = 1.0        # lambda of the high-pass loss
     high_pass_radius: float = 0.1        # where its high frequencies begin, as a share of the highest
-    normalization: str = "none"          # of each sample's loss: none, learned (by normalizer.py) or per-sample
+    normalization: str = "none"          # of each sample's loss: none, learned or per-sample
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
     direction_space: str = "u"           # what that cosine compares, a row of SPACES
     time_law: str = "starts"             # a row of TIME_LAWS
     time_base: float = 10.0              # of the exponential law
-    time_inside: bool = False            # the law inside each window, all windows equally often, instead of on the whole axis
+    time_inside: bool = False            # the law inside each window, all windows equally often, instead of
+                                         # on the whole axis
     solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
     forward_rate: float = 0.0            # rho: share of trajectories that run from real data to noise
-    projection: float = 0.0              # entropy of the optimal transport that brings the pairs back on their marginals; 0 = leave them
+    projection: float = 0.0              # entropy of the optimal transport that brings the pairs back on
+                                         # their marginals; 0 = leave them
     dropout: float = 0.0                 # of the student while it trains
-    reuse: int = 1                       # times t that each pair is asked at, in the same update
+    reuse: int = 1                       # times t drawn for each pair, in the same update
 
 
 RECIPES = {
-    "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),                  # ours: prompts are all it needs
-    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, normalization="learned",
-                   forward_rate=0.5),                                                # the winner of best-of-both: needs images
-    "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),              # straight to one window
-    "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear", space="velocity",
-                        direction_weight=0.1, direction_space="velocity"),           # its time law is unknown: `starts` is ours
+    # ours: prompts are all it needs
+    "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
+    # the winner of best-of-both: needs images
+    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, normalization="learned", forward_rate=0.5),
+    # straight to one window
+    "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),
+    # its time law is unknown: `starts` is ours
+    "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear",
+                        space="velocity", direction_weight=0.1, direction_space="velocity"),
     "perflow": Recipe(stages=(4,), shares=(1,), pairs="data", path="linear", space="eps", time_law="uniform"),
     "rectified-diffusion": Recipe(stages=(4,), shares=(1,), pairs="data", space="end", loss="pseudo-huber",
                                   solver_steps=40, time_law="uniform"),
     "2-reflow": Recipe(stages=(1,), shares=(1,), path="linear", space="velocity", time_law="uniform"),
-    "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber", time_law="uniform",
-                  solver_steps=50),                                                  # the peer: latent consistency
-    "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalization="learned", time_law="exponential",
-                            forward_rate=0.5),                                       # no projection: ours undoes the coupling (docs/log.md)
+    # the peer: latent consistency
+    "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber",
+                  time_law="uniform", solver_steps=50),
+    # no projection: ours undoes the coupling (docs/log.md)
+    "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalization="learned",
+                            time_law="exponential", forward_rate=0.5),
 }
 
 
 def stage_updates(recipe, updates):
-    """Updates of each stage; they sum to updates, and every stage gets at least one.  Returns: tuple of int."""
+    """Updates of each stage; they sum to updates, and every stage gets at least one.
+    Returns: tuple of int."""
     if updates < len(recipe.stages):
         raise ValueError(f"updates = {updates}: {len(recipe.stages)} stages need at least as many updates")
     stages = len(recipe.stages)
@@ -247,25 +275,31 @@ def stage_updates(recipe, updates):
     return tuple(after - before for before, after in zip(cuts, cuts[1:]))
 
 
-# ---- what is minimized ---------------------------------------------------------------------------------------------
+# ---- what is minimized -------------------------------------------------------------------------------------
 
 
 def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=None):
-    """The one place where a window's two ends become a loss: noise the chord to z_t, evaluate the student there, compare.
+    """The one place where a window's two ends become a loss: noise the chord to z_t, evaluate the
+    student there, compare.
 
-    model: the student under the contract, (z, t, cond) -> (x_hat, eps_hat); ends: (z_start, z_end), float32 (B, ...) each;
-    times: (t, t_start, t_end), float64 (B,) each, t in (t_end, t_start]; cond: dict of tensors (B, ...);
+    model: the student under the contract, (z, t, cond) -> (x_hat, eps_hat); ends: (z_start, z_end),
+    float32 (B, ...) each;
+    times: (t, t_start, t_end), float64 (B,) each, t in (t_end, t_start]; cond: dict of tensors (B,
+    ...);
     recipe: its path is the model's; space, loss, direction term and normalization are read here;
-    normalizer: (z, t) -> predicted log loss (B,), for normalization "learned"; autocast: context of the student's forward.
-    Returns: (values (B,), whose mean is minimized, and a dict of what they are made of: z (B, ...), loss, magnitude, direction, (B,)
-    each, magnitude + direction being the mean squared error in the recipe's space)."""
+    normalizer: (z, t) -> predicted log loss (B,), for normalization "learned";
+    autocast: context of the student's forward.
+    Returns: (values (B,), whose mean is minimized, and a dict of what they are made of: z (B, ...),
+    loss, magnitude, direction, (B,) each, magnitude + direction being the mean squared error in the
+    recipe's space)."""
     (z_start, z_end), (t, t_start, t_end) = ends, times
 
     def like_z(pair):
         return [v.float().view(-1, *[1] * (z_start.ndim - 1)) if torch.is_tensor(v) else v for v in pair]
 
     # the chord of the window, and the student's prediction at one point of it
-    x, eps = chord(z_start, z_end, like_z(model.schedule(t_start)), like_z(model.schedule(t_end)))     # (B, ...) each
+    # (B, ...) each
+    x, eps = chord(z_start, z_end, like_z(model.schedule(t_start)), like_z(model.schedule(t_end)))
     a, b = like_z(model.coefficients(t))
     z = a * x + b * eps
     with autocast or contextlib.nullcontext():
@@ -276,7 +310,8 @@ def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=Non
         p, q = like_z(SPACES[space](model.schedule, t_start, t_end))
         return p * x_hat + q * eps_hat, p * x + q * eps
     pred, target = compared(recipe.space)
-    options = dict(weight=recipe.high_pass_weight, radius=recipe.high_pass_radius) if recipe.loss == "high-pass" else {}
+    options = dict(weight=recipe.high_pass_weight,
+                   radius=recipe.high_pass_radius) if recipe.loss == "high-pass" else {}
     value = losses.LOSSES[recipe.loss](pred, target, **options)
     value = losses.aligned(value, *compared(recipe.direction_space), recipe.direction_weight)
     values = losses.NORMALIZATIONS[recipe.normalization](value, lambda: normalizer(z, t))

@@ -1,12 +1,13 @@
-"""The frozen diffusion model behind one contract: model(z, t, cond) -> (x_hat, eps_hat). The only file that knows the
-network's side of diffusers: its noise schedule, its clock, its prediction type, its text encoder, how it is loaded.
+"""The frozen diffusion model behind one contract: model(z, t, cond) -> (x_hat, eps_hat).
+The only file that knows the network's side of diffusers: its noise schedule, its clock, its
+prediction type, its text encoder, how it is loaded.
 
-Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 t - 1 (a float; SD's own integers at
-t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data, which no network is ever asked about.
-A network in EDM's form has a clock of its own (EDMSchedule).
+Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 t - 1 (a float;
+SD's own integers at t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data,
+which no network is ever asked about. A network in EDM's form has a clock of its own (EDMSchedule).
 
-A pixel model (UNet2DModel, no autoencoder, no text) keeps the same contract: its latents are the pixels, and it is
-conditioned on nothing or on a class, whose name takes the place of the prompt.
+A pixel model (UNet2DModel, no autoencoder, no text) keeps the same contract: its latents are the
+pixels, and it is conditioned on nothing or on a class, whose name takes the place of the prompt.
 """
 from dataclasses import dataclass
 
@@ -26,24 +27,27 @@ PREDICTIONS = {
 
 
 def check_times(t):
-    """Raises ValueError unless all of t lies in [0, 1]; on a GPU, looking would stop it, and nothing is checked."""
+    """Raises ValueError unless all of t lies in [0, 1]; on a GPU, looking would stop it, and
+    nothing is checked."""
     if t.device.type == "cpu" and ((t < -1e-9) | (t > 1 + 1e-9)).any():
         raise ValueError(f"t = {t.min().item():g} to {t.max().item():g}: outside [0, 1], data to noise")
 
 
 class Schedule:
-    """alpha_t and sigma_t of z_t = alpha_t x + sigma_t eps, for any t in [0, 1]: exact at t = k/1000, alpha linear between.
-    alphas_cumprod: (T,), as diffusers' schedulers carry it; T timesteps. floor: the t of the lowest noise the network knows,
-    timestep 0; key: what a cache knows it by."""
+    """alpha_t and sigma_t of z_t = alpha_t x + sigma_t eps, for any t in [0, 1]: exact at t =
+    k/1000, alpha linear between.
+    alphas_cumprod: (T,), as diffusers' schedulers carry it; T timesteps. floor: the t of the lowest
+    noise the network knows, timestep 0; key: what a cache knows it by."""
 
     def __init__(self, alphas_cumprod):
         self.alpha = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod.double().sqrt()])
         self.timesteps = len(alphas_cumprod)
         self.floor, self.key = 1 / self.timesteps, self.alpha.tolist()
-        self.tables = {}                                    # alpha per device: a copy per call would stop the GPU
+        self.tables = {}  # alpha per device: a copy per call would stop the GPU
 
     def __call__(self, t):
-        """t: tensor of any shape, in [0, 1].  Returns: (alpha_t, sigma_t), float64, the same shape.  Raises as check_times."""
+        """t: tensor of any shape, in [0, 1].  Returns: (alpha_t, sigma_t), float64, the same shape.
+        Raises as check_times."""
         check_times(t)
         position = t.double() * self.timesteps
         low = position.floor().clamp(0, self.timesteps - 1).long()
@@ -54,8 +58,10 @@ class Schedule:
         return alpha, (1 - alpha.square()).clamp_min(0).sqrt()
 
     def time_of(self, sigma_karras):
-        """The t at which sigma_t / alpha_t is sigma_karras >= 0: the exact inverse, as alpha is linear between timesteps.
-        sigma_karras: CPU tensor of any shape; beyond what the schedule reaches gives t = 1.  Returns: float64, the same shape."""
+        """The t at which sigma_t / alpha_t is sigma_karras >= 0: the exact inverse, as alpha is
+        linear between timesteps.
+        sigma_karras: CPU tensor of any shape; beyond what the schedule reaches gives t = 1.
+        Returns: float64, the same shape."""
         alpha = 1 / (1 + sigma_karras.double().square()).sqrt()
         table = self.alpha.numpy()[::-1]                    # rising, as interp wants it
         return torch.tensor(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table))))
@@ -74,18 +80,21 @@ class Schedule:
 
 
 class EDMSchedule:
-    """A network in the form of EDM (Karras et al. 2022), under the variance-preserving contract and called like Schedule:
-    with s = sigma_karras, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, so z = alpha (x + s eps).
-    Clock: EDM's ramp (eq. 5, rho = 7), even in s^(1/7) from sigma_max at t = 1 to sigma_min, the lowest noise the
-    network knows, at t = floor = 1/1000, where SD's tables have theirs; below it s is linear in t, down to the data
-    at t = 0, and the network gets sigma_min as its time.  Raises UserError unless 0 < sigma_min < sigma_max and 0 < sigma_data."""
+    """A network in the form of EDM (Karras et al. 2022), under the variance-preserving contract and
+    called like Schedule: with s = sigma_karras, alpha = 1 / sqrt(1 + s^2) and sigma = s alpha, so z
+    = alpha (x + s eps).
+    Clock: EDM's ramp (eq. 5, rho = 7), even in s^(1/7) from sigma_max at t = 1 to sigma_min, the
+    lowest noise the network knows, at t = floor = 1/1000, where SD's tables have theirs;
+    below it s is linear in t, down to the data at t = 0, and the network gets sigma_min as its
+    time.  Raises UserError unless 0 < sigma_min < sigma_max and 0 < sigma_data."""
     RHO = 7
     floor, timesteps = 1 / 1000, None                       # any t is a time of the network
 
     def __init__(self, sigma_min, sigma_max, sigma_data):
         if not (0 < sigma_min < sigma_max < float("inf") and 0 < sigma_data < float("inf")):
-            raise UserError(f"an EDM scheduler with sigma_min {sigma_min}, sigma_max {sigma_max}, sigma_data {sigma_data}: "
-                            "need 0 < sigma_min < sigma_max and sigma_data above 0; correct its scheduler_config.json")
+            raise UserError(f"an EDM scheduler with sigma_min {sigma_min}, sigma_max {sigma_max}, sigma_data "
+                            f"{sigma_data}: need 0 < sigma_min < sigma_max and sigma_data above 0; correct "
+                            "its scheduler_config.json")
         self.sigma_min, self.sigma_data = sigma_min, sigma_data
         self.low, self.high = sigma_min ** (1 / self.RHO), sigma_max ** (1 / self.RHO)
         self.key = ("edm", sigma_min, sigma_max, sigma_data)
@@ -114,15 +123,18 @@ class EDMSchedule:
         return z / (alpha.square() * self.sigma_data ** 2 + sigma.square()).sqrt().to(z.dtype)
 
     def output(self, prediction, alpha, sigma):
-        """EDM's x = c_skip (x + s eps) + c_out F, solved for F = p x + q eps; v_prediction's c_out is the negative of epsilon's."""
+        """EDM's x = c_skip (x + s eps) + c_out F, solved for F = p x + q eps;
+        v_prediction's c_out is the negative of epsilon's."""
         root = (alpha.square() * self.sigma_data ** 2 + sigma.square()).sqrt()
         sign = {"epsilon": 1, "v_prediction": -1}[prediction]
         return sign * sigma / (self.sigma_data * root), -sign * self.sigma_data * alpha / root
 
 
 def to_pair(output, z, prediction, a, b):
-    """Solve {z = a x + b eps, output = p x + q eps} for the pair. prediction: (p, q). All broadcast with z.
-    Returns: (x_hat, eps_hat). Singular only where the network says nothing about the pair (epsilon at alpha = 0)."""
+    """Solve {z = a x + b eps, output = p x + q eps} for the pair. prediction: (p, q).
+    All broadcast with z.
+    Returns: (x_hat, eps_hat). Singular only where the network says nothing about the pair (epsilon
+    at alpha = 0)."""
     p, q = prediction
     determinant = a * q - b * p
     return (q * z - b * output) / determinant, (a * output - p * z) / determinant
@@ -130,9 +142,11 @@ def to_pair(output, z, prediction, a, b):
 
 @dataclass
 class Model:
-    """A network under the contract. path and windows say on which curve z lies (reflow.PATHS); the schedule's own by default.
+    """A network under the contract. path and windows say on which curve z lies (reflow.PATHS);
+    the schedule's own by default.
 
-    network: callable (z, timestep (B,), **cond) -> output like z; prediction: a key of PREDICTIONS."""
+    network: callable (z, timestep (B,), **cond) -> output like z; prediction: a key of
+    PREDICTIONS."""
     network: object
     schedule: Schedule | EDMSchedule
     prediction: str = "epsilon"
@@ -140,14 +154,17 @@ class Model:
     windows: int = 1
 
     def coefficients(self, t, ndim=1):
-        """(a_t, b_t) with z_t = a_t x + b_t eps, float64. t: (B,).  Returns: two tensors (B, 1, ...) with ndim axes."""
+        """(a_t, b_t) with z_t = a_t x + b_t eps, float64. t: (B,).  Returns: two tensors (B, 1,
+        ...) with ndim axes."""
         a, b = self.path(self.schedule, t, self.windows) if self.path else self.schedule(t)
         return a.view(-1, *[1] * (ndim - 1)), b.view(-1, *[1] * (ndim - 1))
 
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
-        """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network takes by name.
-        guidance: w in out_uncond + w (out_cond - out_uncond); 1 asks only cond, 0 only uncond, anything else both in one
-        batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z. Nothing here waits for the device."""
+        """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network
+        takes by name.
+        guidance: w in out_uncond + w (out_cond - out_uncond); 1 asks only cond, 0 only uncond,
+        anything else both in one batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z.
+        Nothing here waits for the device."""
         alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)) for c in self.schedule(t))
         timestep, given = self.schedule.timestep(t), self.schedule.network_input(z, alpha, sigma)
         if guidance == 1:
@@ -158,7 +175,8 @@ class Model:
             output = self.network(given, timestep, **uncond)
         else:
             both = {key: torch.cat([uncond[key], cond[key]]) for key in cond}
-            without, guided = self.network(torch.cat([given, given]), torch.cat([timestep, timestep]), **both).chunk(2)
+            without, guided = self.network(torch.cat([given, given]), torch.cat([timestep, timestep]),
+                                           **both).chunk(2)
             output = without + guidance * (guided - without)
         prediction = [c.to(z.dtype) for c in self.schedule.output(self.prediction, alpha, sigma)]
         a, b = (c.to(z.dtype) for c in self.coefficients(t, z.ndim))
@@ -167,25 +185,28 @@ class Model:
 
 def check_finite(values, names, meaning):
     """Raises UserError with the name of the first of values (N, ...) that is not finite everywhere.
-    names: N strings; meaning: what has happened. Only on the CPU: on a GPU, looking would stop it."""
+    names: N strings; meaning: what has happened. Only on the CPU: on a GPU, looking would stop
+    it."""
     if values.device.type == "cpu" and not values.isfinite().all():
         raise UserError(f"{names[(~values.isfinite().flatten(1).all(1)).nonzero()[0].item()]}: {meaning}")
 
 PRECISIONS = {name: DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
 
 
-# ---- guidance by a weaker model ------------------------------------------------------------------------------------
+# ---- guidance by a weaker model ----------------------------------------------------------------------------
 
 
 @dataclass
 class Guided(Model):
-    """A model that --guidance leads away from a weaker one instead of from its own answer without text: autoguidance, Karras et al.
-    2024, "Guiding a Diffusion Model with a Bad Version of Itself". Made by guided(), which checks that the two go together."""
+    """A model that --guidance leads away from a weaker one instead of from its own answer without
+    text: autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
+    Itself". Made by guided(), which checks that the two go together."""
     guide: Model = None
 
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
-        """guidance: w in guide + w (model - guide), of the pair (x_hat, eps_hat), so that z stays a x_hat + b eps_hat; 1 asks only the
-        model, 0 only the guide. Both are asked with cond, nobody with uncond. The rest: as for teacher.Model."""
+        """guidance: w in guide + w (model - guide), of the pair (x_hat, eps_hat), so that z stays a
+        x_hat + b eps_hat; 1 asks only the model, 0 only the guide. Both are asked with cond, nobody
+        with uncond. The rest: as for teacher.Model."""
         if guidance == 1:
             return super().__call__(z, t, cond)
         weak = self.guide(z, t, cond)
@@ -195,16 +216,19 @@ class Guided(Model):
 
 
 def guided(model, guide):
-    """The model with its guide: its schedule, path and windows are the model's. Both: teacher.Model.  Returns: Guided.  Raises UserError
-    unless z is the same mixture of x and eps to both at every time; windows alone may differ, on the schedule's own curve."""
+    """The model with its guide: its schedule, path and windows are the model's.
+    Both: teacher.Model.  Returns: Guided.  Raises UserError unless z is the same mixture of x and
+    eps to both at every time; windows alone may differ, on the schedule's own curve."""
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     if not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.coefficients(t), guide.coefficients(t))):
-        raise UserError("its noise schedule or path is not the model's, and both are asked about the same z; give an earlier student of "
-                        "the same path and windows, or on path vp the teacher or any of its students")
+        raise UserError("its noise schedule or path is not the model's, and both are asked about the same z; "
+                        "give an earlier student of the same path and windows, or on path vp the teacher or "
+                        "any of its students")
     return Guided(**vars(model), guide=guide)
 
 
 def check_guide(guide, guidance):
     """Raises UserError if a guide is named, but never asked at this guidance."""
     if guide and guidance == 1:
-        raise UserError(f"--guide {guide}: never asked at --guidance 1; give another --guidance, for instance 2")
+        raise UserError(f"--guide {guide}: never asked at --guidance 1; give another --guidance, for "
+                        "instance 2")

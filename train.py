@@ -1,8 +1,12 @@
-"""The training loop of reflow: python train.py --model tiny, or torchrun --nproc_per_node=8 train.py --model sd15 --data photos/
+"""The training loop of reflow.
 
-Stage by stage (8 windows, 4, 2, 1), the student learns to predict the chord of its window. Each finished stage leaves
-a complete diffusers pipeline, OUT/student-K. Stopped or killed at any moment, the same command goes on from the last
-checkpoint, on the same number of processes or another.
+    python train.py --model tiny
+    torchrun --nproc_per_node=8 train.py --model sd15 --prompts prompts.txt
+
+Stage by stage (8 windows, 4, 2, 1), the student learns to predict the chord of its window.
+Each finished stage leaves a complete diffusers pipeline, OUT/student-K. Stopped or killed at any
+moment, the same command goes on from the last checkpoint, on the same number of processes or
+another.
 """
 import contextlib
 import dataclasses
@@ -29,20 +33,20 @@ from models import load
 from models.student import FrozenNetwork, make_student
 from options import Config, command, fit_prediction, resolve_recipe
 from pairs import Pairs, cache_folder
-from runtime import cli, processes, progress, store
-from runtime.checkpoints import copy_full_, gather_full, newest_checkpoint, restore, save_checkpoint, swap_ema_, trained
+from runtime import checkpoints, cli, processes, progress, store
 from runtime.cli import UserError
 from teacher import PRECISIONS
 
 # what may differ between two starts of one run
-MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps", "device", "micro_batch",
-                        "gradient_checkpointing", "shard", "compile")
+MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps",
+                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
 
-# ---- before the loop -----------------------------------------------------------------------------------------------
+# ---- before the loop ---------------------------------------------------------------------------------------
 
 
 def split_batch(c, recipe, world):
-    """(samples of a process in every update, samples of one forward).  Raises UserError where they do not divide."""
+    """(samples of a process in every update, samples of one forward).  Raises UserError where they
+    do not divide."""
     share = c.batch // world
     micro = min(c.micro_batch or share, share)
     for option, value, divisor, what in (("--batch", c.batch, world, "processes"),
@@ -54,46 +58,51 @@ def split_batch(c, recipe, world):
 
 
 def check_out(c, out):
-    """The settings that OUT/config.json is to hold.  Raises UserError if OUT holds another run, or cannot be written."""
+    """The settings that OUT/config.json is to hold.  Raises UserError if OUT holds another run, or
+    cannot be written."""
     settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in MAY_CHANGE_ON_RESUME}
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
             before = json.loads((out / "config.json").read_text())
-            changed = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value)
+            changed = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in settings.items()
+                                if before.get(key) != value)
             if changed or not c.resume:
-                raise UserError(f"--out {out}: holds a run{f' with other settings ({changed})' * bool(changed)}; choose another --out or "
-                                "delete it")
+                other = f" with other settings ({changed})" * bool(changed)
+                raise UserError(f"--out {out}: holds a run{other}; choose another --out or delete it")
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another "
+                        "folder") from error
     return settings
 
 
 def open_pairs(c, recipe, device, processes):
-    """The data, the teacher on its device, and their pairs, cached as the Config asks.  Returns: (c with the model's default
-    data filled in, dataset, pipeline, pairs).  Raises UserError."""
+    """The data, the teacher on its device, and their pairs, cached as the Config asks.
+    Returns: (c with the model's default data filled in, dataset, pipeline, pairs).
+    Raises UserError."""
     default_data = "" if c.prompts else load.PRESETS.get(c.model, ("", ""))[1]
     c = dataclasses.replace(c, data=c.data or default_data)
     rank, _, barrier = processes
-    dtype = PRECISIONS[c.precision] if c.lora else torch.float32        # LoRA never changes the network it sits on
+    dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
     pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
     models.check_null(pipeline, c.guidance_teacher, c.text_dropout)     # before anything encodes a caption
-    if rank:                                               # the first process checks every image, the others read what it found
+    if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,
-                                checked=cache_folder(c) / "data.json")
+                                     checked=cache_folder(c) / "data.json")
     if rank == 0:
         barrier()
     if dataset.skipped and rank == 0:
-        print(f"--skip-bad: {len(dataset.skipped)} left out ({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
+        print(f"--skip-bad: {len(dataset.skipped)} left out "
+              f"({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
     captions_only = recipe.pairs == "trajectory" and not recipe.forward_rate and not recipe.projection
     if rank == 0 and c.data and dataset.size and captions_only:
-        print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or "
-              "--forward-rate R uses its pictures")
+        print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
+              "--pairs data or --forward-rate R uses its pictures")
     if rank == 0:
         progress.print_inputs(c, recipe, device, processes[1], pipeline, dataset)
     pairs = Pairs(c, recipe, pipeline, dataset, processes)
-    if c.shard:                  # FSDP wants one dtype for all it shards together; only now: what is cached must not
+    if c.shard:  # FSDP wants one dtype for all it shards together; only now: what is cached must not
         models.network(pipeline).float()    # depend on --shard, which may differ between two starts
     return c, dataset, pipeline, pairs
 
@@ -108,12 +117,14 @@ def make_cache(c, recipe, device, processes):
 
 
 def make_optimizer(c, recipe, student, channels, device, world):
-    """A stage begins with a new optimizer, a new average, and, for learned normalization, a new network that predicts the loss.
+    """A stage begins with a new optimizer, a new average, and, for learned normalization, a new
+    network that predicts the loss.
     Returns: (AdamW, EMAModel, normalizer, the normalizer as the loss calls it)."""
-    # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before a group norm):
-    # with 1e-8 one process and two drift apart six times as fast
-    optimizer = torch.optim.AdamW(trained(student).values(), lr=c.lr, weight_decay=0.0, eps=1e-7, fused=True)
-    ema = EMAModel(trained(student).values(), decay=c.ema, foreach=True)
+    # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before
+    # a group norm): with 1e-8 one process and two drift apart six times as fast
+    optimizer = torch.optim.AdamW(checkpoints.trained(student).values(), lr=c.lr, weight_decay=0.0, eps=1e-7,
+                                  fused=True)
+    ema = EMAModel(checkpoints.trained(student).values(), decay=c.ema, foreach=True)
     normalizer = predict = torch.nn.Identity()
     if recipe.normalization == "learned":                   # at a rate of its own, which stays
         torch.manual_seed(c.seed)
@@ -124,7 +135,8 @@ def make_optimizer(c, recipe, student, channels, device, world):
 
 
 def sample_numbers(steps, batch, rank, share, micro):
-    """The numbers of the samples of every micro-batch of this process: update k holds samples k batch to (k + 1) batch - 1."""
+    """The sample numbers of each micro-batch of this process. Update k holds the samples from
+    k * batch to (k + 1) * batch - 1."""
     return (range(step * batch + rank * share + i, step * batch + rank * share + i + micro)
             for step in steps for i in range(0, share, micro))
 
@@ -137,23 +149,25 @@ def learning_rate(c, done, updates):
 
 def load_weights(student, weights):
     """weights: name -> whole tensor, for everything that is trained."""
-    for name, p in trained(student).items():
-        copy_full_(p, weights[name])
+    for name, p in checkpoints.trained(student).items():
+        checkpoints.copy_full_(p, weights[name])
 
 
 def export_stage(folder, student, info, rank, barrier):
-    """The student as it is becomes a pipeline in `folder`. All processes call; the first one writes."""
-    weights = gather_full(trained(student), rank)
+    """The student as it is becomes a pipeline in `folder`. All processes call;
+    the first one writes."""
+    weights = checkpoints.gather_full(checkpoints.trained(student), rank)
     if rank == 0:
         export.export(folder, weights, info)
     barrier()
 
 
-# ---- the loop ------------------------------------------------------------------------------------------------------
+# ---- the loop ----------------------------------------------------------------------------------------------
 
 
 def main(c):
-    """Train as the Config says.  Returns: the folder of the last student; with --cache-only, of the cache."""
+    """Train as the Config says.  Returns: the folder of the last student; with --cache-only, of the
+    cache."""
     recipe = resolve_recipe(c)
     per_stage = reflow.stage_updates(recipe, c.updates)
     rank, world, device, barrier = processes.start_processes(c)
@@ -164,7 +178,8 @@ def main(c):
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
     finished = sum((folder / "reflow.json").exists() for folder in folders)
     if finished == len(folders):
-        print(f"{folders[-1]}: this run is finished; choose another --out to train again") if rank == 0 else None
+        if rank == 0:
+            print(f"{folders[-1]}: this run is finished; choose another --out to train again")
         return folders[-1]
 
     # teacher and pairs; what has been cached need not stay in memory
@@ -174,38 +189,43 @@ def main(c):
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
-    if rank == 0:                                          # only now: a mistake above must not claim the folder
-        store.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
+    if rank == 0:  # only now: a mistake above must not claim the folder
+        store.write_atomically(out / "config.json",
+                               lambda part: part.write_text(json.dumps(settings, indent=1)))
         board = SummaryWriter(out / "tensorboard")
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
     solver = FrozenNetwork(c, student, device) if recipe.pairs != "trajectory" else None
     make_student(c, student, device, recipe.dropout)
-    network = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
-    solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps       # from noise to data, of what solves windows
+    network = student
+    if world > 1 and not c.shard:
+        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps  # steps from t = 1 to 0
 
     # the newest checkpoint says where to go on; the log forgets what came after it
-    checkpoint, saved = newest_checkpoint(out, rank)
+    checkpoint, saved = checkpoints.newest_checkpoint(out, rank)
     resumed = int(saved.get("step", 0))
     if rank == 0:
         progress.trim_log(out / "log.jsonl", max(resumed, sum(per_stage[:finished])))
         progress.print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
     flags, (stop, release) = processes.StopFlags(device, world), processes.catch_signals()
-    bar = tqdm(total=c.updates, initial=sum(per_stage[:finished]), desc="reflow", unit="update", disable=rank > 0, mininterval=1)
+    bar = tqdm(total=c.updates, initial=sum(per_stage[:finished]), desc="reflow", unit="update",
+               disable=rank > 0, mininterval=1)
     if finished:
         load_weights(student, export.trained_weights(folders[finished - 1], c.lora))
     for stage in range(finished, len(folders)):
         windows, updates, first = recipe.stages[stage], per_stage[stage], sum(per_stage[:stage])
         info, done = describe(c, recipe, windows), 0
-        if stage and recipe.pairs == "student":            # the previous stage's student solves the windows of this one
-            solver.become(trained(student), c)
+        if stage and recipe.pairs == "student":  # the previous stage's student solves the windows of this one
+            solver.become(checkpoints.trained(student), c)
             solver_steps = recipe.stages[stage - 1]
             solving = models.as_model(pipeline, solver, path, solver_steps)
-        optimizer, ema, normalizer, predict = make_optimizer(c, recipe, student, pairs.shape[0], device, world)
+        optimizer, ema, normalizer, predict = make_optimizer(c, recipe, student, pairs.shape[0], device,
+                                                             world)
         if first < resumed <= first + updates:
             done = int(saved["done"])
-            restore(checkpoint, done, student, normalizer, optimizer, ema)
+            checkpoints.restore(checkpoint, done, student, normalizer, optimizer, ema)
             bar.update(done)
         model, plain = (models.as_model(pipeline, each, path, windows) for each in (network, student))
         numbers = sample_numbers(range(first + done, first + updates), c.batch, rank, share, micro)
@@ -215,16 +235,19 @@ def main(c):
         for step in range(first + done, first + updates):
             # pictures of the running average; before any update, these are plain DDIM by the teacher
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
-                swap_ema_(student, ema)
+                checkpoints.swap_ema_(student, ema)
                 grid.draw(plain, windows, step, rank)
-                swap_ema_(student, ema)
+                checkpoints.swap_ema_(student, ema)
 
             optimizer.param_groups[0]["lr"] = learning_rate(c, step - first, updates)
-            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout: also a function of the step
+            # dropout: also a function of the step
+            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window, and the loss of the student between them
-                t, t_start, t_end, *ends, cond = pairs.ends(next(batches), solving, solver_steps // windows, model)
-                values, parts = reflow.student_loss(model, ends, (t, t_start, t_end), cond, recipe, predict, pairs.autocast())
+                t, t_start, t_end, *ends, cond = pairs.ends(next(batches), solving, solver_steps // windows,
+                                                            model)
+                values, parts = reflow.student_loss(model, ends, (t, t_start, t_end), cond, recipe, predict,
+                                                    pairs.autocast())
 
                 # gradients: DDP and FSDP share theirs once, at the last micro-batch
                 last = i + micro == share
@@ -232,29 +255,33 @@ def main(c):
                     student.set_requires_gradient_sync(last)
                 with network.no_sync() if network is not student and not last else contextlib.nullcontext():
                     (values.sum() / share).backward()
-                seen.append(torch.stack([*(parts[name].double() for name in ("loss", "magnitude", "direction")), t_start, t], 1))
+                columns = [parts[name].double() for name in ("loss", "magnitude", "direction")]
+                seen.append(torch.stack([*columns, t_start, t], 1))
 
             # update
-            norm = torch.nn.utils.clip_grad_norm_(trained(student).values(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(checkpoints.trained(student).values(), 1.0)
             norm = norm.full_tensor() if c.shard else norm
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            ema.step(trained(student).values())
+            ema.step(checkpoints.trained(student).values())
             bar.update()
 
             # a loss that is not finite, or a signal to stop, on any process
             logs, saves = (step + 1) % c.log_steps == 0, (step + 1) % c.checkpoint_steps == 0
             latest = torch.stack([norm, *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
-            stopped, not_finite = flags(bool(stop), ~torch.isfinite(latest).all(), wait=logs or saves or step + 1 == first + updates)
+            stopped, not_finite = flags(bool(stop), ~torch.isfinite(latest).all(),
+                                        wait=logs or saves or step + 1 == first + updates)
             if not_finite:
                 bar.close()
-                where = progress.bad_sample(torch.cat(seen), step, share, world, windows) or f"gradient norm {norm.item()} at step {step}"
-                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; to train again, lower "
-                                f"--lr {c.lr} and give another --out")
+                where = (progress.bad_sample(torch.cat(seen), step, share, world, windows)
+                         or f"gradient norm {norm.item()} at step {step}")
+                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; "
+                                f"to train again, lower --lr {c.lr} and give another --out")
 
             # log: one JSON line and one point of every curve per log_steps
             if logs:
-                line = progress.summary(torch.cat(seen), norm, world, windows, step + 1, optimizer.param_groups[0]["lr"], clock)
+                lr = optimizer.param_groups[0]["lr"]
+                line = progress.summary(torch.cat(seen), norm, world, windows, step + 1, lr, clock)
                 if rank == 0:
                     progress.write_log(out / "log.jsonl", board, line)
                 bar.set_postfix(windows=windows, loss=f"{line['loss']:.4f}")
@@ -262,15 +289,18 @@ def main(c):
 
             # checkpoint, regularly and when stopped by a signal
             if saves or stopped:
-                save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, normalizer, optimizer, ema, c.keep)
+                checkpoints.save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, normalizer,
+                                            optimizer, ema, c.keep)
                 barrier()                                  # a slow disk is no dead process
             if stopped:
                 bar.close()
-                print(f"\nstopped at step {step + 1}; the same command goes on from there", file=sys.stderr) if rank == 0 else None
+                if rank == 0:
+                    print(f"\nstopped at step {step + 1}; the same command goes on from there",
+                          file=sys.stderr)
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
         # the stage is done: its running average is the student
-        swap_ema_(student, ema)
+        checkpoints.swap_ema_(student, ema)
         del optimizer, ema                                 # room for the export
         export_stage(folders[stage], student, info, rank, barrier)
     bar.close()
@@ -286,9 +316,9 @@ def main(c):
 
 def describe(c, recipe, windows):
     """reflow.json of a student: what it is and how it was made."""
-    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=recipe.stages.index(windows), windows=windows, path=recipe.path,
-                teacher=c.model, command=command(c), columns=dataclasses.asdict(recipe),
-                config=dataclasses.asdict(c), **export.versions())
+    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=recipe.stages.index(windows),
+                windows=windows, path=recipe.path, teacher=c.model, command=command(c),
+                columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 
 if __name__ == "__main__":

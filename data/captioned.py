@@ -1,8 +1,9 @@
 """Images with captions, prompts, and a store of rows on disk. Knows nothing of the method.
 
-A dataset is addressed by sample numbers: sample k of a run is the same on one process or eight, before or after a
-resume, because everything random about it comes from a generator seeded with (seed, k). Stored images are read one by
-one where they lie, in a folder, inside a tar or in a table, so the order costs nothing and nothing is unpacked.
+A dataset is addressed by sample numbers: sample k of a run is the same on one process or eight,
+before or after a resume, because everything random about it comes from a generator seeded with
+(seed, k). Stored images are read one by one where they lie, in a folder, inside a tar or in a
+table, so the order costs nothing and nothing is unpacked.
 """
 import csv
 import functools
@@ -24,18 +25,21 @@ DECODING = 2            # part of a dataset's key: raise it when decode() gives 
 
 
 class Sprites:
-    """The embedded pictures (sprites.py), endless. seed: which endless sequence; held-out pairs are never drawn. levels: of captions."""
+    """The embedded pictures (sprites.py), endless. seed: which endless sequence;
+    held-out pairs are never drawn. levels: of captions."""
     size, skipped = None, []
 
     def __init__(self, seed, levels=sprites.LEVELS):
         self.seed, self.levels = seed, levels
         table = sprites.pairs(None)
-        every = [sprites.describe(torch.cat([table, torch.full((len(table), 1), level)], 1), levels)[0] for level in range(len(levels))]
+        every = [sprites.describe(torch.cat([table, torch.full((len(table), 1), level)], 1), levels)[0]
+                 for level in range(len(levels))]
         self.captions = list(dict.fromkeys(["", *(caption for level in every for caption in level)]))
         self.index = {caption: i for i, caption in enumerate(self.captions)}
 
     def _plans(self, numbers):
-        return torch.cat([sprites.plan(1, seeds.generator(self.seed, "sprite", k), held_out=False, levels=self.levels) for k in numbers])
+        return torch.cat([sprites.plan(1, seeds.generator(self.seed, "sprite", k), held_out=False,
+                                       levels=self.levels) for k in numbers])
 
     def rows(self, numbers):
         """Every sample number is a picture of its own.  Returns: list of int."""
@@ -53,8 +57,8 @@ class Sprites:
 
 
 class Prompts:
-    """A text file, one prompt per line, or the caption column of a .csv, .tsv or .jsonl; no images: pairs come
-    from the teacher's own trajectories."""
+    """A text file, one prompt per line, or the caption column of a .csv, .tsv or .jsonl;
+    no images: pairs come from the teacher's own trajectories."""
     images, size, skipped = None, None, []
 
     def __init__(self, file, seed, caption_column=""):
@@ -63,13 +67,14 @@ class Prompts:
             if path.suffix.lower() in formats.RECORD_SUFFIXES:
                 lines = self._column(file, formats.read_records(path), caption_column)
             elif caption_column:
-                raise UserError(f"--caption-column {caption_column}: --prompts {file} has no columns; leave it out")
-            else:                                            # splitlines() would cut at U+2028, U+0085, form feeds, ...
+                raise UserError(f"--caption-column {caption_column}: --prompts {file} has no columns; leave "
+                                "it out")
+            else:  # splitlines() would cut at U+2028, U+0085, form feeds, ...
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
                 lines = [line.strip() for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per line, or a "
-                            ".csv") from error
+            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per "
+                            "line, or a .csv") from error
         if not lines:
             raise UserError(f"--prompts {file}: no prompt in it; write one per line")
         self.captions = list(dict.fromkeys(["", *lines]))
@@ -79,31 +84,39 @@ class Prompts:
     @staticmethod
     def _column(file, records, wanted):
         try:
-            column = formats.choose_column(f"--prompts {file}", formats.columns_of(records), wanted) if records else ""
+            column = formats.choose_column(f"--prompts {file}", formats.columns_of(records),
+                                           wanted) if records else ""
         except UserError as error:
             raise UserError(f"{error}, or rename the file to .txt if every line of it is a prompt") from error
         lines = [formats.clean(record.get(column)) for record in records]
         if not all(lines):
             number = lines.index("") + 1
-            raise UserError(f"--prompts {file}: entry {number} has no {column}; write one or remove the entry")
+            raise UserError(f"--prompts {file}: entry {number} has no {column}; write one or remove the "
+                            "entry")
         return lines
 
     def caption_indices(self, numbers):
-        return [self.lines[torch.randint(len(self.lines), (1,), generator=seeds.generator(self.seed, "prompt", k)).item()] for k in numbers]
+        return [self.lines[torch.randint(len(self.lines), (1,),
+                                         generator=seeds.generator(self.seed, "prompt", k)).item()]
+                                         for k in numbers]
 
 
 class Images:
-    """Stored images with captions, whatever stores them. Sample numbers go through them in a new random order each time round.
+    """Stored images with captions, whatever stores them. Sample numbers go through them in a new
+    random order each time round.
 
-    rows: list of Row; read(row.where) -> the bytes of an image file. Every image is decoded once, here, so that none can
-    stop a run later.  Raises UserError naming the first bad row; with skip_bad, names go to self.skipped instead.
-    checked: a JSON file that remembers the outcome, so that the same rows are not decoded again. It is written without a
-    lock: of several processes, let one open the dataset before the others."""
+    rows: list of Row; read(row.where) -> the bytes of an image file. Every image is decoded once,
+    here, so that none can stop a run later.  Raises UserError naming the first bad row;
+    with skip_bad, names go to self.skipped instead.
+    checked: a JSON file that remembers the outcome, so that the same rows are not decoded again.
+    It is written without a lock: of several processes, let one open the dataset before the
+    others."""
 
     def __init__(self, data, rows, read, seed, skip_bad=False, checked=None):
         self.data, self.read = data, read
         if not rows:
-            raise UserError(f"--data {data}: no image in it ({', '.join(formats.IMAGE_SUFFIXES)}); give one that holds some")
+            raise UserError(f"--data {data}: no image in it ({', '.join(formats.IMAGE_SUFFIXES)}); give one "
+                            "that holds some")
         bad = {i: row.problem for i, row in enumerate(rows) if row.problem}
         if skip_bad or not bad:
             bad |= self._undecodable(rows, skip_bad, checked)
@@ -111,19 +124,25 @@ class Images:
         if bad and not skip_bad:
             raise UserError(f"--data {data}: {first}, or leave it out with --skip-bad")
         if len(bad) == len(rows):
-            raise UserError(f"--data {data}: nothing usable in it; --skip-bad left out all {len(rows)}, the first because {first}")
+            raise UserError(f"--data {data}: nothing usable in it; --skip-bad left out all {len(rows)}, the "
+                            f"first because {first}")
         self.skipped = [rows[i].name for i in sorted(bad)]
         self.kept = [row for i, row in enumerate(rows) if i not in bad]
         self.size = len(self.kept)
-        self.key = store.digest(DECODING, *self.kept)              # changes with any name, place, size or caption
+        self.key = store.digest(DECODING, *self.kept)  # changes with any name, place, size or caption
         self.captions = list(dict.fromkeys(["", *(row.caption for row in self.kept)]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.row_captions = [index[row.caption] for row in self.kept]
-        self._order = functools.lru_cache(2)(lambda epoch: torch.randperm(self.size, generator=seeds.generator(seed, "epoch", epoch)))
+        self._order = functools.lru_cache(2)(lambda epoch: torch.randperm(self.size,
+                                                                          generator=seeds.generator(seed,
+                                                                                                    "epoch",
+                                                                                                    epoch)))
 
     def _undecodable(self, rows, skip_bad, checked):
-        """Decode every row that has no problem yet.  Returns: {index: problem}; without skip_bad, only up to the first ones."""
-        key = store.digest(self.data, PIL.__version__, *rows)      # cheap, and changes with names, captions, places and sizes
+        """Decode every row that has no problem yet.  Returns: {index: problem};
+        without skip_bad, only up to the first ones."""
+        # cheap, and changes with names, captions, places and sizes
+        key = store.digest(self.data, PIL.__version__, *rows)
         remembered = store.parse_object(checked.read_text()) if checked and checked.exists() else {}
         if remembered.get("key") == key:
             return dict(remembered["bad"])
@@ -131,21 +150,27 @@ class Images:
         def problem(row):
             try:
                 self._picture(row)
-            except Exception as error:                           # torn bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
+            except Exception as error:
+                # torn bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
                 unknown = isinstance(error, UnidentifiedImageError)
                 reason = f"not an image to Pillow {PIL.__version__}" if unknown else error
                 return f"or its caption cannot be read ({reason}); replace or remove it"
 
         todo, bad = [i for i, row in enumerate(rows) if not row.problem], {}
-        with ThreadPoolExecutor() as pool, tqdm(total=len(todo), desc="checking images", disable=len(todo) <= 1000) as bar:
-            for part in (todo[start:start + 1024] for start in range(0, len(todo), 1024)):      # map() queues all it is given at once
-                bad |= {i: found for i, found in zip(part, pool.map(problem, [rows[i] for i in part])) if found}
+        with ThreadPoolExecutor() as pool, tqdm(total=len(todo), desc="checking images",
+                                                disable=len(todo) <= 1000) as bar:
+            # map() queues all it is given at once
+            for part in (todo[start:start + 1024] for start in range(0, len(todo), 1024)):
+                bad |= {i: found for i, found in zip(part, pool.map(problem, [rows[i] for i in part]))
+                        if found}
                 if bad and not skip_bad:
                     return bad
                 bar.update(len(part))
         if checked:
             checked.parent.mkdir(parents=True, exist_ok=True)
-            store.write_atomically(checked, lambda part: part.write_text(json.dumps({"key": key, "bad": list(bad.items())})))
+            store.write_atomically(checked,
+                                   lambda part: part.write_text(
+                                       json.dumps({"key": key, "bad": list(bad.items())})))
         return bad
 
     def _picture(self, row):
@@ -154,7 +179,8 @@ class Images:
             return imaging.as_rgb(image)
 
     def rows(self, numbers):
-        """The stored image of each sample number: epoch by epoch, a new permutation each time.  Returns: list of int."""
+        """The stored image of each sample number: epoch by epoch, a new permutation each time.
+        Returns: list of int."""
         return [self._order(k // self.size)[k % self.size].item() for k in numbers]
 
     def caption_indices(self, numbers):
@@ -173,19 +199,22 @@ class Images:
             except Exception as error:                           # it was sound when it was checked
                 raise UserError(f"--data {self.data}: {self.kept[row].name} has changed since it was checked "
                                 f"({error}); put it back, or run again") from error
-        with ThreadPoolExecutor() as pool:                       # PIL lets go of the GIL while it decodes and resizes
+        with ThreadPoolExecutor() as pool:  # PIL lets go of the GIL while it decodes and resizes
             return imaging.tensor(pool.map(read, rows))
 
 
 def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_column="", checked=None):
-    """--data / --prompts to a dataset: captions (captions[0] is ""), caption_indices(numbers), skipped, size (None if endless),
-    and unless images is None: rows(numbers), images(numbers, size), decode(rows, size); row_captions if size is not None."""
+    """--data / --prompts to a dataset: captions (captions[0] is ""), caption_indices(numbers),
+    skipped, size (None if endless), and unless images is None: rows(numbers), images(numbers,
+    size), decode(rows, size); row_captions if size is not None."""
     if bool(data) == bool(prompts):
-        raise UserError(f"give either --data (images with captions, or {' or '.join(sprites.SPRITES)}) or --prompts (a text file)")
+        raise UserError(f"give either --data (images with captions, or {' or '.join(sprites.SPRITES)}) or "
+                        "--prompts (a text file)")
     if prompts:
         return Prompts(prompts, seed, caption_column)
     if data in sprites.SPRITES:
         if image_column or caption_column:
-            raise UserError(f"--image-column / --caption-column: --data {data} has no columns; leave them out")
+            raise UserError(f"--image-column / --caption-column: --data {data} has no columns; leave them "
+                            "out")
         return Sprites(seed, sprites.SPRITES[data])
     return Images(data, *formats.find_rows(data, image_column, caption_column), seed, skip_bad, checked)

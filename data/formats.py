@@ -22,31 +22,36 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")      # the fi
 
 
 class Row(NamedTuple):
-    """A stored image: its name in a message, where read() finds it, its caption, and why it cannot be used ("": it can)."""
+    """A stored image: its name in a message, where read() finds it, its caption, and why it cannot
+    be used ("": it can)."""
     name: str
     where: tuple | None
     caption: str = ""
     problem: str = ""
 
 
-# ---- formats: each function returns (list of Row, read) ------------------------------------------------------------
+# ---- formats: each function returns (list of Row, read) ----------------------------------------------------
 
 
 def find_rows(data, image_column="", caption_column=""):
-    """The rows of whatever --data names: a folder, a file, a brace or glob pattern of files, or a dataset on the hub."""
+    """The rows of whatever --data names: a folder, a file, a brace or glob pattern of files, or a
+    dataset on the hub."""
     columns, path = (image_column, caption_column), Path(data)
-    remedy = ("give a folder of images with same-name .txt or .json captions or a metadata.jsonl, tar shards, parquet "
-              f"files, user/name on the Hugging Face hub, or {' or '.join(sprites.SPRITES)}")
+    remedy = ("give a folder of images with same-name .txt or .json captions or a metadata.jsonl, tar "
+              f"shards, parquet files, user/name on the Hugging Face hub, or {' or '.join(sprites.SPRITES)}")
     if path.is_dir():
         return rows_below(data, *columns)
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):
-        raise UserError(f"--data {data}: an address, but data is read from the disk; download it, or {remedy}")
+        raise UserError(f"--data {data}: an address, but data is read from the disk; download it, or "
+                        f"{remedy}")
     if path.suffix in (".tar", ".parquet"):
         files = [path] if path.exists() else expand(data)
         if any(file.exists() for file in files):
             if path.suffix == ".tar":
                 return tar_rows(files, *columns)
-            return table_rows(data, lambda datasets: datasets.Dataset.from_parquet([str(file) for file in files]), *columns)
+            return table_rows(data,
+                              lambda datasets: datasets.Dataset.from_parquet([str(file) for file in files]),
+                              *columns)
     elif path.suffix in RECORD_SUFFIXES and path.is_file():
         return metadata_rows(path, *columns)
     # user/name; but a/b where there is a folder a is a typing error, not a reason to query the network
@@ -62,7 +67,8 @@ def find_rows(data, image_column="", caption_column=""):
 
 
 def rows_below(data, image_column, caption_column):
-    """The rows of a folder, which holds images of one kind: COCO's, loose files, tar shards or tables."""
+    """The rows of a folder, which holds images of one kind: COCO's, loose files, tar shards or
+    tables."""
     columns, path = (image_column, caption_column), Path(data)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return table_rows(data, lambda datasets: datasets.load_from_disk(data), *columns)
@@ -72,32 +78,34 @@ def rows_below(data, image_column, caption_column):
     images, tars, tables = ([file for file in files if file.suffix.lower() in suffixes]
                             for suffixes in (IMAGE_SUFFIXES, (".tar",), (".parquet",)))
     if (images or tars) and tables and not holds_images(tables[0]):
-        tables = []                                          # img2dataset leaves a table of addresses beside a shard
-    there = [f"{len(found)} {what} ({found[0].relative_to(path)}{', ...' * (len(found) > 1)})" for found, what in (
+        tables = []  # img2dataset leaves a table of addresses beside a shard
+    there = [f"{len(found)} {what} ({found[0].relative_to(path)}{', ...' * (len(found) > 1)})"
+             for found, what in (
         (images, "image files"), (tars, "tar files"), (tables, "tables with images")) if found]
     if len(there) > 1:
-        raise UserError(f"--data {data}: holds {' and '.join(there)}; move away what is not meant, or give a pattern "
-                        f"such as '{data}/*.tar'")
+        raise UserError(f"--data {data}: holds {' and '.join(there)}; move away what is not meant, or give a "
+                        f"pattern such as '{data}/*.tar'")
     if tars:
         return tar_rows(tars, *columns)
     for metadata in (path / "metadata.jsonl", path / "metadata.csv"):
         if metadata.exists():
             return metadata_rows(metadata, *columns)
-    linked = [file for file in tables if any(here.is_symlink() for here in file.parents if path in here.parents)]
+    linked = [file for file in tables
+              if any(here.is_symlink() for here in file.parents if path in here.parents)]
     if linked:                                               # load_dataset would leave them out in silence
-        raise UserError(f"--data {data}: {linked[0].relative_to(path)} is behind a link to a folder; give the folder it "
-                        f"leads to, or a pattern such as '{linked[0].parent}/*.parquet'")
-    if tables:                                               # load_dataset knows which of them are train, which test
+        raise UserError(f"--data {data}: {linked[0].relative_to(path)} is behind a link to a folder; give "
+                        f"the folder it leads to, or a pattern such as '{linked[0].parent}/*.parquet'")
+    if tables:  # load_dataset knows which of them are train, which test
         return table_rows(data, lambda datasets: datasets.load_dataset(data, split="train"), *columns)
     return folder_rows(path, files, *columns)
 
 
 def files_below(folder):
-    """Every file anywhere below a folder, sorted. Links to folders are entered, but no folder twice; hidden names do
-    not count.  Raises UserError on a folder that cannot be opened."""
+    """Every file anywhere below a folder, sorted. Links to folders are entered, but no folder
+    twice; hidden names do not count.  Raises UserError on a folder that cannot be opened."""
     def refuse(error):
-        raise UserError(f"--data {folder}: {error.filename} cannot be opened ({error.strerror}); allow it or move it "
-                        "away") from error
+        raise UserError(f"--data {folder}: {error.filename} cannot be opened ({error.strerror}); allow it or "
+                        "move it away") from error
     entered, files = set(), []
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(here) in entered:                # a second link to it, or one that leads back up
@@ -110,13 +118,15 @@ def files_below(folder):
 
 
 def expand(pattern):
-    """The files of a pattern such as shards/{0000..0010}.tar or shards/*.tar. One that is not there stays in the list."""
+    """The files of a pattern such as shards/{0000..0010}.tar or shards/*.tar.
+    One that is not there stays in the list."""
     from webdataset.shardlists import expand_urls
     return [Path(file) for piece in expand_urls(pattern) for file in sorted(glob.glob(piece)) or [piece]]
 
 
 def read_span(where):
-    """The bytes of where = (path, offset, size). The file is opened each time: it works in any thread and after a fork."""
+    """The bytes of where = (path, offset, size). The file is opened each time: it works in any
+    thread and after a fork."""
     path, offset, size = where
     with open(path, "rb") as file:
         file.seek(offset)
@@ -130,13 +140,15 @@ def whole(content, size):
 
 
 def clean(caption):
-    """A caption as a table or JSON holds it, as text: of several the first, "" for what is not text."""
+    """A caption as a table or JSON holds it, as text: of several the first, "" for what is not
+    text."""
     caption = next(iter(caption), "") if isinstance(caption, (list, tuple)) else caption
     return caption.strip() if isinstance(caption, str) else ""
 
 
 def choose_column(source, columns, wanted):
-    """The caption column: the wanted one, or the first of CAPTION_COLUMNS that is there, in upper or lower case.
+    """The caption column: the wanted one, or the first of CAPTION_COLUMNS that is there, in upper
+    or lower case.
     source: the option and its value, for the message. columns: names.  Raises UserError."""
     for column in [wanted] if wanted else CAPTION_COLUMNS:
         for found in columns:
@@ -147,8 +159,9 @@ def choose_column(source, columns, wanted):
 
 
 def captioned_row(name, where, stem, there, read, wanted):
-    """The Row of an image whose caption is STEM.txt or, under one of CAPTION_COLUMNS, in STEM.json; under `wanted` if
-    that is given. there: names that exist, suffix in lower case -> what read() turns into bytes."""
+    """The Row of an image whose caption is STEM.txt or, under one of CAPTION_COLUMNS, in STEM.json;
+    under `wanted` if that is given. there: names that exist, suffix in lower case -> what read()
+    turns into bytes."""
     text, record = "", {}
     try:
         if not wanted and stem + ".txt" in there:
@@ -169,10 +182,11 @@ def lower_suffix(name):
 
 
 def folder_rows(folder, files, image_column, caption_column):
-    """Images anywhere below a folder, each with its caption in a .txt or .json of the same name. A .txt alone has lost
-    its image, and is a problem; any other file is ignored."""
+    """Images anywhere below a folder, each with its caption in a .txt or .json of the same name.
+    A .txt alone has lost its image, and is a problem; any other file is ignored."""
     if image_column:
-        raise UserError(f"--image-column {image_column}: {folder} holds files and has no columns; leave it out")
+        raise UserError(f"--image-column {image_column}: {folder} holds files and has no columns; leave it "
+                        "out")
     there = {lower_suffix(str(file.relative_to(folder))): file for file in files}
     stems, rows = {os.path.splitext(name)[0] for name in there if name.endswith(IMAGE_SUFFIXES)}, []
     for file in files if stems else ():
@@ -207,8 +221,10 @@ def columns_of(records):
 
 
 def coco_captions(folder, split):
-    """FOLDER/annotations/captions_SPLIT.json as COCO is distributed.  Returns: {image id: file name} and {image id:
-    [(annotation id, caption), ...]}, both in the file's order; an image without captions is in the first alone.
+    """FOLDER/annotations/captions_SPLIT.json as COCO is distributed.  Returns: {image id: file
+    name} and {image id:
+    [(annotation id, caption), ...]}, both in the file's order; an image without captions is in the
+    first alone.
     Raises UserError."""
     annotations = Path(folder) / "annotations" / f"captions_{split}.json"
     try:
@@ -219,8 +235,8 @@ def coco_captions(folder, split):
                 caption = (annotation["id"], annotation["caption"].strip())
                 found.setdefault(annotation["image_id"], []).append(caption)
     except OSError as error:
-        raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); give the "
-                        f"folder that holds COCO's annotations and {split}") from error
+        raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); "
+                        f"give the folder that holds COCO's annotations and {split}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--data {folder}: annotations/{annotations.name} is not a captions file of COCO "
                         f"({type(error).__name__}: {error}); fetch it again") from error
@@ -228,15 +244,16 @@ def coco_captions(folder, split):
 
 
 def coco_rows(folder, image_column, caption_column):
-    """COCO as it is distributed: every image of the newest training split that is there, or else of the newest other
-    one, with its first caption."""
+    """COCO as it is distributed: every image of the newest training split that is there, or else of
+    the newest other one, with its first caption."""
     if image_column or caption_column:
-        raise UserError(f"--image-column / --caption-column: {folder} is COCO and has no columns; leave them out")
+        raise UserError(f"--image-column / --caption-column: {folder} is COCO and has no columns; leave them "
+                        "out")
     splits = [file.stem.removeprefix("captions_") for file in folder.glob("annotations/captions_*.json")]
     there = [split for split in splits if (folder / split).is_dir()]
     if not there:
-        raise UserError(f"--data {folder}: its annotations are COCO's, but {' or '.join(sorted(splits))} is not beside "
-                        "them; unpack the images there")
+        raise UserError(f"--data {folder}: its annotations are COCO's, but {' or '.join(sorted(splits))} is "
+                        "not beside them; unpack the images there")
     split, rows = max(there, key=lambda split: (split.startswith("train"), split)), []
     names, captions = coco_captions(folder, split)
     for image, name in names.items():
@@ -251,8 +268,9 @@ def coco_rows(folder, image_column, caption_column):
 
 
 def metadata_rows(metadata, image_column, caption_column):
-    """Images that a metadata.jsonl, .csv or .tsv names, in its order: the imagefolder layout of Hugging Face. Read here, not by
-    datasets, which takes folders named test for a split and stops at the first file that is missing."""
+    """Images that a metadata.jsonl, .csv or .tsv names, in its order: the imagefolder layout of
+    Hugging Face. Read here, not by datasets, which takes folders named test for a split and stops
+    at the first file that is missing."""
     folder, image_column = metadata.parent, image_column or "file_name"
     try:
         records = read_records(metadata)
@@ -263,9 +281,11 @@ def metadata_rows(metadata, image_column, caption_column):
     for i, record in enumerate(records, 1):
         name = record.get(image_column)
         if not name or not isinstance(name, str):
-            rows.append(Row(f"{metadata.name} entry {i}", None, problem=f"names no image in {image_column}; fix or remove it"))
+            rows.append(Row(f"{metadata.name} entry {i}", None, problem=f"names no image in {image_column}; "
+                                                                        "fix or remove it"))
         elif not (folder / name).is_file():
-            rows.append(Row(name, None, problem=f"is named in {metadata.name} but is not there; add it or remove its entry"))
+            rows.append(Row(name, None, problem=f"is named in {metadata.name} but is not there; add it or "
+                                                "remove its entry"))
         else:
             caption = clean(record.get(column))
             rows.append(Row(name, (str(folder / name), 0, (folder / name).stat().st_size), caption,
@@ -274,9 +294,9 @@ def metadata_rows(metadata, image_column, caption_column):
 
 
 def tar_rows(shards, image_column, caption_column):
-    """WebDataset shards: an image member and, of the same stem, a .txt with the caption or a .json with it under one of
-    CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are read once; an image is later read from
-    its offset."""
+    """WebDataset shards: an image member and, of the same stem, a .txt with the caption or a .json
+    with it under one of CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are
+    read once; an image is later read from its offset."""
     suffixes, rows = (f".{image_column.lower()}",) if image_column else IMAGE_SUFFIXES, []
     for shard in tqdm(shards, desc="indexing shards", disable=len(shards) < 10):
         there = {}                                               # name, its suffix in lower case -> header
@@ -287,9 +307,11 @@ def tar_rows(shards, image_column, caption_column):
                     if member.isdir() or any(part.startswith(".") for part in PurePosixPath(name).parts):
                         continue
                     if name in there:
-                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is there twice; keep one"))
+                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is there twice; keep "
+                                                                                      "one"))
                     elif not member.isreg():
-                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is a link; store the file itself"))
+                        rows.append(Row(f"{shard.name}: {member.name}", None, problem="is a link; store the "
+                                                                                      "file itself"))
                     else:
                         there[name] = member
                 tar.fileobj.seek(tar.offset)
@@ -308,8 +330,9 @@ def tar_rows(shards, image_column, caption_column):
 
 
 def shard_rows(shard, there, read, suffixes, caption_column):
-    """The rows of one shard. An image is one by its last suffix; of one stem, the first of suffixes. But NAME.mask.png
-    beside NAME.jpg is a part of that sample, as in webdataset, unless it has a caption of its own."""
+    """The rows of one shard. An image is one by its last suffix; of one stem, the first of
+    suffixes. But NAME.mask.png beside NAME.jpg is a part of that sample, as in webdataset, unless
+    it has a caption of its own."""
     def key(stem):
         folder, _, base = stem.rpartition("/")
         return f"{folder}/{base.split('.')[0]}".lstrip("/")
@@ -323,7 +346,8 @@ def shard_rows(shard, there, read, suffixes, caption_column):
         if key(stem) == stem or key(stem) not in stems or own_caption:
             image = found[min(found, key=suffixes.index)]
             where = (str(shard), image.offset_data, image.size)
-            rows.append(captioned_row(f"{shard.name}: {image.name}", where, stem, there, read, caption_column))
+            rows.append(captioned_row(f"{shard.name}: {image.name}", where, stem, there, read,
+                                      caption_column))
     for name in there:
         stem, suffix = os.path.splitext(name)
         if suffix == ".txt" and stem not in stems and key(stem) not in stems:
@@ -333,31 +357,35 @@ def shard_rows(shard, there, read, suffixes, caption_column):
 
 
 def holds_images(parquet):
-    """Whether a parquet file has a column of bytes, plain or in a struct {bytes, ...}, as images are stored."""
+    """Whether a parquet file has a column of bytes, plain or in a struct {bytes, ...}, as images
+    are stored."""
     import pyarrow
     import pyarrow.parquet
     try:
         types = pyarrow.parquet.read_schema(parquet).types
     except (OSError, ValueError) as error:
-        raise UserError(f"--data {parquet.parent}: {parquet.name} cannot be read ({error}); fetch it again or move it "
-                        "away") from error
+        raise UserError(f"--data {parquet.parent}: {parquet.name} cannot be read ({error}); fetch it again "
+                        "or move it away") from error
     return any(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
                or pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 for kind in types)
 
 
 def table_rows(data, load, image_column, caption_column):
-    """A Hugging Face dataset; load(datasets) returns it. Rows are read through memory-mapped Arrow files, which datasets makes of
-    parquet in its own cache ($HF_DATASETS_CACHE). No code from the hub is run: from version 4 on, datasets cannot."""
+    """A Hugging Face dataset; load(datasets) returns it. Rows are read through memory-mapped Arrow
+    files, which datasets makes of parquet in its own cache ($HF_DATASETS_CACHE).
+    No code from the hub is run: from version 4 on, datasets cannot."""
     import datasets
     try:
         table = load(datasets)
         if isinstance(table, datasets.DatasetDict):
             table = table["train"]
-    except Exception as error:                                   # offline, unknown, private, no such split, torn: each has its own class
-        raise UserError(f"--data {data}: cannot be opened ({type(error).__name__}: {error}); give a dataset with a train split") from error
+    except Exception as error:  # offline, unknown, private, no such split, torn: each has its own class
+        raise UserError(f"--data {data}: cannot be opened ({type(error).__name__}: {error}); give a dataset "
+                        "with a train split") from error
     # images by their type, or else plain bytes if there is one column of them
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    plain = [name for name, feature in table.features.items() if isinstance(feature, dict) and "bytes" in feature
+    plain = [name for name, feature in table.features.items() if isinstance(feature, dict) and
+             "bytes" in feature
              or getattr(feature, "dtype", "") in ("binary", "large_binary")]
     found = [image_column] if image_column else typed[:1] or plain
     if len(found) != 1 or found[0] not in table.column_names:
@@ -369,7 +397,8 @@ def table_rows(data, load, image_column, caption_column):
     try:
         images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--data {data}: the column {image_column} holds no images; name another with --image-column") from error
+        raise UserError(f"--data {data}: the column {image_column} holds no images; name another with "
+                        "--image-column") from error
 
     def read(where):
         cell = images[where[0]][image_column] or {"bytes": None, "path": None}
@@ -378,4 +407,5 @@ def table_rows(data, load, image_column, caption_column):
         return cell["bytes"] or Path(cell["path"]).read_bytes()
     missing = f"has no caption; fill in its column {caption_column}"
     captions, nbytes = [clean(caption) for caption in table[caption_column][:]], table.data.nbytes
-    return [Row(f"row {i}", (i, nbytes), caption, "" if caption else missing) for i, caption in enumerate(captions)], read
+    return [Row(f"row {i}", (i, nbytes), caption, "" if caption else missing)
+            for i, caption in enumerate(captions)], read

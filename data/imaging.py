@@ -10,7 +10,7 @@ def as_rgb(image):
     """A PIL image of any mode as upright RGB, 8 bits; what is transparent is composited on white.
     Raises ValueError on pixels whose range the file does not tell."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):                    # convert() would clip 16-bit gray to white, floats to 0
+    if image.mode.startswith(("I", "F")):  # convert() would clip 16-bit gray to white, floats to 0
         levels = np.asarray(image)
         if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("neither 8 nor 16 bits a pixel")
@@ -22,11 +22,12 @@ def as_rgb(image):
 
 
 def square(image, size):
-    """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the center cropped, rounded
-    as torchvision's Resize and CenterCrop do. Of a strip beyond 16:1 only the middle is resized: all of 4000 x 1 would
-    take 1 GB at size 256."""
+    """A PIL image brought to size x size: the shorter side resized to it (Lanczos), then the center
+    cropped, rounded as torchvision's Resize and CenterCrop do. Of a strip beyond 16:1 only the
+    middle is resized: all of 4000 x 1 would take 1 GB at size 256."""
     short = min(image.size)
-    outside = [max(0, (side - 16 * short) // 2) for side in image.size]      # on either side: the center stays in place
+    # on either side: the center stays in place
+    outside = [max(0, (side - 16 * short) // 2) for side in image.size]
     if any(outside):
         image = image.crop((*outside, image.width - outside[0], image.height - outside[1]))
     width, height = (size if side == short else int(size * side / short) for side in image.size)
@@ -43,12 +44,14 @@ def tensor(pictures):
 def to_pil(images, scale=1):
     """float (N, 3, H, W) in [-1, 1] to a list of PIL images, each pixel drawn scale x scale."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(np.ascontiguousarray(p)).resize((p.shape[1] * scale, p.shape[0] * scale), Image.Resampling.NEAREST)
+    return [Image.fromarray(np.ascontiguousarray(p)).resize((p.shape[1] * scale, p.shape[0] * scale),
+                                                            Image.Resampling.NEAREST)
             for p in pixels]
 
 
 def contact_sheet(rows, columns=(), labels=(), gap=4):
-    """One picture out of rows of PIL images of one size; columns: a title per column; labels: a title per row."""
+    """One picture out of rows of PIL images of one size; columns: a title per column;
+    labels: a title per row."""
     width, height = rows[0][0].size
     font = ImageFont.load_default(size=max(11, height // 7))
     left = 10 + max((math.ceil(font.getlength(label)) for label in labels), default=-10)

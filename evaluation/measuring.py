@@ -1,4 +1,5 @@
-"""One protocol, any number of models: images and trajectories generated once, kept as rows, and the numbers made of them."""
+"""One protocol, any number of models: images and trajectories generated once, kept as rows, and the
+numbers made of them."""
 import functools
 import math
 import re
@@ -15,20 +16,21 @@ import sampler
 import teacher
 from data import coco, imaging, sprites
 from evaluation import metrics, protocols
-from evaluation.metrics import Clip, Inception, clip_score, cmmd, frechet_distance, frechet_groups, kernel_distance, mean_interval, moments
 from models import load, saved
 from runtime import processes, seeds, store
 from runtime.cli import UserError
 
-SHARD = 64                       # images that are lost at most when a process is killed; also the largest --batch that counts
+SHARD = 64  # images that are lost at most when a process is killed; also the largest --batch that counts
 
 STRAIGHTNESS_STEPS = 8           # DDIM steps in each window
 
 
 def real_images(n, stream, levels=sprites.LEVELS, size=sprites.SIZE):
-    """n images and captions of the mix of caption levels, held-out pairs included.  Returns: (images, captions)."""
+    """n images and captions of the mix of caption levels, held-out pairs included.
+    Returns: (images, captions)."""
     plans = sprites.plan(n, seeds.generator(0, "evaluation", stream), levels=levels)
-    return torch.cat([sprites.render(chunk, size) for chunk in plans.split(2048)]), sprites.describe(plans, levels)[0]
+    return torch.cat([sprites.render(chunk, size)
+                      for chunk in plans.split(2048)]), sprites.describe(plans, levels)[0]
 
 
 def file_age(folder):
@@ -38,7 +40,8 @@ def file_age(folder):
 
 
 class CountingModel:
-    """A model whose evaluations are counted, and whose answers a study may edit: (name, function(z, t, x_hat, eps_hat) -> the same two)."""
+    """A model whose evaluations are counted, and whose answers a study may edit: (name, function(z,
+    t, x_hat, eps_hat) -> the same two)."""
 
     def __init__(self, model, edit=None):
         self.model, self.edit, self.calls = model, edit, 0
@@ -52,34 +55,37 @@ class CountingModel:
         return self.edit[1](z, t, *answer) if self.edit else answer
 
 
-# ---- one protocol, any number of models ----------------------------------------------------------------------------
+# ---- one protocol, any number of models --------------------------------------------------------------------
 
 
 class Evaluator:
-    """A protocol with its captions, networks, real images and teacher, ready to measure models: row(). What all rows share is made here.
-    c: Config; rank, world, barrier: of the processes, which all generate; the first alone computes distances; student: reflow.json
-    of one, whose teacher is opened as its run opened it.  Raises UserError."""
+    """A protocol with its captions, networks, real images and teacher, ready to measure models:
+    row(). What all rows share is made here.
+    c: Config; rank, world, barrier: of the processes, which all generate; the first alone computes
+    distances; student: reflow.json of one, whose teacher is opened as its run opened it.
+    Raises UserError."""
 
     def __init__(self, c, rank=0, world=1, barrier=lambda: None, student=None):
         self.c, self.protocol = c, protocol = protocols.resolve(c)
         self.student = student
         self.processes, self.device = (rank, world, barrier), processes.pick_device(c.device)
-        torch.backends.cudnn.allow_tf32 = False                # fp32 is fp32 in a measurement, whatever training has set
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in a measurement, whatever training has set
         torch.set_float32_matmul_precision("highest")
-        if rank:                                               # the first process downloads, the others find the files
+        if rank:  # the first process downloads, the others find the files
             barrier()
-        self.clip = Clip(c.clip, self.device)
-        self.network = Inception(c.inception, self.device) if protocol.network == "inception" else self.clip
+        self.clip = metrics.Clip(c.clip, self.device)
+        self.network = metrics.Inception(c.inception,
+                                         self.device) if protocol.network == "inception" else self.clip
         if rank == 0:
             barrier()
         least = max(protocol.images_per_feature * self.network.dim, metrics.least_images(self.network.dim))
         for option, value in (("--n", c.n), ("--real", c.real)):
             if value < least:
-                raise UserError(f"{option} {value}: must be at least {least} for a Frechet distance on the {self.network.dim} features of "
-                                f"{self.network.name}")
+                raise UserError(f"{option} {value}: must be at least {least} for a Frechet distance on the "
+                                f"{self.network.dim} features of {self.network.name}")
 
         if protocol.split in sprites.SPRITES:
-            size = c.size if protocol.fid_size else sprites.SIZE                 # drawn as generated, then seen at fid_size
+            size = c.size if protocol.fid_size else sprites.SIZE  # drawn as generated, then seen at fid_size
             drawn = dict(levels=sprites.SPRITES[protocol.split], size=size)
             self.prompts, self.ids = real_images(c.n, "prompts", **drawn)[1], []
             key = store.digest(sprites.SHEET.read_bytes(), *[size] * (size != sprites.SIZE))
@@ -94,9 +100,12 @@ class Evaluator:
             def reference(part):
                 return images.images(part, protocol.fid_size or c.size)
         weights = models.fingerprint(self.clip.model)
-        self.networks = dict(clip=[self.clip.name, weights], network=self.network.name, fid_size=protocol.fid_size)
-        settings = dict(split=protocol.split, images=key, real=c.real, size=protocol.fid_size or c.size, **self.networks)
-        rows = self.store("reference", c.real, settings, lambda part, name: self.look(reference(part), part, name), SHARD)[range(c.real)]
+        self.networks = dict(clip=[self.clip.name, weights], network=self.network.name,
+                             fid_size=protocol.fid_size)
+        settings = dict(split=protocol.split, images=key, real=c.real, size=protocol.fid_size or c.size,
+                        **self.networks)
+        rows = self.store("reference", c.real, settings,
+                          lambda part, name: self.look(reference(part), part, name), SHARD)[range(c.real)]
         self.reference = {key: value.to(self.device) for key, value in rows.items()}
         self.read, self.opened = {}, (None, None)
         self.teacher_path = self.path()
@@ -105,7 +114,8 @@ class Evaluator:
     # ---- rows on disk, of which every process makes its share ----
 
     def store(self, label, count, settings, solve, batch):
-        """`count` rows, made `batch` at a time by solve(range of row numbers, name of the set) -> dict of tensors, where they are missing.
+        """`count` rows, made `batch` at a time by solve(range of row numbers, name of the set) ->
+        dict of tensors, where they are missing.
         Other settings are another set.  Returns: data.Rows."""
         folder = Path(self.c.save_images, "rows") if self.c.save_images else Path(self.c.cache)
         name = f"{re.sub('[/:]', '-', label)}-{store.digest(settings)}"
@@ -117,7 +127,8 @@ class Evaluator:
         return store.cached(folder / name, count, settings, shard, SHARD, *self.processes, desc=label)
 
     def look(self, images, part, name):
-        """Features of the images of these numbers, (N, 3, H, W) in [-1, 1].  Returns: dict of (N, dim)."""
+        """Features of the images of these numbers, (N, 3, H, W) in [-1, 1].  Returns: dict of (N,
+        dim)."""
         size = self.protocol.fid_size
         if size and images.shape[-2:] != (size, size):
             images = coco.tensor(coco.square(picture, size) for picture in imaging.to_pil(images))
@@ -127,26 +138,30 @@ class Evaluator:
             for i, picture in zip(part, imaging.to_pil(images)):
                 picture.save(folder / f"{i:06d}.png")
         found = {"clip": self.clip.images(images)}
-        return found if self.network is self.clip else found | {self.protocol.network: self.network.images(images)}
+        return found if self.network is self.clip else found | {
+            self.protocol.network: self.network.images(images)}
 
     def open(self, folder):
-        """(pipeline, model, reflow.json) of a model folder. The last one stays in memory: there may be no room for two."""
+        """(pipeline, model, reflow.json) of a model folder. The last one stays in memory: there may
+        be no room for two."""
         key = folder, file_age(folder)
         if self.opened[0] != key:
             self.opened = None, None
             c = self.c
-            self.opened = key, saved.open_model(folder, self.device, teacher.DTYPES[c.dtype], guide=c.guide, size=c.size,
-                                                   student=self.student)
+            self.opened = key, saved.open_model(folder, self.device, teacher.DTYPES[c.dtype], guide=c.guide,
+                                                size=c.size, student=self.student)
         return self.opened[1]
 
     def about(self, folder):
-        """(reflow.json, what decides its answers) of a model folder; read once, and again if its weights are new."""
+        """(reflow.json, what decides its answers) of a model folder; read once, and again if its
+        weights are new."""
         key = folder, file_age(folder)
         if key not in self.read:
             pipeline, model, info = self.open(folder)
             shape = models.latent_shape(pipeline, self.c.size)
             self.read[key] = info, dict(
-                weights=models.fingerprint(models.network(pipeline), *models.autoencoder(pipeline), *models.text_encoders(pipeline)),
+                weights=models.fingerprint(models.network(pipeline), *models.autoencoder(pipeline),
+                                           *models.text_encoders(pipeline)),
                 path=info.get("path", "vp"),
                 schedule=store.digest(model.schedule.key, model.prediction), windows=info.get("windows", 1),
                 size=[side * pipeline.vae_scale_factor for side in shape[1:]],
@@ -156,16 +171,21 @@ class Evaluator:
     def settings(self, folder, steps, solver, guidance, edit, count):
         """What decides the first `count` images, and how they came about."""
         c = self.c
-        return dict(**self.about(folder)[1], dtype=c.dtype, steps=steps, solver=solver, guidance=guidance, edit=edit and edit[0],
-                    seed=c.seed, prompts=store.digest(*self.prompts[:count]), **({"guide": self.about(c.guide)[1]} if c.guide else {}))
+        return dict(**self.about(folder)[1], dtype=c.dtype, steps=steps, solver=solver, guidance=guidance,
+                    edit=edit and edit[0],
+                    seed=c.seed, prompts=store.digest(*self.prompts[:count]),
+                    **({"guide": self.about(c.guide)[1]} if c.guide else {}))
 
     def generate(self, folder, part, steps, solver, guidance, edit, callback=None):
         """Images by number.  Returns: (latents (N, C, h, w), the model as CountingModel)."""
         pipeline, model, info = self.open(folder)
         solve, spacing = sampler.parse_solver(solver)
-        asked, times = CountingModel(model, edit), sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
-        prompts, seeds = self.prompts[part.start:part.stop], range(self.c.seed + part.start, self.c.seed + part.stop)
-        z = sampler.generate(pipeline, asked, prompts, seeds, times, guidance, len(part), callback, size=self.c.size, solver=solve)
+        asked, times = CountingModel(model, edit), sampler.time_grid(steps, info.get("windows", 1), spacing,
+                                                                     model.schedule)
+        prompts, seeds = self.prompts[part.start:part.stop], range(self.c.seed + part.start,
+                                                                   self.c.seed + part.stop)
+        z = sampler.generate(pipeline, asked, prompts, seeds, times, guidance, len(part), callback,
+                             size=self.c.size, solver=solve)
         return z, asked
 
     def path(self):
@@ -176,25 +196,30 @@ class Evaluator:
             visited = []
             end, _ = self.generate(c.teacher, part, c.teacher_steps, "ddim", c.guidance, None, visited.append)
             return {"z": torch.stack([*(state["z"].cpu() for state in visited), end], 1)}
-        return self.store("path", count, self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count), solve, c.batch)
+        return self.store("path", count,
+                          self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count), solve,
+                          c.batch)
 
     def features(self, folder, steps, solver="ddim", guidance=None, edit=None):
-        """Features of a model's images, (dim,) each, and what an image cost: seconds, evaluations of the network.  Returns: data.Rows."""
+        """Features of a model's images, (dim,) each, and what an image cost: seconds, evaluations
+        of the network.  Returns: data.Rows."""
         c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
 
         def solve(part, name):
             pipeline, start = self.open(folder)[0], time.perf_counter()
             z, model = self.generate(folder, part, steps, solver, guidance, edit)
             images = models.decode(pipeline, z)
-            cost = torch.tensor([(time.perf_counter() - start) / len(part), model.calls], dtype=torch.float64).expand(len(part), 2)
+            cost = torch.tensor([(time.perf_counter() - start) / len(part), model.calls],
+                                dtype=torch.float64).expand(len(part), 2)
             return {**self.look(images, part, name), "seconds": cost[:, 0], "evaluations": cost[:, 1]}
         settings = self.settings(folder, steps, solver, guidance, edit, c.n) | self.networks
         return self.store(f"{Path(folder).name}-{steps}-{solver}", c.n, settings, solve, c.batch)
 
     def trajectories(self, folder, steps, solver="ddim", guidance=None, edit=None):
-        """Squared endpoint error of a model's trajectories, () each; straightness and squared chord error in K windows, (K,) each, the
-        mean of their batch. K is the student's; for a teacher, what its steps have in common with 8. There is no chord error where
-        the teacher's steps do not stop at every boundary.  Returns: data.Rows."""
+        """Squared endpoint error of a model's trajectories, () each; straightness and squared chord
+        error in K windows, (K,) each, the mean of their batch. K is the student's;
+        for a teacher, what its steps have in common with 8. There is no chord error where the
+        teacher's steps do not stop at every boundary.  Returns: data.Rows."""
         c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
         info, count = self.about(folder)[0], min(c.paths, c.n)
         windows = info.get("windows") or math.gcd(steps, 8)
@@ -203,11 +228,14 @@ class Evaluator:
             path = self.teacher_path[part]["z"]
             end, model = self.generate(folder, part, steps, solver, guidance, edit)
             size = self.about(folder)[1]["size"]
-            cond = models.encode_text(self.open(folder)[0], self.prompts[part.start:part.stop], size=size, device=self.device)
+            cond = models.encode_text(self.open(folder)[0], self.prompts[part.start:part.stop], size=size,
+                                      device=self.device)
             uncond = None                                      # some models have no null embedding
             if guidance != 1:
-                uncond = models.encode_text(self.open(folder)[0], [None] * len(part), size=size, device=self.device)
-            straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows, STRAIGHTNESS_STEPS, guidance, uncond)
+                uncond = models.encode_text(self.open(folder)[0], [None] * len(part), size=size,
+                                            device=self.device)
+            straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows,
+                                            STRAIGHTNESS_STEPS, guidance, uncond)
             found = {"straightness": torch.tensor(straight, dtype=torch.float64)}
             if c.teacher_steps % windows == 0:
                 chord = metrics.chord_error(model, path.to(self.device), cond, windows, guidance, uncond)
@@ -217,7 +245,8 @@ class Evaluator:
         settings = self.settings(folder, steps, solver, guidance, edit, count) | dict(
             measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS,
             teacher=self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count))
-        return self.store(f"{Path(folder).name}-{steps}-{solver}-trajectories", count, settings, solve, c.batch)
+        return self.store(f"{Path(folder).name}-{steps}-{solver}-trajectories", count, settings, solve,
+                          c.batch)
 
     # ---- numbers ----
 
@@ -232,67 +261,92 @@ class Evaluator:
         return self.teacher_rows[range(self.c.n)][self.protocol.network].to(self.device)
 
     def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, kernels=True):
-        """Every column of a row of results.json, made where missing. folder: a model; guidance: default --guidance; edit: as for
-        CountingModel, its name stands for it in the cache; kernels: KID and CMMD too, which take longer than a small model's images.
+        """Every column of a row of results.json, made where missing. folder: a model;
+        guidance: default --guidance; edit: as for CountingModel, its name stands for it in the
+        cache; kernels: KID and CMMD too, which take longer than a small model's images.
         Returns: dict; {} on all processes but the first."""
-        c, guidance, network = self.c, self.c.guidance if guidance is None else guidance, self.protocol.network
+        c, network = self.c, self.protocol.network
+        guidance = c.guidance if guidance is None else guidance
         rows = self.features(folder, steps, solver, guidance, edit)
         paths = self.trajectories(folder, steps, solver, guidance, edit)
         if self.processes[0] > 0:
             return {}
         info, rows, paths = self.about(str(folder))[0], rows[range(c.n)], paths[range(len(paths))]
-        features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt) for prompt in self.prompts])
+        features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt)
+                                                                           for prompt in self.prompts])
         reference, kernel_columns = self.reference[network], {}
-        groups = frechet_groups(features, reference)
-        corrected, half = mean_interval(groups)
+        groups = metrics.frechet_groups(features, reference)
+        corrected, half = metrics.mean_interval(groups)
         if kernels:
-            kid, kid_std = kernel_distance(rows[network], reference.cpu())
-            kernel_columns = dict(kid=kid, kid_std=kid_std, cmmd=cmmd(rows["clip"].to(self.device), self.reference["clip"]))
+            kid, kid_std = metrics.kernel_distance(rows[network], reference.cpu())
+            kernel_columns = dict(kid=kid, kid_std=kid_std,
+                                  cmmd=metrics.cmmd(rows["clip"].to(self.device), self.reference["clip"]))
         evaluations = rows["evaluations"].mean().item()
         return dict(
-            method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps, solver=solver, guidance=guidance,
+            method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps,
+            solver=solver, guidance=guidance,
             nfe=round(evaluations * (1 if guidance in (0, 1) else 2)), nfe_pairs_as_one=round(evaluations),
             fd_corrected=corrected, fd_interval=[corrected - half, corrected + half], fd_groups=groups,
-            fd=frechet_distance(moments(features), moments(reference)),
-            fd_teacher_corrected=mean_interval(frechet_groups(features, self.teacher_features))[0], **kernel_columns,
-            clip=clip_score(rows["clip"][captioned], self.texts[captioned]),
-            endpoint_error=paths["endpoint"].mean().sqrt().item(), straightness=paths["straightness"].mean(0).tolist(),
+            fd=metrics.frechet_distance(metrics.moments(features), metrics.moments(reference)),
+            fd_teacher_corrected=metrics.mean_interval(
+                metrics.frechet_groups(features, self.teacher_features))[0],
+            **kernel_columns, clip=metrics.clip_score(rows["clip"][captioned], self.texts[captioned]),
+            endpoint_error=paths["endpoint"].mean().sqrt().item(),
+            straightness=paths["straightness"].mean(0).tolist(),
             chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None,
             seconds_per_image=rows["seconds"].mean().item())
 
     def describe(self, students):
-        """The protocol of a table, item by item. students: their reflow.json.  Returns: dict; `text` says all of it in one string."""
+        """The protocol of a table, item by item. students: their reflow.json.
+        Returns: dict; `text` says all of it in one string."""
         c, protocol, code, name = self.c, self.protocol, export.versions(), self.network.name
         sprite, made = protocol.split in sprites.SPRITES, self.about(c.teacher)[1]["size"][0]
         seen = protocol.fid_size or made
         levels = "caption levels" if protocol.split == "sprites" else "classes"
         decays = sorted({str(info.get("config", {}).get("ema", "unknown")) for info in students})
         found = dict(
-            name=c.protocol, split="fresh sprites" if sprite else f"COCO {protocol.split}", n=c.n, real=c.real,
+            name=c.protocol, split="fresh sprites" if sprite else f"COCO {protocol.split}", n=c.n,
+            real=c.real,
             captions=f"mix of {levels}, held-out pairs included" if sprite else coco.RULES[protocol.rule],
-            reference=f"fresh sprite images, all pairs, mix of {levels}" if sprite else f"images of the first {c.real} captions",
+            reference=f"fresh sprite images, all pairs, mix of {levels}" if sprite else "images of the "
+                                                                                        f"first {c.real} "
+                                                                                        "captions",
             size=f"{made} pixels as generated, {seen} as both networks see them",
             resize="none" if sprite and made == seen else
             f"shorter side to {seen}, Lanczos (Pillow), of real{' and generated' * (seen != made)} images",
-            crop="none" if sprite else "center", distance="FID" if self.network is not self.clip and self.network.published else "FD",
-            features=f"{name}, projected image features" if self.network is self.clip else f"{name}, {self.network.dim} features",
-            clip=self.clip.name, clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
+            crop="none" if sprite else "center",
+            distance="FID" if self.network is not self.clip and self.network.published else "FD",
+            features=f"{name}, projected image features" if self.network is self.clip
+            else f"{name}, {self.network.dim} features",
+            clip=self.clip.name,
+            clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
             cmmd="on the same CLIP, sigma 10, x 1000",
-            steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students {' '.join(map(str, c.steps))}",
-            nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1", guidance=c.guidance,
-            **({"guide": f"{c.guide} instead of no text"} if c.guide else {}),
-            scheduler="the model's own schedule; within each window the solver's grid, uniform in t (trailing) where it names none",
+            steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students "
+                  f"{' '.join(map(str, c.steps))}",
+            nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1",
+            guidance=c.guidance, **({"guide": f"{c.guide} instead of no text"} if c.guide else {}),
+            scheduler="the model's own schedule; within each window the solver's grid, uniform in t "
+                      "(trailing) where it names none",
             solver="DDIM" if c.solver == "ddim" else f"{c.solver} for the students, DDIM for the teacher",
-            solvers=f"{', '.join(c.solvers)} for the plain teacher", teacher=c.teacher, seeds=[c.seed, c.seed + c.n - 1], dtype=c.dtype,
-            weights=", ".join({"0": "raw", "0.0": "raw", "unknown": "unknown"}.get(ema, f"running average (EMA {ema})") for ema in decays),
-            trajectories=f"first {min(c.paths, c.n)} seeds", endpoint_error=f"root mean square distance to the teacher's {c.teacher_steps} "
-            "DDIM steps", straightness=f"mean square of u minus the chord's, {STRAIGHTNESS_STEPS} steps a window",
+            solvers=f"{', '.join(c.solvers)} for the plain teacher", teacher=c.teacher, seeds=[
+                c.seed, c.seed + c.n - 1], dtype=c.dtype,
+            weights=", ".join({"0": "raw", "0.0": "raw", "unknown": "unknown"}.get(ema, "running average "
+                                                                                        f"(EMA {ema})")
+                                                                                        for ema in decays),
+            trajectories=f"first {min(c.paths, c.n)} seeds",
+            endpoint_error=f"root mean square distance to the teacher's {c.teacher_steps} "
+            "DDIM steps", straightness=f"mean square of u minus the chord's, {STRAIGHTNESS_STEPS} steps a "
+                                       "window",
             chord_error="root mean square of u minus that of the teacher's chord, at its start",
             corrected=f"grouped jackknife, {metrics.GROUPS} groups of generated and of real images",
-            interval="95%, of the corrected distance, over the choice of generated and real images, not over training",
+            interval="95%, of the corrected distance, over the choice of generated and real images, not over "
+                     "training",
             batch=min(c.batch, SHARD),
-            seconds_per_image="wall time of text, sampling and decoding at this batch size, on one process", note=protocol.note,
-            commit=code["commit"], versions={**code["versions"], "transformers": transformers.__version__, "pillow": PIL.__version__})
+            seconds_per_image="wall time of text, sampling and decoding at this batch size, on one process",
+            note=protocol.note,
+            commit=code["commit"],
+            versions={**code["versions"], "transformers": transformers.__version__,
+                      "pillow": PIL.__version__})
 
         def said(value):
             if isinstance(value, list):
@@ -301,5 +355,6 @@ class Evaluator:
                 return ", ".join(map(" ".join, value.items()))
             return f"{value:g}" if isinstance(value, float) else value
         text = "; ".join(f"{key.replace('_', ' ')}: {said(value)}" for key, value in found.items())
-        commands = [f"{info.get('command', 'unknown')} (commit {info.get('commit', 'unknown')})" for info in students]
+        commands = [f"{info.get('command', 'unknown')} (commit {info.get('commit', 'unknown')})"
+                    for info in students]
         return dict(**found, text=text, students=commands)

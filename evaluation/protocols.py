@@ -11,16 +11,18 @@ from runtime.cli import UserError
 
 VIT_G = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 
-# ---- protocols are data --------------------------------------------------------------------------------------------
+# ---- protocols are data ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Protocol:
     """What is measured against what. Options of the same names override the fields from n on."""
-    split: str                   # where captions and real images come from: a row of data.SPRITES, or a split of COCO
+    split: str                   # where captions and real images come from: a row of data.SPRITES, or a split
+                                 # of COCO
     rule: str                    # which caption of an image, a row of coco.RULES
     network: str                 # whose features FD (FID) and KD (KID) compare: clip or inception
-    images_per_feature: int      # fewer images than this for each feature are refused; and in any case as many as features
+    images_per_feature: int      # fewer images than this for each feature are refused;
+                                 # and in any case as many as features
     fid_size: int | None         # pixels at which the networks see both sets; None = as generated
     n: int                       # images generated per row
     real: int                    # images of the reference
@@ -34,40 +36,53 @@ class Protocol:
 
 
 COCO_2017 = Protocol(
-    split="val2017", rule="first", network="inception", images_per_feature=1, fid_size=None, n=5000, real=5000, clip=VIT_G,
-    teacher="sd15", guidance=1.5, size=512, batch=16, paths=64,
-    note="split, caption, resize and crop as in Rectified Diffusion's scripts, which sample phased students at guidance 1.5 in fp16 and "
-         "use pytorch_fid, while ProReflow's guidance is unknown but for its ablation (4), and so are its seeds and dtype")
+    split="val2017", rule="first", network="inception", images_per_feature=1, fid_size=None, n=5000,
+    real=5000, clip=VIT_G, teacher="sd15", guidance=1.5, size=512, batch=16, paths=64,
+    note="split, caption, resize and crop as in Rectified Diffusion's scripts, which sample phased students "
+         "at guidance 1.5 in fp16 and use pytorch_fid, while ProReflow's guidance is unknown but for its "
+         "ablation (4), and so are its seeds and dtype")
 
 PROTOCOLS = {
-    "tiny": Protocol(split="sprites", rule="", network="clip", images_per_feature=10, fid_size=None, n=2048, real=16384,
-                     clip=str(load.ASSETS / "tiny-clip"), teacher="tiny", guidance=1.0, size=None, batch=64, paths=128, note="ours"),
-    "pixel": Protocol(split="sprites-by-group", rule="", network="clip", images_per_feature=10, fid_size=32, n=2048, real=16384,
-                      clip=str(load.ASSETS / "tiny-clip"), teacher="pixel", guidance=1.0, size=16, batch=64, paths=128, note="ours"),
+    "tiny": Protocol(split="sprites", rule="", network="clip", images_per_feature=10, fid_size=None, n=2048,
+                     real=16384,
+                     clip=str(load.ASSETS / "tiny-clip"), teacher="tiny", guidance=1.0, size=None, batch=64,
+                     paths=128, note="ours"),
+    "pixel": Protocol(split="sprites-by-group", rule="", network="clip", images_per_feature=10, fid_size=32,
+                      n=2048, real=16384,
+                      clip=str(load.ASSETS / "tiny-clip"), teacher="pixel", guidance=1.0, size=16, batch=64,
+                      paths=128, note="ours"),
     "coco2017-5k": COCO_2017,
     "sdxl-coco2017-5k": dataclasses.replace(COCO_2017, teacher="sdxl", size=1024, batch=4, paths=16),
     "coco2014-30k": dataclasses.replace(
         COCO_2017, split="val2014", rule="seeded", fid_size=256, n=30000, real=30000, size=None,
-        note="256 pixels as in DMD2's script, while the 30,000 images and captions, the real images being those of the captions, and the "
-             "guidance are ours: which ones the papers used is unknown"),
+        note="256 pixels as in DMD2's script, while the 30,000 images and captions, the real images being "
+             "those of the captions, and the guidance are ours: which ones the papers used is unknown"),
 }
 
 
 @dataclass
 class Config:
-    run: str = field(default="", metadata=dict(positional=True))  # folder with student-* folders, at any depth
-    protocol: str = "tiny"      # tiny, pixel, coco2014-30k, coco2017-5k or sdxl-coco2017-5k; its row of PROTOCOLS fills in the rest
-    data: str = ""              # folder of COCO as it is distributed: annotations/captions_val2017.json, val2017/*.jpg, or 2014
-    n: int | None = None        # images per row; torchrun takes --n for its own, unless there is a -- before eval.py
+    run: str = field(default="", metadata=dict(positional=True))  # folder with student-* folders, at any
+                                                                  # depth
+    protocol: str = "tiny"      # tiny, pixel, coco2014-30k, coco2017-5k or sdxl-coco2017-5k;
+                                # its row of PROTOCOLS fills in the rest
+    data: str = ""              # folder of COCO as it is distributed: annotations/captions_val2017.json,
+                                # val2017/*.jpg, or 2014
+    n: int | None = None        # images per row; torchrun takes --n for its own, unless there is a -- before
+                                # eval.py
     real: int | None = None     # real images of the reference
-    steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # of the students; fewer than its windows are left out
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4])  # of the students; fewer than its windows are
+                                                                 # left out
     ddim_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # of the untrained student
-    solver: str = "ddim"        # of the students: SOLVER[:r][/GRID[:kappa]] of sampler.py's, e.g. dpm2:0.4/sigmoid:20
-    solvers: list[str] = field(default_factory=lambda: ["ddim"])  # of the untrained student, one or more of these
+    solver: str = "ddim"        # of the students: SOLVER[:r][/GRID[:kappa]] of sampler.py's, e.g.
+                                # dpm2:0.4/sigmoid:20
+    solvers: list[str] = field(default_factory=lambda: ["ddim"])  # of the untrained student, one or more of
+                                                                  # these
     teacher_steps: int = 32     # of the teacher
     teacher: str = ""           # folder, hub id or preset; default: what the students name
     guidance: float | None = None  # of teacher and students alike; 1 = none
-    guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads away from it, not from no text (autoguidance)
+    guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads away from it, not
+                                # from no text (autoguidance)
     size: int | None = None     # pixels of a generated image, square
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     seed: int = 1_000_000       # of the first image
@@ -76,23 +91,29 @@ class Config:
     clip: str = ""              # CLIPModel folder or hub id
     inception: str = ""         # TorchScript file of the Inception network; default: downloaded
     cache: str = "runs/eval"    # features of real and generated images, shared by all runs
-    save_images: str = ""       # folder to keep the images in as PNGs, reference and generated, for another's FID tool
+    save_images: str = ""       # folder to keep the images in as PNGs, reference and generated, for another's
+                                # FID tool
     device: str = ""            # cpu or cuda; default: cuda if there is one
 
 
 def resolve(c):
-    """A Config with everything filled in that its protocol decides.  Returns: (c, Protocol).  Raises UserError."""
+    """A Config with everything filled in that its protocol decides.  Returns: (c, Protocol).
+    Raises UserError."""
     protocol = cli.choose("--protocol", c.protocol, PROTOCOLS)
     options = ("n", "real", "clip", "teacher", "guidance", "size", "batch", "paths")
-    c = dataclasses.replace(c, **{name: getattr(protocol, name) for name in options if getattr(c, name) in (None, "")})
-    cli.at_least(c, seed=0, guidance=0, batch=1, paths=1, steps=1, ddim_steps=1, teacher_steps=1, size=1, n=1, real=1)
+    c = dataclasses.replace(c,
+                            **{name: getattr(protocol, name) for name in options
+                               if getattr(c, name) in (None, "")})
+    cli.at_least(c, seed=0, guidance=0, batch=1, paths=1, steps=1, ddim_steps=1, teacher_steps=1, size=1, n=1,
+                 real=1)
     teacher.check_guide(c.guide, c.guidance)
     cli.choose("--dtype", c.dtype, teacher.DTYPES)
     for solver in (c.solver, *c.solvers):
         sampler.parse_solver(solver)
     if protocol.split in sprites.SPRITES and c.data:
-        raise UserError(f"--data {c.data}: --protocol {c.protocol} has its own images; leave it out, or give another --protocol")
+        raise UserError(f"--data {c.data}: --protocol {c.protocol} has its own images; leave it out, or give "
+                        "another --protocol")
     if protocol.split not in sprites.SPRITES and not c.data:
-        raise UserError(f"--protocol {c.protocol}: needs COCO; give --data FOLDER, with annotations/captions_{protocol.split}.json and "
-                        f"{protocol.split} in it")
+        raise UserError(f"--protocol {c.protocol}: needs COCO; give --data FOLDER, with "
+                        f"annotations/captions_{protocol.split}.json and {protocol.split} in it")
     return c, protocol

@@ -1,4 +1,5 @@
-"""What the configs of diffusers say about a model: fields that change its meaning are read here, or refused."""
+"""What the configs of diffusers say about a model: fields that change its meaning are read here, or
+refused."""
 import json
 
 from diffusers import (
@@ -10,9 +11,10 @@ from diffusers import (
 import teacher
 from runtime.cli import UserError
 
-# Config fields that would change what a model means and are not followed: the values that are taken (the first where
-# a config lacks the field), and what others mean. All other fields are read in this file, act inside the network or
-# matter to a solver alone; a test lists them, so that a field of a new diffusers is noticed.
+# Config fields that would change what a model means and are not followed: the values that are taken (the
+# first where a config lacks the field), and what others mean. All other fields are read in this file, act
+# inside the network or matter to a solver alone; a test lists them, so that a field of a new diffusers is
+# noticed.
 GIVE = "give a Stable Diffusion 1.x, 2.x or XL model"
 
 SUPPORTED = {
@@ -21,13 +23,14 @@ SUPPORTED = {
         "snr_shift_scale": ((None, 1), f"its schedule is shifted, as video models' is; {GIVE}"),
     },
     "pipeline": {
-        "requires_aesthetics_score": ((False, None), f"it takes an aesthetic score, as SDXL's refiner does; {GIVE}"),
+        "requires_aesthetics_score": ((False, None), "it takes an aesthetic score, as SDXL's refiner does; "
+                                                     f"{GIVE}"),
     },
     "UNet2DConditionModel": {
         "class_embed_type": ((None,), f"it is conditioned on classes besides the text; {GIVE}"),
         "num_class_embeds": ((None,), f"it is conditioned on classes besides the text; {GIVE}"),
-        "time_cond_proj_dim": ((None,), "it takes the guidance scale as an input, as already distilled models do; "
-                                        "give their teacher"),
+        "time_cond_proj_dim": ((None,), "it takes the guidance scale as an input, as already distilled "
+                                        "models do; give their teacher"),
         "encoder_hid_dim_type": ((None,), f"it is conditioned in a way we do not know; {GIVE}"),
         "addition_embed_type": ((None, "text_time"), f"it is conditioned in a way we do not know; {GIVE}"),
     },
@@ -52,23 +55,26 @@ def read_json(file):
 
 
 def check_fields(part, settings):
-    """Raises UserError on a field of a config that SUPPORTED refuses. part: a key of it; settings: the config."""
+    """Raises UserError on a field of a config that SUPPORTED refuses. part: a key of it;
+    settings: the config."""
     for field, (known, meaning) in SUPPORTED[part].items():
         if settings.get(field, known[0]) not in known:
             raise UserError(f"{field} of its {part} is {settings[field]!r}: {meaning}")
 
 
 def read_schedule(scheduler):
-    """What a diffusers scheduler says about the model, whatever its own solver.  Returns: (Schedule or EDMSchedule, a key of
-    PREDICTIONS). Raises UserError if z_t = alpha_t x + sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
+    """What a diffusers scheduler says about the model, whatever its own solver.
+    Returns: (Schedule or EDMSchedule, a key of PREDICTIONS). Raises UserError if z_t = alpha_t x +
+    sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
     if is_edm(scheduler):
         c = scheduler.config
         if c.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"prediction type {c.prediction_type!r} of {type(scheduler).__name__} is not one of: epsilon, v_prediction")
+            raise UserError(f"prediction type {c.prediction_type!r} of {type(scheduler).__name__} is not one "
+                            "of: epsilon, v_prediction")
         return teacher.EDMSchedule(c.sigma_min, c.sigma_max, c.sigma_data), c.prediction_type
     if "beta_schedule" in scheduler.config and "sigma_data" in scheduler.config:
-        raise UserError("DDIMPipeline has put a DDIM scheduler in the place of its EDM scheduler; name DDPMPipeline in model_index.json, "
-                        "which keeps it")
+        raise UserError("DDIMPipeline has put a DDIM scheduler in the place of its EDM scheduler; name "
+                        "DDPMPipeline in model_index.json, which keeps it")
     if "beta_schedule" not in scheduler.config:
         raise UserError(f"{type(scheduler).__name__} has no schedule of betas (flow matching?); {GIVE}")
     check_fields("scheduler", scheduler.config)
@@ -81,15 +87,18 @@ def read_schedule(scheduler):
     if prediction not in teacher.PREDICTIONS:
         raise UserError(f"prediction type {prediction!r} is not one of: {', '.join(teacher.PREDICTIONS)}")
     if prediction == "epsilon" and discrete.alphas_cumprod[-1] == 0:
-        raise UserError("predicts epsilon at zero terminal SNR (alpha = 0 at t = 1): z is the noise there, so the prediction says nothing "
-                        "about the picture and no pair (x, eps) exists; give a v_prediction model, or set rescale_betas_zero_snr to false")
+        raise UserError("predicts epsilon at zero terminal SNR (alpha = 0 at t = 1): z is the noise there, "
+                        "so the prediction says nothing about the picture and no pair (x, eps) exists; give "
+                        "a v_prediction model, or set rescale_betas_zero_snr to false")
     return teacher.Schedule(discrete.alphas_cumprod), prediction
 
 
 def as_ddim(scheduler, **options):
-    """The DDIM scheduler of the same noise schedule and prediction type as another scheduler with betas."""
+    """The DDIM scheduler of the same noise schedule and prediction type as another scheduler with
+    betas."""
     c = scheduler.config
-    # by name: from_config takes DDIM's own defaults for what the other left to its defaults (LCM's betas are not DDIM's)
+    # by name: from_config takes DDIM's own defaults for what the other left to its defaults (LCM's betas are
+    # not DDIM's)
     own = {key: c[key] for key in SCHEDULE_FIELDS if key in c}
     if c.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         own["trained_betas"] = scheduler.betas.tolist()      # sigmoid, laplace, exp: DDIM knows no formula

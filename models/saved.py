@@ -1,4 +1,5 @@
-"""Students on disk: reflow.json beside a pipeline, and the options of its run that decide what the model means."""
+"""Students on disk: reflow.json beside a pipeline, and the options of its run that decide what the
+model means."""
 import json
 from pathlib import Path
 
@@ -10,25 +11,29 @@ import teacher
 from models import load
 from runtime.cli import UserError
 
-# The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and path, and what they
-# are where reflow.json does not say. They are read here alone.
+# The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and
+# path, and what they are where reflow.json does not say. They are read here alone.
 SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto")
 
 
 def settings(info):
-    """These options of a student's run. info: its reflow.json, or {}.  Returns: dict with the keys of SETTINGS."""
+    """These options of a student's run. info: its reflow.json, or {}.  Returns: dict with the keys
+    of SETTINGS."""
     return {key: info.get("config", {}).get(key, default) for key, default in SETTINGS.items()}
 
 
 def load_teacher(info, **how):
-    """The teacher of a student as its run opened it, but in fp32. info: the student's reflow.json; how: more for load_pipeline."""
+    """The teacher of a student as its run opened it, but in fp32. info: the student's reflow.json;
+    how: more for load_pipeline."""
     opened = {key: settings(info)[key] for key in ("random_init", "seed", "model_config")}
     return load.load_pipeline(info["teacher"], **opened, **how)
 
 
 def apply_settings(pipeline, info, written=False):
-    """Make the size and the null embedding of a run its pipeline's own: what samples it reads them there. info: reflow.json or {};
-    written: leave out what diffusers' own pipeline would not read back (the null embedding of SD 1.x and 2.x)."""
+    """Make the size and the null embedding of a run its pipeline's own: what samples it reads them
+    there. info: reflow.json or {};
+    written: leave out what diffusers' own pipeline would not read back (the null embedding of SD
+    1.x and 2.x)."""
     size, null = settings(info)["size"], settings(info)["null_text"]
     if size:
         models.family(pipeline).set_native_size(pipeline, size)
@@ -45,7 +50,8 @@ def read_info(option, folder):
 
 
 def check_inputs(pipeline, other, size):
-    """Raises UserError unless both UNets can be asked about the same latents with the same text. size: as for latent_shape."""
+    """Raises UserError unless both UNets can be asked about the same latents with the same text.
+    size: as for latent_shape."""
     shape, expected = models.latent_shape(other, size), models.latent_shape(pipeline, size)
     if shape != expected:
         raise UserError(f"its latents are {shape}, the model's {expected}; give a model of the same family")
@@ -53,31 +59,38 @@ def check_inputs(pipeline, other, size):
         a, b = (getattr(each, part, None) for each in (pipeline, other))
         a, b = (dict(each.named_parameters()) if each is not None else {} for each in (a, b))
         # up to the rounding of a folder stored in half precision
-        if a.keys() != b.keys() or not all(a[key].shape == b[key].shape and torch.allclose(a[key].float(), b[key].float(), 1e-2, 1e-6)
+        if a.keys() != b.keys() or not all(a[key].shape == b[key].shape and
+                                           torch.allclose(a[key].float(), b[key].float(), 1e-2, 1e-6)
                                            for key in a):
-            raise UserError(f"its {part} is not the model's, and both are asked with the same encoding of the prompts; give a model of "
-                            "the same family")
+            raise UserError(f"its {part} is not the model's, and both are asked with the same encoding of "
+                            "the prompts; give a model of the same family")
 
 
 def read_about(folder, *needed):
-    """The reflow.json of a student's folder, {} where there is none: a teacher's.  Raises UserError if it is broken or lacks one of the
-    needed keys."""
+    """The reflow.json of a student's folder, {} where there is none: a teacher's.
+    Raises UserError if it is broken or lacks one of the needed keys."""
     file = Path(folder) / "reflow.json"
     if not file.is_file():
         return {}
     try:
         info = json.loads(file.read_text())
         _ = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1)), [info[key] for key in needed]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:      # AttributeError: a list, not an object
-        raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or restore the file") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # AttributeError: a list, not an object
+        raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or "
+                        "restore the file") from error
     return info
 
 
-def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config="", guide="", size=None, student=None):
-    """A teacher or a student, with the size and null embedding it was trained with. name and the rest: as for teacher.load_pipeline;
-    guide: name of a weaker model, which makes the model one of Guided; size: as for latent_shape, for the guide's sake; student:
-    reflow.json of a student, whose teacher is opened as its run opened it, if that is its name.
-    Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a teacher: windows and path say how to sample it."""
+def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config="", guide="",
+               size=None, student=None):
+    """A teacher or a student, with the size and null embedding it was trained with.
+    name and the rest: as for teacher.load_pipeline;
+    guide: name of a weaker model, which makes the model one of Guided; size: as for latent_shape,
+    for the guide's sake; student: reflow.json of a student, whose teacher is opened as its run
+    opened it, if that is its name.
+    Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a teacher: windows
+    and path say how to sample it."""
     info = read_about(load.PRESETS.get(name, (name, ""))[0])
     if student and student.get("teacher") == name:
         pipeline = load_teacher(student, dtype=dtype).to(device)
@@ -85,7 +98,8 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
         pipeline = load.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
         student = info
     apply_settings(pipeline, student)
-    model = models.as_model(pipeline, path=reflow.PATHS[info.get("path", "vp")], windows=int(info.get("windows", 1)))
+    model = models.as_model(pipeline, path=reflow.PATHS[info.get("path", "vp")],
+                            windows=int(info.get("windows", 1)))
     if guide:
         try:
             other, weaker, _ = open_model(guide, device, dtype, random_init, student=student)
@@ -97,6 +111,7 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
 
 
 def default_model(runs=Path("runs")):
-    """The newest student under runs/, else the one that comes with the repository.  Returns: folder name."""
+    """The newest student under runs/, else the one that comes with the repository.
+    Returns: folder name."""
     students = sorted(runs.glob("**/student-*/reflow.json"), key=lambda file: file.stat().st_mtime)
     return str(students[-1].parent if students else load.ASSETS / "student-2")

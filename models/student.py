@@ -1,5 +1,6 @@
-"""The student: the teacher's own network made trainable, the frozen network that solves windows beside it, and how its state
-is kept on disk. Plain, with LoRA adapters, or sharded over processes (FSDP2): the loop does not know which.
+"""The student: the teacher's own network made trainable, the frozen network that solves windows
+beside it, and how its state is kept on disk. Plain, with LoRA adapters, or sharded over processes
+(FSDP2): the loop does not know which.
 """
 import copy
 import warnings
@@ -16,17 +17,17 @@ from teacher import PRECISIONS
 
 
 def make_student(c, network, device, dropout=0.0):
-    """Make the teacher's network the student: all of its weights in fp32, or LoRA adapters on it (fp32, the rest frozen as
-    it is); both start as the teacher. dropout: rate of every dropout in it, whatever it was built with.
-    The same module is returned, sharded if asked for."""
+    """Make the teacher's network the student: all of its weights in fp32, or LoRA adapters on it
+    (fp32, the rest frozen as it is); both start as the teacher. dropout: rate of every dropout in
+    it, whatever it was built with. The same module is returned, sharded if asked for."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
     if c.lora:
         if models.family_of(network).LORA_LAYERS is None:
-            raise UserError(f"--lora {c.lora}: diffusers puts no adapters on a {type(network).__name__}; leave it out, to train every "
-                            "weight")
-        torch.manual_seed(c.seed)                        # adapters begin alike on every process and at every start
+            raise UserError(f"--lora {c.lora}: diffusers puts no adapters on a {type(network).__name__}; "
+                            "leave it out, to train every weight")
+        torch.manual_seed(c.seed)  # adapters begin alike on every process and at every start
         network.add_adapter(lora_config(c, network), "student")
         for p in checkpoints.trained(network).values():
             p.data = p.data.float()
@@ -45,20 +46,22 @@ def lora_config(c, network):
 
 
 def lay_out(c, network, device):
-    """Spread a network's weights over the processes, or order them as CUDA's convolutions read them fastest. Not both:
-    FSDP refuses weights that are not contiguous."""
+    """Spread a network's weights over the processes, or order them as CUDA's convolutions read them
+    fastest. Not both: FSDP refuses weights that are not contiguous."""
     if c.shard:
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for block in (*models.family_of(network).blocks(network), network):
-            # the outermost too, which FSDP would leave whole after a forward: between two forwards all weights are shards
+            # the outermost too, which FSDP would leave whole after a forward: between two forwards all
+            # weights are shards
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
     elif device.type == "cuda":
         network.to(memory_format=torch.channels_last)       # no gain on CPU
 
 
 class FrozenNetwork:
-    """The frozen network that solves windows online: the teacher, and after a stage with pairs from the student, that
-    stage's student. With LoRA it is the student's own network with the adapters off or set to another; otherwise a copy."""
+    """The frozen network that solves windows online: the teacher, and after a stage with pairs from
+    the student, that stage's student. With LoRA it is the student's own network with the adapters
+    off or set to another; otherwise a copy."""
 
     def __init__(self, c, student, device):
         self.student, self.lora, self.adapter = student, c.lora, None
@@ -87,7 +90,8 @@ class FrozenNetwork:
 
     @torch.no_grad()
     def become(self, weights, c):
-        """Answer as the student whose trained weights these are: name -> tensor, whole or sharded as the student's are."""
+        """Answer as the student whose trained weights these are: name -> tensor, whole or sharded
+        as the student's are."""
         if self.lora and not self.adapter:
             self.adapter = "previous"
             with warnings.catch_warnings():                # peft warns of a second adapter: it is meant
@@ -96,4 +100,5 @@ class FrozenNetwork:
             self.student.set_adapter("student")
         own = dict((self.student if self.lora else self.copy).named_parameters())
         for name, value in weights.items():
-            checkpoints.copy_full_(own[name.replace(".student.", f".{self.adapter}.") if self.lora else name], value)
+            checkpoints.copy_full_(own[name.replace(".student.", f".{self.adapter}.") if self.lora else name],
+                                   value)

@@ -16,37 +16,44 @@ def trained(unet):
     return {name: p for name, p in unet.named_parameters() if p.requires_grad}
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def checkpoints(out):
     """OUT's checkpoints, newest first."""
-    return sorted(out.glob("checkpoint-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]), reverse=True)
+    return sorted(out.glob("checkpoint-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]),
+                  reverse=True)
 
 
 def states(student, normalizer, optimizer, ema):
-    """All trainable state by name, in the optimizer's order: name -> (parameter, {"student" or "normalizer": the parameter,
-    "ema": its running average, and what the optimizer keeps of it, once it has made a step}); the normalizer has no average."""
-    found = {name: (p, {"student": p, "ema": average}) for (name, p), average in zip(trained(student).items(), ema.shadow_params)}
+    """All trainable state by name, in the optimizer's order: name -> (parameter, {"student" or
+    "normalizer": the parameter, "ema": its running average, and what the optimizer keeps of it,
+    once it has made a step}); the normalizer has no average."""
+    found = {name: (p, {"student": p, "ema": average}) for (name, p),
+             average in zip(trained(student).items(), ema.shadow_params)}
     found |= {f"normalizer.{name}": (p, {"normalizer": p}) for name, p in normalizer.named_parameters()}
     return {name: (p, {**parts, **optimizer.state[p]}) for name, (p, parts) in found.items()}
 
 
 def save_checkpoint(out, rank, step, info, done, student, normalizer, optimizer, ema, keep):
-    """checkpoint-STEP.safetensors: the trained weights, their running average, the optimizer's state. Everything random
-    is a function of the step, so that nothing else is needed to go on. All processes call; the first one writes.
+    """checkpoint-STEP.safetensors: the trained weights, their running average, the optimizer's
+    state. Everything random is a function of the step, so that nothing else is needed to go on.
+    All processes call; the first one writes.
     Raises UserError on a state that is not finite: it never becomes a checkpoint."""
-    tensors = gather_full({f"{part}:{name}": value for name, (_, parts) in states(student, normalizer, optimizer, ema).items()
+    tensors = gather_full({f"{part}:{name}": value
+                           for name, (_, parts) in states(student, normalizer, optimizer, ema).items()
                            for part, value in parts.items()}, rank)
     if rank == 0:
         metadata = {"info": json.dumps(info), "step": str(step), "done": str(done)}
-        store.write_atomically(out / f"checkpoint-{step:06d}.safetensors", lambda part: save_file(tensors, part, metadata))
+        store.write_atomically(out / f"checkpoint-{step:06d}.safetensors",
+                               lambda part: save_file(tensors, part, metadata))
         for old in checkpoints(out)[keep:]:
             old.unlink()
 
 
 def newest_checkpoint(out, rank):
-    """(file, metadata) of the newest checkpoint that is whole, or (None, {}). A truncated one is passed over, and said so."""
+    """(file, metadata) of the newest checkpoint that is whole, or (None, {}).
+    A truncated one is passed over, and said so."""
     for file in checkpoints(out):
         try:
             with safe_open(file, "pt") as opened:
@@ -58,8 +65,9 @@ def newest_checkpoint(out, rank):
 
 
 def restore(file, done, student, normalizer, optimizer, ema):
-    """The inverse of save_checkpoint, `done` updates into its stage. What the optimizer keeps is handed to its own
-    load_state_dict, which knows where each part of it lives: a fused one wants `step` beside the parameter."""
+    """The inverse of save_checkpoint, `done` updates into its stage. What the optimizer keeps is
+    handed to its own load_state_dict, which knows where each part of it lives: a fused one wants
+    `step` beside the parameter."""
     ema.optimization_step = done
     kept = {}
     with safe_open(file, "pt") as saved:
@@ -67,7 +75,8 @@ def restore(file, done, student, normalizer, optimizer, ema):
         for i, (name, (p, parts)) in enumerate(states(student, normalizer, optimizer, ema).items()):
             for part, tensor in parts.items():
                 copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
-            moments = {part: torch.zeros_like(p) for part in ("exp_avg", "exp_avg_sq") if f"{part}:{name}" in stored}
+            moments = {part: torch.zeros_like(p) for part in ("exp_avg", "exp_avg_sq")
+                       if f"{part}:{name}" in stored}
             for part, tensor in moments.items():           # in the parameter's own layout and shards
                 copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
             if moments:
@@ -84,12 +93,13 @@ def swap_ema_(student, ema):
         average.copy_(before)
 
 
-# ---- sharded tensors and whole ones ------------------------------------------------------------------------------------
+# ---- sharded tensors and whole ones ------------------------------------------------------------------------
 
 
 def gather_full(tensors, rank):
-    """The whole of tensors that may be sharded, one at a time: name -> contiguous CPU tensor on the first process, which alone
-    keeps them; {} on the others. A collective call.  Raises UserError if one is not finite."""
+    """The whole of tensors that may be sharded, one at a time: name -> contiguous CPU tensor on the
+    first process, which alone keeps them; {} on the others. A collective call.
+    Raises UserError if one is not finite."""
     found = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()
@@ -97,13 +107,14 @@ def gather_full(tensors, rank):
         if rank == 0:
             found[name] = whole.cpu().contiguous()
             if not found[name].isfinite().all():
-                raise UserError(f"{name} is not finite: it is not kept, the last checkpoint is good; to train again, lower --lr and "
-                                "give another --out")
+                raise UserError(f"{name} is not finite: it is not kept, the last checkpoint is good; to "
+                                "train again, lower --lr and give another --out")
     return found
 
 
 def copy_full_(tensor, value):
-    """Write a value, whole or sharded, into a tensor that may be sharded (alike, if both are). A collective call then."""
+    """Write a value, whole or sharded, into a tensor that may be sharded (alike, if both are).
+    A collective call then."""
     if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
     elif isinstance(value, DTensor) and not isinstance(tensor, DTensor):

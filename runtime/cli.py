@@ -1,4 +1,5 @@
-"""The command line: a dataclass is the only place where an option is declared, and an error is one line.
+"""The command line: a dataclass is the only place where an option is declared, and an error is one
+line.
 
 Each field of the dataclass is an option; the comment behind it in the source is its help.
 """
@@ -17,7 +18,8 @@ import typing
 
 from tqdm import tqdm
 
-# what training derives from a seed (seed x 1,000,003 + step, times the number of processes) then stays below 2^63
+# what training derives from a seed (seed x 1,000,003 + step, times the number of processes) then stays below
+# 2^63
 MAX_SEED = 2 ** 32 - 1
 
 # our option -> what other trainers and samplers call it
@@ -61,13 +63,16 @@ NO_OPTION = {
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the thing, its value and the remedy; it is printed alone, exit 2."""
+    """Something the user can mend. The message names the thing, its value and the remedy;
+    it is printed alone, exit 2."""
 
 
 def parse(config_class, description, argv=None):
-    """A config_class from the command line. Types come from the annotations: bool gives --x / --no-x, list[str] takes
-    several values. An unknown option is refused with the nearest known one.  Raises UserError."""
-    comments = dict(re.findall(r"^\s+(\w+):.*?#\s*(.+)$", inspect.getsource(config_class), re.M))
+    """A config_class from the command line. Types come from the annotations: bool gives --x /
+    --no-x, list[str] takes several values. An unknown option is refused with the nearest known one.
+    Raises UserError."""
+    found = re.findall(r"^\s+(\w+):.*?#\s*(.+(?:\n\s+#.+)*)$", inspect.getsource(config_class), re.M)
+    comments = {name: re.sub(r"\n\s+#\s*", " ", text) for name, text in found}
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
@@ -80,9 +85,11 @@ def parse(config_class, description, argv=None):
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
         elif typing.get_origin(kind) is list and field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="*", type=typing.get_args(kind)[0], default=default, help=help_text)
+            parser.add_argument(field.name, nargs="*", type=typing.get_args(kind)[0], default=default,
+                                help=help_text)
         elif typing.get_origin(kind) is list:
-            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], default=default, help=help_text)
+            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], default=default,
+                                help=help_text)
         elif field.metadata.get("positional"):
             parser.add_argument(field.name, nargs="?", type=kind, default=default, help=help_text)
         else:
@@ -95,7 +102,7 @@ def parse(config_class, description, argv=None):
         options = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown option {unknown[0]!r}; {hint(unknown[0].split('=')[0], options)}")
     c = config_class(**vars(known))
-    for name, value in vars(c).items():                    # whatever the range is, nan would pass: it compares as false
+    for name, value in vars(c).items():  # whatever the range is, nan would pass: it compares as false
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, float) and not math.isfinite(each):
                 raise UserError(f"--{name.replace('_', '-')} {each}: must be a finite number")
@@ -116,7 +123,8 @@ def hint(option, options):
 
 
 def at_least(c, **least):
-    """Raises UserError unless each of these options that is given is at least so much; of a list, every value."""
+    """Raises UserError unless each of these options that is given is at least so much;
+    of a list, every value."""
     for name, low in least.items():
         value = getattr(c, name)
         for each in value if isinstance(value, list) else [value]:
@@ -125,7 +133,8 @@ def at_least(c, **least):
 
 
 def run(main, config_class, description, argv=None):
-    """The body of every `if __name__ == "__main__"`: parse, run, turn a UserError into one line and exit status 2."""
+    """The body of every `if __name__ == "__main__"`: parse, run, turn a UserError into one line and
+    exit status 2."""
     try:
         main(parse(config_class, description, argv))
     except UserError as error:
@@ -136,25 +145,31 @@ def run(main, config_class, description, argv=None):
     except OSError as error:
         if error.errno != 28:      # ENOSPC
             raise
-        sys.exit(fail(f"no space left on the device ({error.filename or 'while writing'}); free some and run the same command again"))
+        sys.exit(fail(f"no space left on the device ({error.filename or 'while writing'}); free some and run "
+                      "the same command again"))
 
 
 def fail(message):
-    """Print one line to stderr, once for all processes that torchrun started: it ends the others as soon as one has ended, so each
-    waits as many seconds as its rank, and speaks if it is still there: nobody before it had anything to say.
+    """Print one line to stderr, once for all processes that torchrun started: it ends the others as
+    soon as one has ended, so each waits as many seconds as its rank, and speaks if it is still
+    there: nobody before it had anything to say.
     Returns: the exit status, 2."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)        # torchrun's; a handler of training's would let the wait go on
+        # torchrun's; a handler of training's would let the wait go on
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(min(rank, 10))
     said_by = f" (process {rank})" if rank else ""
-    tqdm.write(f"error{said_by}: {' '.join(str(message).split())}", file=sys.stderr)     # keeps clear of a progress bar
+    # keeps clear of a progress bar
+    tqdm.write(f"error{said_by}: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 
 def choose(option, value, table):
-    """table[value], or value itself if table is a tuple; an unknown value is a UserError that suggests the nearest."""
+    """table[value], or value itself if table is a tuple; an unknown value is a UserError that
+    suggests the nearest."""
     if value not in table:
         near = difflib.get_close_matches(str(value), table, 1, 0.4)
-        raise UserError(f"{option} {value}: not one of {', '.join(table)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise UserError(f"{option} {value}: not one of {', '.join(table)}" +
+                        (f"; did you mean {near[0]}?" if near else ""))
     return value if isinstance(table, tuple) else table[value]

@@ -14,21 +14,24 @@ from runtime.cli import UserError
 
 
 def pick_device(name):
-    """--device: cpu, cuda, or "" for cuda if there is one.  Returns: a name for torch.device.  Raises UserError."""
+    """--device: cpu, cuda, or "" for cuda if there is one.  Returns: a name for torch.device.
+    Raises UserError."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if cli.choose("--device", name, ("cpu", "cuda")) == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here; use --device cpu")
     return name
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 def start_processes(c):
-    """torchrun sets RANK and WORLD_SIZE, plain python does not.  Returns: (rank, world size, device, barrier).  Raises UserError.
-    barrier() returns once all processes have called it, however long one of them has worked alone (decoding images, a shard
-    more of the cache, a download, a slow disk): it has a group and a timeout of its own. The collectives of an update keep
-    the backend's timeout (10 minutes on NCCL), which finds a dead machine; each is entered right after a barrier or an update."""
+    """torchrun sets RANK and WORLD_SIZE, plain python does not.  Returns: (rank, world size,
+    device, barrier).  Raises UserError. barrier() returns once all processes have called it,
+    however long one of them has worked alone (decoding images, a shard more of the cache, a
+    download, a slow disk): it has a group and a timeout of its own. The collectives of an update
+    keep the backend's timeout (10 minutes on NCCL), which finds a dead machine;
+    each is entered right after a barrier or an update."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = pick_device(c.device)
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
@@ -41,18 +44,19 @@ def start_processes(c):
             dist.init_process_group("nccl" if name == "cuda" else "gloo", **alone)
         except (dist.DistError, RuntimeError) as error:
             port = os.environ.get("MASTER_PORT", "?")
-            raise UserError(f"the processes cannot meet at port {port} ({str(error).splitlines()[0][:120]}); if another run has it, "
-                            f"give torchrun --master_port a free one") from error
+            raise UserError(f"the processes cannot meet at port {port} ({str(error).splitlines()[0][:120]}); "
+                            f"if another run has it, give torchrun --master_port a free one") from error
     patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7)) if world > 1 else None
     barrier = functools.partial(dist.barrier, patient) if world > 1 else lambda: None
     return rank, world, device, barrier
 
 
 def catch_signals():
-    """Ctrl-C and SIGTERM no longer end the process: their numbers are appended to a list.  Returns: (the list, function that restores
-    what was there before)."""
+    """Ctrl-C and SIGTERM no longer end the process: their numbers are appended to a list.
+    Returns: (the list, function that restores what was there before)."""
     caught = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
 
     def release():
         for number, handler in before.items():
@@ -61,15 +65,16 @@ def catch_signals():
 
 
 class StopFlags:
-    """All-reduce two flags (stop requested, state not finite). On CUDA the result lags one update, so the host never blocks;
-    where a checkpoint follows, asked for by `wait` or because of a stop, this update's flags are read as well: a state is
-    kept only if it is known to be finite."""
+    """All-reduce two flags (stop requested, state not finite). On CUDA the result lags one update,
+    so the host never blocks; where a checkpoint follows, asked for by `wait` or because of a stop,
+    this update's flags are read as well: a state is kept only if it is known to be finite."""
 
     def __init__(self, device, world):
         self.device, self.world, self.pending = device, world, collections.deque()
 
     def __call__(self, stop, not_finite, wait=False):
-        """stop: bool; not_finite: bool tensor on the device.  Returns: (stop, not finite) of any process, bools."""
+        """stop: bool; not_finite: bool tensor on the device.  Returns: (stop, not finite) of any
+        process, bools."""
         flags = torch.stack([torch.full((), float(stop), device=self.device), not_finite.float()])
         if self.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -88,7 +93,8 @@ class StopFlags:
 
 
 def prefetch(fetch, jobs):
-    """fetch(job) of every job in turn, the next one made by a thread while the caller works on this one."""
+    """fetch(job) of every job in turn, the next one made by a thread while the caller works on this
+    one."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for job in jobs:

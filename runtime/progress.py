@@ -24,18 +24,22 @@ def size(nbytes):
 
 def print_inputs(c, recipe, device, world, pipeline, dataset):
     """What a run starts from, before anything takes time."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    name = torch.cuda.get_device_name(
+        device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     weights = sum(p.numel() for p in models.network(pipeline).parameters())
     images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
-    count = f"{trajectory_count(c, recipe)} trajectories of {recipe.solver_steps} steps" if recipe.pairs == "trajectory" else recipe.pairs
-    print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on {name}, {c.precision}\n"
-          f"data: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} captions; pairs from {count}; "
-          f"cache: {size(cache_bytes(c, recipe, pipeline, dataset))} in {cache_folder(c)}")
+    count = (f"{trajectory_count(c, recipe)} trajectories of {recipe.solver_steps} steps"
+             if recipe.pairs == "trajectory" else recipe.pairs)
+    print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
+          f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
+          f"captions; pairs from {count}; cache: {size(cache_bytes(c, recipe, pipeline, dataset))} in "
+          f"{cache_folder(c)}")
 
 
 def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole):
-    """What a run will do and need. pipeline: with the student in it and what else stays in memory; solver: the frozen network
-    beside it, or None; whole: parameters of a whole pipeline, as it is exported."""
+    """What a run will do and need. pipeline: with the student in it and what else stays in memory;
+    solver: the frozen network beside it, or None; whole: parameters of a whole pipeline, as it is
+    exported."""
     def nbytes(parameters):
         return sum(p.nbytes for p in parameters)
     student = models.network(pipeline)
@@ -43,19 +47,22 @@ def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, wh
     frozen = nbytes(solver.parameters()) if solver and not c.lora else 0
     # gradients, two moments and the running average are as large as what is trained
     memory = (nbytes(student.parameters()) + 4 * trainable + frozen) / (world if c.shard else 1)
-    memory += sum(nbytes(network.parameters()) for network in (*models.autoencoder(pipeline), *models.text_encoders(pipeline)))
+    memory += sum(nbytes(network.parameters())
+                  for network in (*models.autoencoder(pipeline), *models.text_encoders(pipeline)))
     exported = len(recipe.stages) * whole * next(student.parameters()).element_size()
-    stages = ", ".join(f"{updates} with {windows} window{'s' * (windows > 1)}" for updates, windows in zip(per_stage, recipe.stages))
+    stages = ", ".join(f"{updates} with {windows} window{'s' * (windows > 1)}"
+                       for updates, windows in zip(per_stage, recipe.stages))
     print(f"updates: {c.updates} of {c.batch} samples, {micro} at once on each process: {stages}"
           + f"; going on from {resumed}" * bool(resumed))
-    print(f"memory: {size(memory)} on each process for weights, gradients, optimizer and average; activations come on top")
-    print(f"disk: {size(4 * trainable)} for each of {c.keep} checkpoints, {size(exported)} for {len(recipe.stages)} students; "
-          f"{size(shutil.disk_usage(c.out).free)} are free in {c.out}")
+    print(f"memory: {size(memory)} on each process for weights, gradients, optimizer and average; "
+          "activations come on top")
+    print(f"disk: {size(4 * trainable)} for each of {c.keep} checkpoints, {size(exported)} for "
+          f"{len(recipe.stages)} students; {size(shutil.disk_usage(c.out).free)} are free in {c.out}")
 
 
 def summary(rows, norm, world, windows, step, lr, clock):
-    """A line of the log: means over the samples of all processes since the last one, at time clock. rows: (N, 5) of loss,
-    magnitude, direction, t_start, t."""
+    """A line of the log: means over the samples of all processes since the last one, at time clock.
+    rows: (N, 5) of loss, magnitude, direction, t_start, t."""
     count = world * len(rows)
     if world > 1:
         everyone = [torch.empty_like(rows) for _ in range(world)]
@@ -63,13 +70,15 @@ def summary(rows, norm, world, windows, step, lr, clock):
         rows = torch.cat(everyone)
     window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
-    return dict(step=step, windows=windows, lr=lr, loss=loss, magnitude=magnitude, direction=direction, grad_norm=norm.item(),
+    return dict(step=step, windows=windows, lr=lr, loss=loss, magnitude=magnitude, direction=direction,
+                grad_norm=norm.item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},
                 samples_per_second=count / (time.time() - clock))
 
 
 def read_log(file):
-    """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves zeros in its place."""
+    """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves
+    zeros in its place."""
     found = []
     for line in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
@@ -91,20 +100,24 @@ def write_log(file, board, line):
         return float(f"{value:.7g}") if isinstance(value, float) else value
     with open(file, "a") as log:
         log.write(json.dumps(short(line)) + "\n")
-    flat = {**line, **{f"loss/window {k} of {line['windows']}": value for k, value in line["loss_per_window"].items()}}
+    flat = {**line,
+            **{f"loss/window {k} of {line['windows']}": value
+               for k, value in line["loss_per_window"].items()}}
     for key, value in flat.items():
         if key not in ("step", "loss_per_window"):
             board.add_scalar(key, value, line["step"])
 
 
 def bad_sample(rows, step, share, world, windows):
-    """Where the first loss that is not finite was, on whichever process, in words; "" if all were. rows: (updates * share, 5)
-    of loss, magnitude, direction, t_start, t, the last of them of update `step`."""
+    """Where the first loss that is not finite was, on whichever process, in words; "" if all were.
+    rows: (updates * share, 5) of loss, magnitude, direction, t_start, t, the last of them of update
+    `step`."""
     bad, found = (~torch.isfinite(rows[:, 0])).nonzero(), (math.inf, "")
     if len(bad):
         loss, _, _, t_start, t = rows[bad[0, 0]].tolist()
         when = step + 1 - len(rows) // share + bad[0, 0].item() // share
-        found = when, f"loss {loss} at step {when}, window ({t_start - 1 / windows:.3f}, {t_start:.3f}], t = {t:.4f}"
+        window = f"({t_start - 1 / windows:.3f}, {t_start:.3f}]"
+        found = when, f"loss {loss} at step {when}, window {window}, t = {t:.4f}"
     everyone = [found]
     if world > 1:
         everyone = [None] * world
@@ -113,13 +126,15 @@ def bad_sample(rows, step, share, world, windows):
 
 
 class Grid:
-    """Pictures of the student while it trains, always of the same prompts and from the same noise."""
+    """Pictures of the student while it trains, always of the same prompts and from the same
+    noise."""
 
     def __init__(self, pipeline, pairs, dataset, folder):
         self.pipeline, self.shape, self.folder = pipeline, pairs.shape, folder
-        self.prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4] or [""]
+        self.prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64)))
+                        if i][:4] or [""]
         self.cond = {key: value.to(pairs.device) for key, value in pairs.text(self.prompts).items()}
-        self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])       # of sampler.py
+        self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()
     def draw(self, model, windows, step, rank):
@@ -133,5 +148,6 @@ class Grid:
             self.folder.mkdir(exist_ok=True)
             pictures = imaging.to_pil(images, max(1, 128 // images.shape[-1]))
             labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in self.prompts]
-            sheet = imaging.contact_sheet([[picture] for picture in pictures], [f"{windows} step{'s' * (windows > 1)}"], labels)
+            sheet = imaging.contact_sheet([[picture] for picture in pictures],
+                                          [f"{windows} step{'s' * (windows > 1)}"], labels)
             sheet.save(self.folder / f"{step:06d}.png")

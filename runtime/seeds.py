@@ -5,6 +5,7 @@ import torch
 
 
 def generator(seed, *numbers):
-    """A CPU generator for one purpose: every different (seed, numbers...) gives an unrelated stream."""
+    """A CPU generator for one purpose: every different (seed, numbers...) gives an unrelated
+    stream."""
     digest = hashlib.sha256(repr((seed, *numbers)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -37,11 +37,12 @@ def parse_object(text):
     return found if isinstance(found, dict) else {}
 
 
-# ---- the store -----------------------------------------------------------------------------------------------------
+# ---- the store ---------------------------------------------------------------------------------------------
 
 
 class Rows:
-    """The first `count` rows of a cache, read from its memory-mapped shards as they are asked for."""
+    """The first `count` rows of a cache, read from its memory-mapped shards as they are asked
+    for."""
 
     def __init__(self, files, shard, count):
         self.shard, self.count = shard, count
@@ -52,12 +53,14 @@ class Rows:
         return self.count
 
     def __getitem__(self, indices):
-        """indices: list or 1-D tensor of n ints, in any order.  Returns: dict of tensors (n, ...).  Raises IndexError."""
+        """indices: list or 1-D tensor of n ints, in any order.  Returns: dict of tensors (n, ...).
+        Raises IndexError."""
         indices = [int(i) for i in indices]
         outside = [i for i in indices if not 0 <= i < self.count]
         if outside:
             raise IndexError(f"row {outside[0]} of {self.count}")
-        return {name: torch.stack([self.slices[i // self.shard][name][i % self.shard] for i in indices]) for name in self.slices[0]}
+        return {name: torch.stack([self.slices[i // self.shard][name][i % self.shard] for i in indices])
+                for name in self.slices[0]}
 
 
 class Joined:
@@ -83,21 +86,25 @@ class Joined:
         return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
 
-def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc="", batch=None):
-    """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill at any moment, and shared by every
-    run that asks with the same settings. settings: dict that says how rows are made; a folder made otherwise is refused.
-    solve(numbers) -> dict of tensors (len(numbers), ...), the rows of these numbers, at most `batch` of them at once (default: a
+def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc="",
+           batch=None):
+    """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill
+    at any moment, and shared by every run that asks with the same settings. settings: dict that
+    says how rows are made; a folder made otherwise is refused. solve(numbers) -> dict of tensors
+    (len(numbers), ...), the rows of these numbers, at most `batch` of them at once (default: a
     shard); the bar moves after each.  Returns: Rows.
-    Raises UserError, also on rows that are not finite: they would stop the training, long after they were made."""
+    Raises UserError, also on rows that are not finite: they would stop the training, long after
+    they were made."""
     folder = Path(folder)
     manifest = folder / "manifest.json"
-    settings = json.loads(json.dumps(settings))                  # as the file gives it back: tuples become lists
+    settings = json.loads(json.dumps(settings))  # as the file gives it back: tuples become lists
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--cache {folder}: cannot be written ({error.strerror}); choose another folder") from error
-        if not manifest.exists():                            # another run may write its own now: the first one stays
+            raise UserError(f"--cache {folder}: cannot be written ({error.strerror}); choose another "
+                            "folder") from error
+        if not manifest.exists():  # another run may write its own now: the first one stays
             text = json.dumps(settings, indent=1)
             write_atomically(manifest, lambda part: part.write_text(text), replace=False)
     barrier()
@@ -105,12 +112,16 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     if not found and settings:
         raise UserError(f"--cache {folder}: manifest.json is truncated; delete the folder")
     if found != settings:
-        there, here = ({key: made.get(key, "absent") for key in (*found, *settings)} for made in (found, settings))
+        there, here = ({key: made.get(key, "absent") for key in (*found, *settings)}
+                       for made in (found, settings))
         different = {key: (there[key], here[key]) for key in there if there[key] != here[key]}
-        raise UserError(f"--cache {folder}: made with other settings (there, here): {different}; choose another folder or delete it")
-    parts = [(folder / f"{i:05d}.safetensors", range(start, min(start + shard, count))) for i, start in enumerate(range(0, count, shard))]
+        raise UserError(f"--cache {folder}: made with other settings (there, here): {different}; choose "
+                        "another folder or delete it")
+    parts = [(folder / f"{i:05d}.safetensors", range(start, min(start + shard, count)))
+             for i, start in enumerate(range(0, count, shard))]
     missing = [part for part in parts[rank::world] if rows_in(part[0], part[1].start) < len(part[1])]
-    with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc, disable=rank > 0 or not missing) as bar:
+    with tqdm(total=sum(len(numbers) for _, numbers in missing), desc=desc,
+              disable=rank > 0 or not missing) as bar:
         for file, numbers in missing:
             solved, size = [], batch or shard
             for some in (numbers[first:first + size] for first in range(0, len(numbers), size)):
@@ -119,16 +130,19 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
             made = {name: torch.cat([rows[name] for rows in solved]).contiguous() for name in solved[0]}
             for name, value in made.items():
                 if not value.isfinite().all():
-                    raise UserError(f"--cache {folder}: {name} of rows {numbers.start} to {numbers.stop - 1} is not finite: "
-                                    "the model that makes them has diverged or overflows; they were not kept")
-            if rows_in(file, numbers.start) < len(numbers):  # another run may have made it meanwhile, and longer
+                    raise UserError(f"--cache {folder}: {name} of rows {numbers.start} to {numbers.stop - 1} "
+                                    "is not finite: the model that makes them has diverged or overflows; "
+                                    "they were not kept")
+            # another run may have made it meanwhile, and longer
+            if rows_in(file, numbers.start) < len(numbers):
                 write_atomically(file, lambda part: save_file(made, part, {"first": str(numbers.start)}))
     barrier()
     return Rows([file for file, _ in parts], shard, count)
 
 
 def rows_in(file, first):
-    """How many rows a shard holds; 0 if it is not there, is torn, or does not begin with row `first` (made with another shard size)."""
+    """How many rows a shard holds; 0 if it is not there, is torn, or does not begin with row
+    `first` (made with another shard size)."""
     try:
         with safe_open(file, "pt") as part:
             held = min(part.get_slice(name).get_shape()[0] for name in part.keys())
@@ -138,10 +152,10 @@ def rows_in(file, first):
 
 
 def write_atomically(target, write, replace=True):
-    """write(part) into a file or folder beside target, bring it onto the disk, then rename: target is whole or absent,
-    after a kill and after a power cut; of several processes that write it at once each has a part of its own.
-    replace=False: a target (a file) that is there stays.  Raises UserError on a full disk; the old target is still
-    there then."""
+    """write(part) into a file or folder beside target, bring it onto the disk, then rename: target
+    is whole or absent, after a kill and after a power cut; of several processes that write it at
+    once each has a part of its own. replace=False: a target (a file) that is there stays.
+    Raises UserError on a full disk; the old target is still there then."""
     remove_stale(target.parent)
     name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
     part, old = target.with_name(f"{name}.part"), target.with_name(f"{name}-old.part")
@@ -151,14 +165,15 @@ def write_atomically(target, write, replace=True):
         if not replace:
             link(part, target)
         else:
-            if target.is_dir():                              # rename() does not replace a folder that holds something
+            if target.is_dir():  # rename() does not replace a folder that holds something
                 os.rename(target, old)
             os.replace(part, target)
         sync(target.parent, below=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or shutil.disk_usage(target.parent).free < 2 ** 20:
-            raise UserError(f"{target}: no space left on the device; free some and run the same command again") from error
+            raise UserError(f"{target}: no space left on the device; free some and run the same command "
+                            "again") from error
         raise
     finally:
         if old.exists() and not target.exists():
@@ -168,7 +183,8 @@ def write_atomically(target, write, replace=True):
 
 
 def link(part, target):
-    """Give a finished file its name unless that exists: the one step that creates and never replaces."""
+    """Give a finished file its name unless that exists: the one step that creates and never
+    replaces."""
     try:
         os.link(part, target)
     except FileExistsError:
@@ -176,7 +192,7 @@ def link(part, target):
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        os.replace(part, target)                             # no hard links (exFAT, network drives): the last stays
+        os.replace(part, target)  # no hard links (exFAT, network drives): the last stays
 
 
 def sync(path, below=True):
@@ -185,7 +201,7 @@ def sync(path, below=True):
         descriptor = os.open(entry, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError as error:                             # there are network drives that cannot sync a folder
+        except OSError as error:  # there are network drives that cannot sync a folder
             if not (entry.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
                 raise
         finally:
@@ -193,11 +209,13 @@ def sync(path, below=True):
 
 
 def remove_stale(folder):
-    """Delete what killed processes left of write_atomically in a folder. Whether a writer lives cannot be seen from
-    another machine or container: one that has not written for STALE seconds does not."""
+    """Delete what killed processes left of write_atomically in a folder. Whether a writer lives
+    cannot be seen from another machine or container: one that has not written for STALE seconds
+    does not."""
     for part in folder.glob(".*.part"):
         if re.search(r"\.\d+-[0-9a-f]{8}(-old)?\.part$", part.name):
-            with contextlib.suppress(FileNotFoundError):     # its writer was faster, or another process that cleans
+            # its writer was faster, or another process that cleans
+            with contextlib.suppress(FileNotFoundError):
                 if time.time() - max(entry.stat().st_mtime for entry in [part, *part.rglob("*")]) > STALE:
                     remove(part)
 

@@ -1,10 +1,11 @@
 """The evidence: questions about reflow, answered by runs that anybody can repeat.
 
-    python -m studies ablation             # one of STUDIES: trains what is missing, measures it, writes its table and figure
-    python -m studies all                  # all of them
+    python -m studies ablation             # one of STUDIES: trains what is missing, measures it,
+    writes its table and figure python -m studies all                  # all of them
 
-A study names its runs in train.py's own options and its rows by what eval.py measures. Both are kept under --out: a study
-that was stopped goes on, a second call costs nothing. What it finds goes to --results as NAME.json, NAME.md and NAME.png.
+A study names its runs in train.py's own options and its rows by what eval.py measures.
+Both are kept under --out: a study that was stopped goes on, a second call costs nothing.
+What it finds goes to --results as NAME.json, NAME.md and NAME.png.
 """
 import json
 import time
@@ -21,8 +22,10 @@ from studies.results import markdown
 from studies.runner import Lab, evaluator
 
 STUDIES = {
-    "ablation": proreflow.ablation, "crossing": proreflow.crossing, "direction-weight": proreflow.direction_weight,
-    "baselines": proreflow.baselines, "samples": proreflow.samples, "discrepancy": proreflow.discrepancy, "noise": proreflow.noise,
+    "ablation": proreflow.ablation, "crossing": proreflow.crossing,
+    "direction-weight": proreflow.direction_weight,
+    "baselines": proreflow.baselines, "samples": proreflow.samples, "discrepancy": proreflow.discrepancy,
+    "noise": proreflow.noise,
     "guidance": proreflow.guidance, "pairs": proreflow.pairs, "one-step": proreflow.one_step,
     "simple-reflow": simple_reflow.simple_reflow, "best-of-both": simple_reflow.best_of_both}
 
@@ -40,7 +43,8 @@ def main(c):
     try:
         results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--results {c.results}: cannot be written ({error.strerror}); choose another folder") from error
+        raise UserError(f"--results {c.results}: cannot be written ({error.strerror}); choose another "
+                        "folder") from error
     for name in names:
         start, lab.commands = time.time(), []
         found = STUDIES[name](lab)
@@ -48,11 +52,14 @@ def main(c):
         figure.savefig(results / f"{name}.png", dpi=DPI)
         plt.close(figure)
         shared = evaluator(c)
-        result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python -m studies {name}", **found,
-                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} features, corrected for the bias of "
-                               f"so few images. Commit {export.versions()['commit']}.",
+        result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python -m studies {name}",
+                      **found,
+                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} "
+                               "features, corrected for the bias of so few images. Commit "
+                               f"{export.versions()['commit']}.",
                       runs=lab.commands, seconds=time.time() - start, **export.versions())
-        store.write_atomically(results / f"{name}.json", lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
+        store.write_atomically(results / f"{name}.json",
+                               lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         store.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))
         print(markdown(result))
     return results

@@ -11,8 +11,10 @@ DPI = 130
 
 
 def axes(count=1, width=8.0, height=3.6, rows=1, **options):
-    """A figure of `count` panels side by side, in so many rows; width, height: inches at DPI.  Returns: (figure, its axes, row by row)."""
-    figure, panels = plt.subplots(rows, count, figsize=(width, height), squeeze=False, layout="constrained", **options)
+    """A figure of `count` panels side by side, in so many rows; width, height: inches at DPI.
+    Returns: (figure, its axes, row by row)."""
+    figure, panels = plt.subplots(rows, count, figsize=(width, height), squeeze=False, layout="constrained",
+                                  **options)
     for axis in panels.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)

@@ -1,7 +1,9 @@
-"""Everything that is written from the committed results: python -m studies.results, after a study or an evaluation was run again
+"""Everything that is written from the committed results: python -m studies.results, after a study
+or an evaluation was run again
 
-results/studies/NAME.md from NAME.json, results/README.md (each study's question, answer and picture), and the tables of README.md and
-docs/*.md: what stands between the marks <!-- NAME --> and <!-- /NAME -->, one of BLOCKS.
+results/studies/NAME.md from NAME.json, results/README.md (each study's question, answer and
+picture), and the tables of README.md and docs/*.md: what stands between the marks <!-- NAME --> and
+<!-- /NAME -->, one of BLOCKS.
 """
 import json
 import re
@@ -18,7 +20,7 @@ class Config:
     root: str = "."             # folder of results/, README.md and docs/
 
 
-# ---- a study as Markdown -------------------------------------------------------------------------------------------
+# ---- a study as Markdown -----------------------------------------------------------------------------------
 
 
 def table(columns, lines):
@@ -29,37 +31,44 @@ def table(columns, lines):
 
 def tables(result):
     """A study's tables, each under its caption."""
-    return "\n\n".join(f"{caption}:\n\n{table(columns, lines)}" for caption, columns, lines in result["tables"])
+    return "\n\n".join(f"{caption}:\n\n{table(columns, lines)}"
+                       for caption, columns, lines in result["tables"])
 
 
 def markdown(result):
     """A study as a page: question, verdict, tables, protocol."""
     verdict = "\n".join(f"- {sentence}" for sentence in result["verdict"])
-    parts = [f"**{result['question']}**", verdict, tables(result), f"`{result['command']}`, {result['protocol']}"]
+    parts = [f"**{result['question']}**", verdict, tables(result),
+             f"`{result['command']}`, {result['protocol']}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def index(studies):
-    """results/README.md: of each study the question, the first sentence of its verdict, what it says against itself, picture and link."""
-    parts = ["# Results", "One section for each study; its page has every comparison, table and command. FD is the Frechet distance on the "
-             "embedded CLIP's features, lower is better; it is not FID, and whether it is corrected for the bias of few images stands at "
-             "the end of each page. What the studies say together: [docs/results.md](../docs/results.md). Written by "
+    """results/README.md: of each study the question, the first sentence of its verdict, what it
+    says against itself, picture and link."""
+    parts = ["# Results",
+             "One section for each study; its page has every comparison, table and command. FD is the "
+             "Frechet distance on the embedded CLIP's features, lower is better; it is not FID, and whether "
+             "it is corrected for the bias of few images stands at the end of each page. What the "
+             "studies say together: [docs/results.md](../docs/results.md). Written by "
              "`python -m studies.results`."]
     for name, study in studies.items():
         answer, *others = study["verdict"]
         caveats = [sentence for sentence in others if "run again" in sentence]
-        parts += [f"## [{name}](studies/{name}.md)", f"**{study['question']}** {' '.join([answer, *caveats])}",
+        parts += [f"## [{name}](studies/{name}.md)",
+                  f"**{study['question']}** {' '.join([answer, *caveats])}",
                   f"`{study['command']}`", f"![{study['question']}](studies/{name}.png)"]
     return "\n\n".join(parts) + "\n"
 
 
-# ---- the tables of README.md and docs ------------------------------------------------------------------------------
+# ---- the tables of README.md and docs ----------------------------------------------------------------------
 
 
 def short(result):
     """The five rows of an eval.py result that a reader wants first."""
     rows = {(row["method"], row["windows"], row["steps"]): row for row in result["rows"]}
-    shown = {"teacher": ("teacher", None, 32), "plain DDIM, 4 steps": ("ddim", None, 4), "plain DDIM, 1 step": ("ddim", None, 1),
+    shown = {"teacher": ("teacher", None, 32), "plain DDIM, 4 steps": ("ddim", None, 4),
+             "plain DDIM, 1 step": ("ddim", None, 1),
              "student, 4 steps": ("default", 4, 4), "student, 1 step": ("default", 1, 1)}
     key = "fd_corrected" if "fd_corrected" in result["rows"][0] else "fd"
     lines = []
@@ -70,18 +79,23 @@ def short(result):
     columns = ["", "network evaluations", f"FD{', corrected' * (key != 'fd')} (95%)", "CLIP score"]
     bias = "" if key != "fd" else ", plain: some 0.28 too high, unlike the intervals"
     protocol = result["protocol"]
-    return (f"{table(columns, lines)}\n\nFD: Frechet distance on the embedded CLIP's features (lower is better; not FID{bias}); "
-            f"{protocol['n']:,} images against {protocol['real']:,} real ones. Commit {protocol['commit']}.")
+    return (f"{table(columns, lines)}\n\nFD: Frechet distance on the embedded CLIP's features (lower is "
+            f"better; not FID{bias}); {protocol['n']:,} images against {protocol['real']:,} real ones. "
+            f"Commit {protocol['commit']}.")
 
 
 def pixel(few, nine):
-    """The pixel teacher and its student. few, nine: results of eval.py at 1, 2, 4 steps and at nine evaluations."""
-    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd']:.2f}" for row in few["rows"] + nine["rows"]}
+    """The pixel teacher and its student. few, nine: results of eval.py at 1, 2, 4 steps and at nine
+    evaluations."""
+    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd']:.2f}"
+          for row in few["rows"] + nine["rows"]}
     best = "dpm2:0.5/sigmoid:10"
-    lines = [["teacher", *(fd["ddim", steps, "ddim"] for steps in (1, 2, 4)), fd[best, 9, best], fd["teacher", 32, "ddim"]],
+    lines = [["teacher", *(fd["ddim", steps, "ddim"] for steps in (1, 2, 4)), fd[best, 9, best],
+              fd["teacher", 32, "ddim"]],
              ["simple-reflow, 1,000 updates", *(fd["simple-reflow", steps, "ddim"] for steps in (1, 2, 4)),
               fd["simple-reflow", 9, best], "-"]]
-    return table(["plain FD, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`", "32 steps"], lines)
+    return table(["plain FD, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`", "32 steps"],
+                 lines)
 
 
 def first_tables(study, count):
@@ -109,14 +123,15 @@ def write_blocks(file, results):
         make, sources = cli.choose(f"{file}: the mark", name, BLOCKS)
         start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
-            raise UserError(f"{file}: needs the marks {start.strip()} and {end.strip()} once each, on lines of their own")
+            raise UserError(f"{file}: needs the marks {start.strip()} and {end.strip()} once each, on lines "
+                            "of their own")
         read = [read_study if source.startswith("studies/") else read_evaluation for source in sources]
         block = make(*(each(results / source) for each, source in zip(read, sources)))
         text = text[:text.index(start) + len(start)] + block + text[text.index(end):]
     write(file, text)
 
 
-# ---- reading and writing -------------------------------------------------------------------------------------------
+# ---- reading and writing -----------------------------------------------------------------------------------
 
 
 def read_json(file, keys, remedy):
@@ -129,7 +144,8 @@ def read_json(file, keys, remedy):
         raise UserError(f"{file}: not valid JSON ({error}); delete it, then {remedy}") from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise UserError(f"{file}: has no {', '.join(missing)}; if it is not a file of results move it away, else {remedy}")
+        raise UserError(f"{file}: has no {', '.join(missing)}; if it is not a file of results move it away, "
+                        f"else {remedy}")
     return content
 
 
@@ -143,7 +159,8 @@ def read_study(file):
     study = read_json(file, ("question", "command", "verdict", "tables", "protocol"), again)
     for caption, columns, lines in study["tables"]:
         if any(len(line) != len(columns) for line in lines):
-            raise UserError(f"{file}: the table {caption!r} has lines of other lengths than its {len(columns)} columns; {again}")
+            raise UserError(f"{file}: the table {caption!r} has lines of other lengths than its "
+                            f"{len(columns)} columns; {again}")
     picture = file.with_suffix(".png")
     content = picture.read_bytes() if picture.is_file() else b""
     # a PNG is written in place, so an interrupted one lacks its end

@@ -1,4 +1,5 @@
-"""Runs trained and rows measured, each once, several at a time; and what a few seeds allow to be said about them."""
+"""Runs trained and rows measured, each once, several at a time; and what a few seeds allow to be
+said about them."""
 import json
 import math
 import multiprocessing
@@ -27,7 +28,8 @@ from runtime.cli import UserError
 @dataclass
 class Config:
     study: list[str] = field(default_factory=list, metadata=dict(positional=True))  # which, or all
-    seeds: int = 5              # of training, for the ablation; studies of smaller questions use fewer, see each
+    seeds: int = 5              # of training, for the ablation; studies of smaller questions use fewer, see
+                                # each
     scale: float = 1.0          # share of every budget (updates, trajectories): 0.01 to see that it runs
     model: str = "tiny"         # the teacher
     data: str = ""              # images with captions; default: the model's own, sprites for tiny
@@ -37,11 +39,12 @@ class Config:
     real: int = 16384           # real images of the reference
     paths: int = 64             # trajectories per row, for the endpoint error
     clip: str = ""              # CLIPModel folder: features of FD and CLIP score; default: the embedded one
-    workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per core
+    workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per
+                                # core
     device: str = ""            # cpu or cuda; default: cuda if there is one
 
 
-# ---- training and measuring -----------------------------------------------------------------------------------------
+# ---- training and measuring --------------------------------------------------------------------------------
 
 
 class Lab:
@@ -51,7 +54,7 @@ class Lab:
         self.c, self.out = c, Path(c.out)
         self.device = processes.pick_device(c.device)
         self.workers = c.workers or (torch.cuda.device_count() if self.device == "cuda" else os.cpu_count())
-        self.free = queue.SimpleQueue()                     # numbers of the workers (on CUDA: of the GPUs) without a job
+        self.free = queue.SimpleQueue()  # numbers of the workers (on CUDA: of the GPUs) without a job
         for i in range(self.workers):
             self.free.put(i)
         self.commands = []                                  # of the study at hand
@@ -62,16 +65,20 @@ class Lab:
 
     def cached(self, seed=0, trajectories=2048):
         """Options that name the first so many of a cache of trajectories, one per seed."""
-        return f"--seed {seed} --cache {self.out}/cache/{seed} --trajectories {max(16, round(trajectories * self.c.scale))}"
+        count = max(16, round(trajectories * self.c.scale))
+        return f"--seed {seed} --cache {self.out}/cache/{seed} --trajectories {count}"
 
     def parse(self, options):
         """train.Config of a run's options."""
-        given = {f"--{name}": getattr(self.c, name) for name in ("model", "data", "device") if getattr(self.c, name)}
+        given = {f"--{name}": getattr(self.c, name) for name in ("model", "data", "device")
+                 if getattr(self.c, name)}
         common = "--batch 16 --grid-steps 0 --log-steps 50 --checkpoint-steps 2000 --keep 1".split()
-        return cli.parse(train.Config, "", [*(word for pair in given.items() for word in pair), *common, *shlex.split(options)])
+        return cli.parse(train.Config, "",
+                         [*(word for pair in given.items() for word in pair), *common, *shlex.split(options)])
 
     def train(self, runs):
-        """runs: name -> options of train.py. Those not finished are trained.  Returns: name -> folder of the run."""
+        """runs: name -> options of train.py. Those not finished are trained.
+        Returns: name -> folder of the run."""
         folders, jobs, caches = {}, {}, {}
         for name, options in runs.items():
             folders[name] = folder = self.out / name
@@ -81,7 +88,7 @@ class Lab:
             self.commands.append(command)
             if not (folder / f"student-{recipe.stages[-1]}" / "reflow.json").is_file():
                 jobs[name] = command
-                if recipe.pairs == "trajectory":            # made once, before several runs ask for it at the same time
+                if recipe.pairs == "trajectory":  # made once, before several runs ask for it at the same time
                     needed = caches.setdefault(c.cache or str(folder), {})
                     key = trajectory_count(c, recipe), recipe.forward_rate, recipe.projection
                     needed[key] = f"{command} --cache-only"
@@ -90,7 +97,8 @@ class Lab:
             for command in caches[cache].values():          # they share its folder: one after the other
                 self.run(command, cache)
         with ThreadPoolExecutor(self.workers) as pool:
-            for desc, names, work in (("caches", caches, fill), ("runs", jobs, lambda name: self.run(jobs[name], name))):
+            for desc, names, work in (("caches", caches, fill),
+                                      ("runs", jobs, lambda name: self.run(jobs[name], name))):
                 with tqdm(total=len(names), desc=desc, disable=not names) as bar:
                     for name, _ in zip(names, pool.map(work, names)):
                         bar.set_postfix_str(name)
@@ -98,7 +106,8 @@ class Lab:
         return folders
 
     def run(self, command, name):
-        """Run a command of this project to its end, quietly, on one thread.  Raises UserError with its last line if it fails."""
+        """Run a command of this project to its end, quietly, on one thread.  Raises UserError with
+        its last line if it fails."""
         words = shlex.split(command)
         words[:2] = [sys.executable, str(Path(__file__).parent.parent / words[1])]
         worker = self.free.get()
@@ -114,13 +123,14 @@ class Lab:
             raise UserError(f"{name}: {command} ended with status {done.returncode}: {reason}")
 
     def measure(self, requests):
-        """requests: dicts of Evaluator.row's arguments, `folder` and `steps` at least; `seed`, of the first image, where other noise than
-        eval.py's is asked for.  Returns: their rows, in order."""
+        """requests: dicts of Evaluator.row's arguments, `folder` and `steps` at least;
+        `seed`, of the first image, where other noise than eval.py's is asked for.
+        Returns: their rows, in order."""
         files = [self.row_file(request) for request in requests]
         missing = {file: request for file, request in zip(files, requests) if not file.is_file()}
         if missing:
             for seed in {request.get("seed", protocols.Config.seed) for request in missing.values()}:
-                evaluator(self.c, seed)                     # what all rows share is made before the workers ask for it
+                evaluator(self.c, seed)  # what all rows share is made before the workers ask for it
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.c,))
             with pool, tqdm(total=len(missing), desc="rows") as bar:
@@ -133,20 +143,25 @@ class Lab:
     def row_file(self, request):
         """Where a row is kept: named after everything it depends on."""
         edit = request.get("edit")
-        key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]), "age": measuring.file_age(str(request["folder"])),
-               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model], "distance": "grouped jackknife"}
+        key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]),
+               "age": measuring.file_age(str(request["folder"])),
+               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model],
+               "distance": "grouped jackknife"}
         return self.out / "rows" / f"{store.digest(json.dumps(key, sort_keys=True))}.json"
 
     def costs(self, options):
-        """Forward passes of a network over all samples, a backward counted as two.  Returns: (of a run's trajectories, of an update)."""
+        """Forward passes of a network over all samples, a backward counted as two.
+        Returns: (of a run's trajectories, of an update)."""
         c = self.parse(options)
         recipe = train.resolve_recipe(c)
-        total, solved = 0, recipe.solver_steps              # steps from noise to data of what solves this stage's windows
+        total, solved = 0, recipe.solver_steps  # steps from noise to data of what solves this stage's windows
         for windows, share in zip(recipe.stages, recipe.shares):
             pair = {"trajectory": 0, "consistency": 2}.get(recipe.pairs, solved // windows)
             total += share * c.batch * (3 + pair / recipe.reuse)
             solved = windows if recipe.pairs == "student" else solved
-        return trajectory_count(c, recipe) * recipe.solver_steps * (recipe.pairs == "trajectory"), total / sum(recipe.shares)
+        return trajectory_count(c,
+                                recipe) * recipe.solver_steps * (recipe.pairs == "trajectory"), total / sum(
+                                    recipe.shares)
 
     def evaluations(self, options):
         """What a run costs, trajectories included."""
@@ -165,7 +180,8 @@ EVALUATORS = {}               # of this process: --seed of the first image -> Ev
 def evaluator(c, seed=protocols.Config.seed):
     if seed not in EVALUATORS:
         EVALUATORS[seed] = measuring.Evaluator(protocols.Config(
-            n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device, cache=f"{c.out}/eval", seed=seed))
+            n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device,
+            cache=f"{c.out}/eval", seed=seed))
     return EVALUATORS[seed]
 
 
@@ -179,7 +195,7 @@ def measure_row(c, request):
     return evaluator(c, request.pop("seed", protocols.Config.seed)).row(**request, kernels=False)
 
 
-# ---- statistics and words -------------------------------------------------------------------------------------------
+# ---- statistics and words ----------------------------------------------------------------------------------
 
 
 def shown(values, digits=2):
@@ -188,15 +204,18 @@ def shown(values, digits=2):
 
 
 def paired(a, b):
-    """a - b, pair by pair.  Returns: (mean, half width of the 95% interval, p of the paired t-test)."""
+    """a - b, pair by pair.  Returns: (mean, half width of the 95% interval, p of the paired
+    t-test)."""
     difference = [x - y for x, y in zip(a, b)]
     return *mean_interval(difference), float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 else math.nan
 
 
 def holm(ps):
-    """p-values adjusted for as many tests as there are (Holm 1979): below 0.05 in a study in which nothing is different, one or more comes
-    out at most once in twenty studies. NaN where there was no test, which does not count as one.  Returns: list, in the same order."""
-    order, adjusted, largest = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p)), [math.nan] * len(ps), 0.0
+    """p-values adjusted for as many tests as there are (Holm 1979): below 0.05 in a study in which
+    nothing is different, one or more comes out at most once in twenty studies.
+    NaN where there was no test, which does not count as one.  Returns: list, in the same order."""
+    order, adjusted, largest = sorted((p, i) for i, p in enumerate(ps)
+                                      if not math.isnan(p)), [math.nan] * len(ps), 0.0
     for k, (p, i) in enumerate(order):
         largest = max(largest, min(1.0, (len(order) - k) * p))
         adjusted[i] = largest
@@ -205,7 +224,8 @@ def holm(ps):
 
 @dataclass
 class Comparison:
-    """Of a, one value per seed (or group of images: what), with b, for something that should be low."""
+    """Of a, one value per seed (or group of images: what), with b, for something that should be
+    low."""
     label: str
     a: list
     b: list
@@ -216,14 +236,15 @@ class Comparison:
     @property
     def outcome(self):
         """better, worse, or neither."""
-        return "no difference is shown" if not self.p < 0.05 else "better" if paired(self.a, self.b)[0] < 0 else "worse"
+        return "no difference is shown" if not self.p < 0.05 else "better" if paired(self.a, self.b)[
+            0] < 0 else "worse"
 
     def __str__(self):
         mean, half, _ = paired(self.a, self.b)
         if not math.isfinite(half):
             return f"{self.label}: {mean:+.3f} {self.unit} (one seed)."
-        return (f"{self.label}: {self.outcome} ({mean:+.3f} {self.unit}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}, "
-                f"p = {self.p:.2g}, {len(self.a)} {self.pairs}).")
+        return (f"{self.label}: {self.outcome} ({mean:+.3f} {self.unit}, 95% interval {mean - half:+.3f} to "
+                f"{mean + half:+.3f}, p = {self.p:.2g}, {len(self.a)} {self.pairs}).")
 
 
 def judge(comparisons):
@@ -231,12 +252,14 @@ def judge(comparisons):
     raw = [paired(each.a, each.b)[2] for each in comparisons]
     for each, p in zip(comparisons, holm(raw)):
         each.p = p
-    return (f"Paired t-tests, p adjusted by Holm's method for the {sum(not math.isnan(p) for p in raw)} comparisons of this study; a "
-            "difference is shown where it is below 0.05. Intervals are of one comparison alone.")
+    return (f"Paired t-tests, p adjusted by Holm's method for the {sum(not math.isnan(p) for p in raw)} "
+            "comparisons of this study; a difference is shown where it is below 0.05. Intervals are of one "
+            "comparison alone.")
 
 
 def counted(comparisons):
     """How often each outcome came out, in words."""
     outcomes = [each.outcome for each in comparisons]
-    return ", ".join(f"{word} in {outcomes.count(word)}" for word in ("better", "worse", "no difference is shown") if word in outcomes) \
+    return ", ".join(f"{word} in {outcomes.count(word)}"
+                     for word in ("better", "worse", "no difference is shown") if word in outcomes) \
         + f" of {len(outcomes)} comparisons"

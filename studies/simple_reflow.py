@@ -1,5 +1,5 @@
-"""The questions to Simple ReFlow's seven improvements, and which of them go with ProReflow's curriculum. Solver and grid cost no
-training, so that all of them can be asked of one student."""
+"""The questions to Simple ReFlow's seven improvements, and which of them go with ProReflow's
+curriculum. Solver and grid cost no training, so that all of them can be asked of one student."""
 import itertools
 import math
 import re
@@ -14,8 +14,9 @@ from models import load
 from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
 from studies.runner import Comparison, judge, mean_interval, paired, shown
 
-# in the paper's order: name -> (option without, option with). What the paper leaves unknown is ours: lambda, rho, epsilon, both
-# rates of dropout (0.13 is EDM's for CIFAR-10, whose smaller value is unknown; the embedded teacher itself was trained without)
+# in the paper's order: name -> (option without, option with). What the paper leaves unknown is ours: lambda,
+# rho, epsilon, both rates of dropout (0.13 is EDM's for CIFAR-10, whose smaller value is unknown;
+# the embedded teacher itself was trained without)
 ITEMS = {
     "loss normalization": ("--normalization none", "--normalization learned"),
     "time law 10^t": ("--time-law uniform", "--time-law exponential"),
@@ -25,7 +26,8 @@ ITEMS = {
     "projected pairs": ("--projection 0", "--projection 0.05"),
 }
 
-PLAIN, BETTER = "heun", "dpm2:0.5/sigmoid:10"       # the seventh item: how it is sampled, nine evaluations in five steps
+# the seventh item: how it is sampled, nine evaluations in five steps
+PLAIN, BETTER = "heun", "dpm2:0.5/sigmoid:10"
 
 NINE = 5
 
@@ -40,7 +42,8 @@ def options(used):
 
 
 def points(values):
-    """(means, half widths) of several lists of values per seed, to draw; 0 where there is one seed."""
+    """(means, half widths) of several lists of values per seed, to draw; 0 where there is one
+    seed."""
     summary = [mean_interval(list_) for list_ in values]
     return [mean for mean, _ in summary], [half if math.isfinite(half) else 0 for _, half in summary]
 
@@ -62,17 +65,20 @@ def simple_reflow(lab):
         """Its runs, one per seed."""
         label = "-".join(str(i) for i, item in enumerate(items) if item in used) or "none"
         names = [f"simple-reflow/{label}{extra.replace(' ', '')}-s{s}" for s in seeds]
-        runs.update({name: f"{options(used)} {extra} --updates {updates} {lab.cached(s)}" for name, s in zip(names, seeds)})
+        runs.update({name: f"{options(used)} {extra} --updates {updates} {lab.cached(s)}"
+                     for name, s in zip(names, seeds)})
         return names
     arms = {used: arm(used) for used in (*added, *removed)}
-    heights = {weight: arms[items] if weight == 1 else arm(items, f"--high-pass-weight {weight}") for weight in LAMBDAS}
+    heights = {weight: arms[items] if weight == 1 else arm(items, f"--high-pass-weight {weight}")
+               for weight in LAMBDAS}
     folders = lab.train(runs)
 
     # what is asked: (label, runs, solver, steps) -> a row per seed
     asked = {}
 
     def ask(key, names, solver, steps=NINE, **more):
-        asked[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps, solver=solver, **more)
+        asked[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps,
+                           solver=solver, **more)
                       for name in names]
     for used in arms:
         ask((used, 1), arms[used], "ddim", 1)
@@ -80,7 +86,8 @@ def simple_reflow(lab):
         ask((used, PLAIN), arms[used], PLAIN)
     for used in (*removed, items):
         ask((used, BETTER), arms[used], BETTER)
-    solvers = list(dict.fromkeys([*(f"dpm2:{r:g}/sigmoid:10" for r in RATIOS), *(f"dpm2:0.5/{grid}" for grid in GRIDS)]))
+    solvers = list(dict.fromkeys([*(f"dpm2:{r:g}/sigmoid:10" for r in RATIOS),
+                                  *(f"dpm2:0.5/{grid}" for grid in GRIDS)]))
     for solver in solvers:
         ask((items, solver), arms[items], solver)
     for weight in LAMBDAS:
@@ -94,8 +101,10 @@ def simple_reflow(lab):
 
     # in the paper's order, the sampler last; then each left out of all seven
     everything, baseline = (items, BETTER), ((), PLAIN)
-    chain = {"baseline": baseline, **{f"+ {used[-1]}": (used, PLAIN) for used in added[1:]}, "+ sampling": everything}
-    without = {"all seven": everything, **{f"all but {name}": (used, BETTER) for name, used in zip(items, removed)},
+    chain = {"baseline": baseline, **{f"+ {used[-1]}": (used, PLAIN) for used in added[1:]},
+             "+ sampling": everything}
+    without = {"all seven": everything,
+               **{f"all but {name}": (used, BETTER) for name, used in zip(items, removed)},
                "all but sampling": (items, PLAIN)}
 
     def line(label, key, against):
@@ -113,11 +122,13 @@ def simple_reflow(lab):
     best = min(solvers, key=lambda solver: mean_interval(fd[items, solver])[0])
     verdict = [
         str(whole)[:-1] + "; left out, {} makes it worse and {} better.".format(
-            *(", ".join(name for name, each in lost.items() if each.outcome == said) or "none" for said in ("better", "worse"))),
+            *(", ".join(name for name, each in lost.items() if each.outcome == said) or "none"
+              for said in ("better", "worse"))),
         *map(str, (*turns, *lost.values())), tests,
-        f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has {shown(fd[everything])}.",
-        "The largest loss at one time is up to {:.0f} times the smallest there, normalized {:.0f} times; the means of different times "
-        "differ by up to a factor of {:.1f}, normalized {:.1f}.".format(
+        f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has "
+        f"{shown(fd[everything])}.",
+        "The largest loss at one time is up to {:.0f} times the smallest there, normalized {:.0f} times; the "
+        "means of different times differ by up to a factor of {:.1f}, normalized {:.1f}.".format(
             *(kind(bins) for kind in (within, between) for bins in spread.values())),
     ]
     heads = ["", "FD at 9 evaluations", "against the line before", "endpoint error", "FD at 1"]
@@ -125,10 +136,13 @@ def simple_reflow(lab):
     others += [[f"all seven, lambda {weight:g}, {BETTER}", shown(fd[weight, BETTER])] for weight in LAMBDAS]
     others.append([f"all seven, {BETTER}, guidance 2 (18 evaluations)", shown(fd[items, "guided"])])
     others += [[f"the teacher, {solver}", f"{fd['teacher', solver][0]:.2f}"] for solver in (PLAIN, BETTER)]
-    cost = f"{updates} updates and {lab.evaluations(next(iter(runs.values()))) / 1000:.0f} thousand evaluations each"
+    thousands = lab.evaluations(next(iter(runs.values()))) / 1000
+    cost = f"{updates} updates and {thousands:.0f} thousand evaluations each"
     return dict(verdict=verdict, figure=draw_simple_reflow(fd, chain, without, spread), tables=[
-        (f"Added in turn; {len(seeds)} seeds of training (mean ± 95%), {cost}; by {PLAIN} but for the last line", heads, lines),
-        (f"Left out of all seven; by {BETTER} but for the last line", [*heads[:2], "against all seven", *heads[3:]],
+        (f"Added in turn; {len(seeds)} seeds of training (mean ± 95%), {cost}; by {PLAIN} but for the last "
+         "line", heads, lines),
+        (f"Left out of all seven; by {BETTER} but for the last line", [*heads[:2], "against all seven",
+                                                                       *heads[3:]],
          [line(label, key, everything) for label, key in without.items()]),
         ("Other samplers and other weights of the high-pass loss", ["", "FD at 9 evaluations"], others)])
 
@@ -143,7 +157,8 @@ def draw_simple_reflow(fd, chain, without, spread):
         axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="FD at 9 evaluations", title=title)
         axis.invert_yaxis()
     items = tuple(ITEMS)
-    panels[2].plot(RATIOS, points(fd[items, f"dpm2:{r:g}/sigmoid:10"] for r in RATIOS)[0], color=BLUE, marker="o", label="sigmoid:10")
+    panels[2].plot(RATIOS, points(fd[items, f"dpm2:{r:g}/sigmoid:10"] for r in RATIOS)[0], color=BLUE,
+                   marker="o", label="sigmoid:10")
     for grid, marker, color in zip(GRIDS, "s^v.P", (ORANGE, GREEN, PINK, BLUE, BLACK)):
         if grid != "sigmoid:10":
             panels[2].plot(0.5, points([fd[items, f"dpm2:0.5/{grid}"]])[0], marker, color=color, label=grid)
@@ -153,7 +168,8 @@ def draw_simple_reflow(fd, chain, without, spread):
         t, low, mean, high = zip(*bins)
         panels[3].fill_between(t, low, high, color=color, alpha=0.25)
         panels[3].plot(t, mean, color=color, marker="o", markersize=3, label=f"{name}: least, mean, most")
-    panels[3].set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="loss / its mean", title="loss at each time")
+    panels[3].set(yscale="log", xlabel="t (0 data, 1 noise)", ylabel="loss / its mean",
+                  title="loss at each time")
     panels[3].legend(frameon=False, fontsize=8)
     u = torch.linspace(0, 1, 402, dtype=torch.float64)[:-1]
     for name, color in zip(("uniform", *reflow.CUMULATIVE), (BLACK, BLUE, GREEN, ORANGE)):
@@ -163,7 +179,8 @@ def draw_simple_reflow(fd, chain, without, spread):
     panels[4].legend(frameon=False, fontsize=8)
     means, halves = points(fd[weight, BETTER] for weight in LAMBDAS)
     panels[5].errorbar(range(len(LAMBDAS)), means, yerr=halves, color=BLUE, marker="o", capsize=4)
-    panels[5].set(xticks=range(len(LAMBDAS)), xticklabels=LAMBDAS, xlabel="lambda", ylabel="FD at 9 evaluations", title="high-pass loss")
+    panels[5].set(xticks=range(len(LAMBDAS)), xticklabels=LAMBDAS,
+                  xlabel="lambda", ylabel="FD at 9 evaluations", title="high-pass loss")
     return figure
 
 
@@ -180,9 +197,11 @@ def between(bins):
 
 @torch.no_grad()
 def loss_spread(lab, folder, count=2048, bins=10):
-    """A student's losses at each time, raw and divided by what a normalizer, fitted to the other half of them, says is usual (Simple
-    ReFlow's Fig. 1).  Returns: {"raw", "normalized"} -> list of (t, least, mean, most), in units of the overall mean."""
-    c = lab.parse(f"--recipe simple-reflow --projection 0 --forward-rate 0 --time-law uniform --out {folder.parent} {lab.cached(0)}")
+    """A student's losses at each time, raw and divided by what a normalizer, fitted to the other
+    half of them, says is usual (Simple ReFlow's Fig. 1).  Returns: {"raw", "normalized"} -> list of
+    (t, least, mean, most), in units of the overall mean."""
+    c = lab.parse("--recipe simple-reflow --projection 0 --forward-rate 0 --time-law uniform --out "
+                  f"{folder.parent} {lab.cached(0)}")
     recipe, device = train.resolve_recipe(c), torch.device(lab.device)
     c, _, pipeline, pairs = train.open_pairs(c, recipe, device, (0, 1, lambda: None))
     model = models.as_model(load.load_pipeline(str(folder), vae=None, text_encoder=None).to(device))
@@ -212,7 +231,7 @@ def loss_spread(lab, folder, count=2048, bins=10):
     return found
 
 
-# ---- best of both ----------------------------------------------------------------------------------------------------
+# ---- best of both ------------------------------------------------------------------------------------------
 
 CANDIDATES = {
     "loss normalization": "--normalization learned",
@@ -221,23 +240,26 @@ CANDIDATES = {
     "forward pairs": "--forward-rate 0.5",
 }
 
-COUNTS = {1: (1, "ddim"), 2: (2, "ddim"), 4: (4, "ddim"), 9: (NINE, BETTER)}         # evaluations -> (steps, solver)
+COUNTS = {1: (1, "ddim"), 2: (2, "ddim"), 4: (4, "ddim"), 9: (NINE, BETTER)}  # evaluations -> (steps, solver)
 
-CURVED = {9: (NINE, PLAIN)}                          # of a student that is not on the noise schedule between its boundaries
+CURVED = {9: (NINE, PLAIN)}  # of a student that is not on the noise schedule between its boundaries
 
 CURRICULUM = ""
 
-FRESH_NOISE = 2_000_000                              # seed of the first image, where what was chosen is judged
+FRESH_NOISE = 2_000_000  # seed of the first image, where what was chosen is judged
 
 
 def best_of_both(lab):
-    """ProReflow's curriculum with which of Simple ReFlow's improvements is best at 1, 2, 4 and 9 evaluations?"""
+    """ProReflow's curriculum with which of Simple ReFlow's improvements is best at 1, 2, 4 and 9
+    evaluations?"""
     budget = lab.evaluations(f"{CURRICULUM} --updates {lab.updates(400, 4)} {lab.cached(0, 1024)}")
-    # some seeds of training and some noise choose; others, which had no say, judge: the lowest of many is low by luck too
+    # some seeds of training and some noise choose; others, which had no say, judge: the lowest of many is low
+    # by luck too
     choice = range(min(3, lab.c.seeds))
     fresh = range(len(choice), len(choice) + lab.c.seeds)
     options, runs = {}, {}
-    chosen_by, judged_by = dict(fd={}, clip={}), dict(fd={}, clip={})            # [column][arm][evaluations] -> a value per seed
+    # [column][arm][evaluations] -> a value per seed
+    chosen_by, judged_by = dict(fd={}, clip={}), dict(fd={}, clip={})
 
     def ask(arms, seeds=choice, into=chosen_by, **noise):
         """Train and measure arms, name -> options."""
@@ -249,7 +271,8 @@ def best_of_both(lab):
         folders = lab.train(dict(runs[arm, s] for arm in arms for s in seeds))
         keys = list(itertools.product(arms, COUNTS, seeds))
         chosen = [(COUNTS | CURVED if "proreflow" in arms[arm] else COUNTS)[count] for arm, count, _ in keys]
-        rows = lab.measure([dict(folder=folders[runs[arm, s][0]] / "student-1", steps=steps, solver=solver, **noise)
+        rows = lab.measure([dict(folder=folders[runs[arm, s][0]] / "student-1", steps=steps, solver=solver,
+                                 **noise)
                             for (arm, _, s), (steps, solver) in zip(keys, chosen)])
         for (arm, count, _), row in zip(keys, rows):
             for column, key in (("fd", "fd_corrected"), ("clip", "clip")):
@@ -261,8 +284,10 @@ def best_of_both(lab):
 
     def line(arm, values):
         """Its columns of a table."""
-        return [*map(shown, values["fd"][arm].values()), shown(score(arm, values["fd"])), shown(score(arm, values["clip"]), 1)]
-    ask({"curriculum": CURRICULUM, "proreflow": "--recipe proreflow", "simple-reflow": "--recipe simple-reflow"})
+        return [*map(shown, values["fd"][arm].values()), shown(score(arm, values["fd"])),
+                shown(score(arm, values["clip"]), 1)]
+    ask({"curriculum": CURRICULUM, "proreflow": "--recipe proreflow",
+         "simple-reflow": "--recipe simple-reflow"})
     best, chosen, left, rounds = "curriculum", CURRICULUM, dict(CANDIDATES), []
     while left:
         arms = {name: (f"{best}, {name}", f"{chosen} {extra}") for name, extra in left.items()}
@@ -270,7 +295,8 @@ def best_of_both(lab):
         order = sorted(arms, key=lambda name: mean_interval(score(arms[name][0]))[0])
         for name in order:
             arm = arms[name][0]
-            rounds.append([len(CANDIDATES) - len(left) + 1, name, *line(arm, chosen_by), change(score(arm), score(best))])
+            rounds.append([len(CANDIDATES) - len(left) + 1, name, *line(arm, chosen_by),
+                           change(score(arm), score(best))])
         if mean_interval(score(arms[order[0]][0]))[0] >= mean_interval(score(best))[0]:
             break
         best, chosen = arms[order[0]]
@@ -279,13 +305,20 @@ def best_of_both(lab):
     ask({arm: options[arm] for arm in arms}, fresh, judged_by, seed=FRESH_NOISE)
     found, others = judged_by["fd"], [arm for arm in arms if arm != best]
     comparisons = [each for other in others for each in (
-        Comparison(f"{best} against {other}, mean over these counts", score(best, found), score(other, found)),
-        *(Comparison(f"{best} against {other} at {count}", found[best][count], found[other][count]) for count in COUNTS))]
+        Comparison(f"{best} against {other}, mean over these counts", score(best, found),
+                   score(other, found)),
+        *(Comparison(f"{best} against {other} at {count}", found[best][count], found[other][count])
+          for count in COUNTS))]
     tests = judge(comparisons)
-    verdict = [f"The winner is {best}: mean FD over {', '.join(map(str, COUNTS))} evaluations {shown(score(best, found))}; "
-               + ", ".join(f"{other} {shown(score(other, found))}" for other in others) + ".", *map(str, comparisons),
-               f"{tests} Chosen on seeds {choice[0]} to {choice[-1]} of training, judged on {fresh[0]} to {fresh[-1]} and other noise."]
-    costs = {arm: [lab.parse(runs[arm, 0][1]).updates, f"{lab.evaluations(runs[arm, 0][1]) / 1000:.0f}"] for arm in arms}
+    verdict = [
+        f"The winner is {best}: mean FD over {', '.join(map(str, COUNTS))} evaluations "
+        f"{shown(score(best, found))}; "
+               + ", ".join(f"{other} {shown(score(other, found))}" for other in others) + ".",
+               *map(str, comparisons),
+               f"{tests} Chosen on seeds {choice[0]} to {choice[-1]} of training, judged on {fresh[0]} to "
+               f"{fresh[-1]} and other noise."]
+    costs = {arm: [lab.parse(runs[arm, 0][1]).updates, f"{lab.evaluations(runs[arm, 0][1]) / 1000:.0f}"]
+             for arm in arms}
     lines = [[arm, *costs[arm], *line(arm, judged_by)] for arm in arms]
     heads = [*(f"FD at {count}" for count in COUNTS), "mean FD", "mean CLIP score"]
     figure, (axis,) = axes(width=7.5)
@@ -296,8 +329,9 @@ def best_of_both(lab):
     plain_numbers(axis, list(COUNTS))
     axis.legend(frameon=False, fontsize=8)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD at 1, 2, 4 and 9 evaluations of the student of one window; {len(fresh)} seeds of training that had no say in the choice "
-         "(mean ± 95%)",
+        (f"FD at 1, 2, 4 and 9 evaluations of the student of one window; {len(fresh)} seeds of training that "
+         "had no say in the choice (mean ± 95%)",
          ["method", "updates", "evaluations (1000)", *heads], lines),
-        (f"Added greedily to the curriculum by the mean FD over the counts, {len(choice)} seeds; the first of a round is kept if it helps",
+        (f"Added greedily to the curriculum by the mean FD over the counts, {len(choice)} seeds; the first "
+         "of a round is kept if it helps",
          ["round", "added", *heads, "mean FD against the round before"], rounds)])

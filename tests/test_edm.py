@@ -1,9 +1,9 @@
 """EDM teachers under the variance-preserving contract: diffusers' own EDM schedulers, a Gaussian's closed form, and on to a student."""
 import json
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, EDMDPMSolverMultistepScheduler, EDMEulerScheduler, UNet2DModel
 from test_pixel import options, save
 from test_train import weights
 
@@ -23,7 +23,7 @@ def schedule_of(sigma_data=0.5):
     return teacher.EDMSchedule(**{**SIGMA, "sigma_data": sigma_data})
 
 
-def stock(prediction, sigma_data, kind=EDMEulerScheduler):
+def stock(prediction, sigma_data, kind=diffusers.EDMEulerScheduler):
     return kind(**{**SIGMA, "sigma_data": sigma_data}, prediction_type=prediction)
 
 
@@ -112,7 +112,7 @@ def test_x_hat_of_a_gaussian_is_what_diffusers_makes_of_the_same_network(predict
     assert torch.allclose(alpha * x_hat + sigma * eps_hat, z, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("kind", [diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler])
 @pytest.mark.parametrize("prediction, sigma_data", KINDS)
 def test_ddim_is_diffusers_euler_in_sigma_on_the_same_times(tmp_path, kind, prediction, sigma_data):
     folder = save(tmp_path / "m", stock(prediction, sigma_data, kind))
@@ -170,12 +170,12 @@ def test_what_does_not_go_with_edm_is_refused(tmp_path):
         with pytest.raises(UserError, match="needs a table of betas.*EDM's; use ddim"):
             sampler.generate(pipeline, model, [""], [0], sampler.time_grid(2), solver=solver)
     with pytest.raises(UserError, match="prediction type 'sample' of EDMDPMSolver"):
-        load.load_pipeline(str(save(tmp_path / "x", stock("sample", 0.5, EDMDPMSolverMultistepScheduler))))
+        load.load_pipeline(str(save(tmp_path / "x", stock("sample", 0.5, diffusers.EDMDPMSolverMultistepScheduler))))
 
 
 def test_a_ddim_pipeline_that_has_lost_its_edm_scheduler_is_refused(tmp_path):
     """DDIMPipeline turns any scheduler into DDIM: sampled on a linear schedule of betas, an EDM network would draw noise, silently."""
-    save(tmp_path / "saved", stock("epsilon", 0.5), kind=DDIMPipeline)
+    save(tmp_path / "saved", stock("epsilon", 0.5), kind=diffusers.DDIMPipeline)
     folder = save(tmp_path / "named", stock("epsilon", 0.5))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "DDIMPipeline"}))
@@ -188,10 +188,10 @@ def test_a_ddim_pipeline_that_has_lost_its_edm_scheduler_is_refused(tmp_path):
 
 
 def test_a_student_keeps_the_edm_scheduler_and_starts_as_its_teacher(tmp_path):
-    folder = save(tmp_path / "m", EDMEulerScheduler(sigma_min=0.01, sigma_max=40.0, sigma_data=0.4, prediction_type="v_prediction"))
+    folder = save(tmp_path / "m", diffusers.EDMEulerScheduler(sigma_min=0.01, sigma_max=40.0, sigma_data=0.4, prediction_type="v_prediction"))
     last = train.main(options(folder, tmp_path / "out", lr=1e-12, windows=[2]))
     pipeline, model, info = saved.open_model(str(last))
-    assert type(pipeline.scheduler) is EDMEulerScheduler and type(pipeline) is DDPMPipeline and info["windows"] == 2
+    assert type(pipeline.scheduler) is diffusers.EDMEulerScheduler and type(pipeline) is diffusers.DDPMPipeline and info["windows"] == 2
     assert (model.schedule.key, model.prediction) == (("edm", 0.01, 40.0, 0.4), "v_prediction")
     card = (last / "README.md").read_text()
     assert "python sampler.py" in card and "DDIM does not apply" in card
@@ -206,4 +206,4 @@ def test_a_student_of_an_edm_teacher_learns(tmp_path):
     last = train.main(options(folder, tmp_path / "out", recipe="reflow", updates=60, batch=16, lr=1e-3, trajectories=16, log_steps=5))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert not torch.equal(weights(last)["conv_in.weight"], UNet2DModel.from_pretrained(folder / "unet").conv_in.weight)
+    assert not torch.equal(weights(last)["conv_in.weight"], diffusers.UNet2DModel.from_pretrained(folder / "unet").conv_in.weight)

@@ -1,12 +1,15 @@
-"""What training and sampling cost, side by side: memory by part, network evaluations per update, overhead of our own code.
+"""What training and sampling cost, side by side: memory by part, network evaluations per update,
+overhead of our own code.
 
-    python -m tools.bench                                                    # the embedded model, a minute
-    python -m tools.bench --model sd15 --random-init --gradient-checkpointing  # full size without a download
-    python -m tools.bench --model sdxl --random-init --lora 16 --precision bf16 --gradient-checkpointing --size 512
-    python -m tools.bench --model sd15 --random-init --device cuda --batch 8 --precision bf16      # adds MFU and latency
+    python -m tools.bench                                                    # the embedded model, a
+    minute python -m tools.bench --model sd15 --random-init --gradient-checkpointing  # full size
+    without a download python -m tools.bench --model sdxl --random-init --lora 16 --precision bf16
+    --gradient-checkpointing --size 512 python -m tools.bench --model sd15 --random-init --device
+    cuda --batch 8 --precision bf16      # adds MFU and latency
 
-Ratios are taken within one run, on whatever machine this is. Every training is the product's own train.py, in a process of
-its own, with timers around the network, the optimizer and the average; what remains is the loop.
+Ratios are taken within one run, on whatever machine this is. Every training is the product's own
+train.py, in a process of its own, with timers around the network, the optimizer and the average;
+what remains is the loop.
 """
 import contextlib
 import json
@@ -43,11 +46,13 @@ PARTS = ("training", "evaluations", "sampling")
 class Config:
     model: str = "tiny"              # preset, folder, hub id or .safetensors file
     random_init: bool = False        # random weights: nothing is downloaded
-    prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of its classes
+    prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of
+                                          # its classes
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # any of training, evaluations, sampling
     size: int | None = None          # pixels; default: the model's own
     batch: int = 1                   # samples per update
-    updates: int = 4                 # updates of training, spread over the stages 8 4 2 1; fewer than 4: one window only
+    updates: int = 4                 # updates of training, spread over the stages 8 4 2 1;
+                                     # fewer than 4: one window only
     lora: int = 0                    # rank; 0 = full fine-tuning with EMA
     precision: str = "fp32"          # fp32 or bf16
     gradient_checkpointing: bool = False  # a forward more per update, for less memory
@@ -59,11 +64,12 @@ class Config:
     out: str = ""                    # also write all figures to this JSON file
 
 
-# ---- training, in a process of its own -----------------------------------------------------------------------------
+# ---- training, in a process of its own ---------------------------------------------------------------------
 
 
 def measured_training(options, queue):
-    """Run train.main(Config(**options)) with timers and counters; put what was found on the queue."""
+    """Run train.main(Config(**options)) with timers and counters; put what was found on the
+    queue."""
     spent, counts, weights = dict(forward=0.0, backward=0.0, optimizer=0.0), dict(student=0, solver=0), {}
     cuda = options["device"] == "cuda"
 
@@ -88,7 +94,7 @@ def measured_training(options, queue):
     training = []
     real_init = torch.optim.AdamW.__init__
 
-    def init(self, *args, **kwargs):                       # the optimizer is made when the loop begins: caches are done
+    def init(self, *args, **kwargs):  # the optimizer is made when the loop begins: caches are done
         training.append(True)
         real_init(self, *args, **kwargs)
     torch.optim.AdamW.__init__ = init
@@ -101,25 +107,29 @@ def measured_training(options, queue):
 
     def open_pairs(*args):
         *rest, pipeline, pairs = real_pairs(*args)
-        weights.update(text=size_of(*models.text_encoders(pipeline)), vae=size_of(*models.autoencoder(pipeline)), online=pairs.online)
+        weights.update(text=size_of(*models.text_encoders(pipeline)),
+                       vae=size_of(*models.autoencoder(pipeline)), online=pairs.online)
         return *rest, pipeline, pairs
 
     def make_student(c, unet, device, dropout):
         student = real_student(c, unet, device, dropout)
-        weights.update(network=size_of(student), trained=sum(p.nbytes for p in train.trained(student).values()))
+        weights.update(network=size_of(student),
+                       trained=sum(p.nbytes for p in train.trained(student).values()))
         return student
     train.open_pairs, train.make_student = open_pairs, make_student
     if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
-        sampler.ddim = noise_for_trajectories        # of random weights, a solved trajectory would mean as little
+        sampler.ddim = noise_for_trajectories  # of random weights, a solved trajectory would mean as little
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text(options.pop("prompt", Config.prompt))
         if not options.get("data"):
             options["prompts"] = str(prompts)
-        train.main(train.Config(**options, out=f"{folder}/run", grid_steps=0, log_steps=1, checkpoint_steps=10 ** 9))
+        train.main(train.Config(**options, out=f"{folder}/run", grid_steps=0, log_steps=1,
+                                checkpoint_steps=10 ** 9))
         lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
     loop = sum(options["batch"] / line["samples_per_second"] for line in lines)
-    queue.put(dict(seconds=loop, updates=len(lines), **spent, evaluations=counts, peak=peak_memory(cuda), weights=weights))
+    queue.put(dict(seconds=loop, updates=len(lines), **spent, evaluations=counts, peak=peak_memory(cuda),
+                   weights=weights))
 
 
 def noise_for_trajectories(model, z, times, cond, guidance, uncond, callback):
@@ -134,11 +144,13 @@ def size_of(*modules):
 
 def peak_memory(cuda):
     """Bytes: the highest this process ever held, on the GPU or in main memory."""
-    return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_training(**options):
-    """measured_training in a fresh process, forked from one that has only imported us.  Returns: its figures."""
+    """measured_training in a fresh process, forked from one that has only imported us.
+    Returns: its figures."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.bench"])
     queue = context.Queue()
@@ -151,27 +163,37 @@ def run_training(**options):
 
 
 def training(c, device):
-    """One update of every stage, or more, from cached trajectories: memory by part, and where the time goes."""
-    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size, batch=c.batch, updates=c.updates,
-                         trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8, lora=c.lora,
-                         precision=c.precision, compile=c.compile, gradient_checkpointing=c.gradient_checkpointing, device=device)
+    """One update of every stage, or more, from cached trajectories: memory by part, and where the
+    time goes."""
+    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size,
+                         batch=c.batch, updates=c.updates,
+                         trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8,
+                         lora=c.lora,
+                         precision=c.precision, compile=c.compile,
+                         gradient_checkpointing=c.gradient_checkpointing, device=device)
     gib, weights = 2 ** 30, found["weights"]
-    parts = {"student (before it is trained, the teacher)": weights["network"], "gradients": weights["trained"],
-             "Adam's two moments": 2 * weights["trained"], "running average": weights["trained"], "a second network for the teacher": 0,
-             f"text encoders (while caching {weights['text'] / gib:.2f})": 0, f"VAE (while caching {weights['vae'] / gib:.2f})": 0}
+    parts = {"student (before it is trained, the teacher)": weights["network"],
+             "gradients": weights["trained"],
+             "Adam's two moments": 2 * weights["trained"], "running average": weights["trained"],
+             "a second network for the teacher": 0,
+             f"text encoders (while caching {weights['text'] / gib:.2f})": 0,
+             f"VAE (while caching {weights['vae'] / gib:.2f})": 0}
     parts["activations, libraries and the rest, at the peak"] = found["peak"] - sum(parts.values())
     windows = "8, 4, 2, 1" if c.updates >= 4 else "1"
-    print(f"\n## Training {c.model}, {'LoRA ' + str(c.lora) if c.lora else 'every weight'}, {c.precision}, {c.size or 'its own'} pixels, "
-          f"batch {c.batch}, {found['updates']} updates over windows {windows}\n\n| memory | GiB | share |\n|---|---|---|")
+    print(f"\n## Training {c.model}, {'LoRA ' + str(c.lora) if c.lora else 'every weight'}, {c.precision}, "
+          f"{c.size or 'its own'} pixels, batch {c.batch}, {found['updates']} updates over windows "
+          f"{windows}\n\n| memory | GiB | share |\n|---|---|---|")
     for name, size in parts.items():
         print(f"| {name} | {size / gib:.2f} | {size / found['peak']:.0%} |")
     print(f"| peak {'on the device' if device == 'cuda' else 'resident'} | {found['peak'] / gib:.2f} | |")
     inside = found["forward"] + found["backward"] + found["optimizer"]
     print("\n| time per update | s | share |\n|---|---|---|\n" + "\n".join(
         f"| {name} | {value / found['updates']:.4f} | {value / found['seconds']:.1%} |" for name, value in
-        (("network, forward", found["forward"]), ("network, backward", found["backward"]), ("optimizer and average", found["optimizer"]),
+        (("network, forward", found["forward"]), ("network, backward", found["backward"]),
+         ("optimizer and average", found["optimizer"]),
          ("the loop: all the rest", found["seconds"] - inside), ("whole", found["seconds"]))))
-    print(f"\nThe loop costs {(found['seconds'] - inside) / (found['forward'] + found['backward']):.1%} of the network's time.")
+    print(f"\nThe loop costs {(found['seconds'] - inside) / (found['forward'] + found['backward']):.1%} of "
+          "the network's time.")
     if device == "cuda":
         name = torch.cuda.get_device_name()
         peak = c.peak_tflops * 1e12 or next((value for key, value in PEAK_FLOPS.items() if key in name), 0)
@@ -186,57 +208,69 @@ def training(c, device):
 
 def forward_flops(c):
     """Of one sample through the UNet, counted on shapes alone."""
-    pipeline = architectures.build(c.model, weights=False) if c.model in architectures.ARCHITECTURES else load.load_pipeline(c.model)
+    known = c.model in architectures.ARCHITECTURES
+    pipeline = architectures.build(c.model, weights=False) if known else load.load_pipeline(c.model)
     network = models.network(pipeline).to("meta")
     shape = models.latent_shape(pipeline, c.size)
-    predict, cond = models.family_of(network).forward(network), models.family_of(network).meta_condition(network)
+    predict, cond = models.family_of(network).forward(network), models.family_of(network).meta_condition(
+        network)
     with FlopCounterMode(display=False) as counter:
         predict(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"), **cond)
     return counter.get_total_flops()
 
 
-# ---- network evaluations per update --------------------------------------------------------------------------------
+# ---- network evaluations per update ------------------------------------------------------------------------
 
 
 def evaluations(c, device):
-    """Counted on the embedded model, in its own training loop: the count does not depend on the size. A unit is one forward
-    of the UNet for one sample; a backward is two, the recomputation of checkpointing one."""
+    """Counted on the embedded model, in its own training loop: the count does not depend on the
+    size. A unit is one forward of the UNet for one sample; a backward is two, the recomputation of
+    checkpointing one."""
     print("\n## Network evaluations per sample and update\n\n"
-          "| recipe | windows | solver | student | with checkpointing | made once, for the cache |\n|---|---|---|---|---|---|")
+          "| recipe | windows | solver | student | with checkpointing | made once, for the cache "
+          "|\n|---|---|---|---|---|---|")
     rows = {}
     for name, recipe in reflow.RECIPES.items():
         stages, batch = len(recipe.stages), 4
-        found = run_training(model="tiny", data="sprites", recipe=name, batch=batch, updates=stages, trajectories=2, device=device)
+        found = run_training(model="tiny", data="sprites", recipe=name, batch=batch, updates=stages,
+                             trajectories=2, device=device)
         solver = found["evaluations"]["solver"] / (batch * stages)
         assert found["evaluations"]["student"] == batch * stages
         cached = recipe.pairs == "trajectory"
         defaults = train.Config()
-        once = defaults.trajectories * recipe.solver_steps / (defaults.updates * defaults.batch) if cached else 0
+        once = defaults.trajectories * recipe.solver_steps / (defaults.updates *
+                                                              defaults.batch) if cached else 0
         rows[name] = dict(solver=solver, student=3, checkpointing=1, once=once)
         made = f"{once:.2f}" if cached else "-"
-        print(f"| {name} | {' '.join(map(str, recipe.stages))} | {solver:.2f} | 3 | {solver + 4:.2f} | {made} |")
-    print("\nStages get equal updates here. Pairs from images also encode each image once per pair (1.39 UNet forwards on SD 1.5) unless "
-          "--cache-latents.")
+        print(f"| {name} | {' '.join(map(str, recipe.stages))} | {solver:.2f} | 3 | {solver + 4:.2f} | "
+              f"{made} |")
+    print("\nStages get equal updates here. Pairs from images also encode each image once per pair (1.39 "
+          "UNet forwards on SD 1.5) unless --cache-latents.")
     return rows
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def sampling(c, device):
-    """Our sampler, diffusers' own pipeline, and the bare network: the same model, steps, noise and prompt, taken in turn."""
+    """Our sampler, diffusers' own pipeline, and the bare network: the same model, steps, noise and
+    prompt, taken in turn."""
     pipeline = load.load_pipeline(c.model, PRECISIONS[c.precision], c.random_init).to(device)
     model, size = models.as_model(pipeline), c.size
     shape = models.latent_shape(pipeline, size)
     prompts, times = [c.prompt] * c.batch, sampler.time_grid(c.steps)
     pixels = shape[-1] * pipeline.vae_scale_factor
-    stock = type(pipeline)(**pipeline.components, requires_safety_checker=False) if "safety_checker" in pipeline.components else pipeline
-    stock.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True,
+    stock = pipeline
+    if "safety_checker" in pipeline.components:
+        stock = type(pipeline)(**pipeline.components, requires_safety_checker=False)
+    stock.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config,
+                                                          timestep_spacing="trailing", set_alpha_to_one=True,
                                                           clip_sample=False, steps_offset=1)
     stock.set_progress_bar_config(disable=True)
     noise = sampler.noise(range(c.batch), shape)
-    cond = {key: value.to(device) for key, value in models.encode_text(pipeline, prompts, size=(pixels, pixels)).items()}
+    cond = {key: value.to(device)
+            for key, value in models.encode_text(pipeline, prompts, size=(pixels, pixels)).items()}
     t = torch.full((c.batch,), 0.5, dtype=torch.float64, device=device)
 
     def ours():
@@ -267,15 +301,16 @@ def sampling(c, device):
         for call in calls:
             taken[call.__name__] += [seconds(call)] * (repeat > 0)          # the first round warms up
     middle = {name: statistics.median(values) for name, values in taken.items()}
-    print(f"\n## Sampling {c.model}: {c.steps} steps, batch {c.batch}, {c.precision}, median of {c.repeats} turns (min to max)\n\n"
-          "| | s | of network and decoding |\n|---|---|---|")
-    rows = {"network": f"{c.steps} forwards and decoding", "text": "text alone", "ours": "sampler.py, with text",
-            "theirs": "diffusers' pipeline, with text"}
+    print(f"\n## Sampling {c.model}: {c.steps} steps, batch {c.batch}, {c.precision}, median of {c.repeats} "
+          "turns (min to max)\n\n| | s | of network and decoding |\n|---|---|---|")
+    rows = {"network": f"{c.steps} forwards and decoding", "text": "text alone",
+            "ours": "sampler.py, with text", "theirs": "diffusers' pipeline, with text"}
     for name, words in rows.items():
         if name not in middle:
             continue
         ratio = middle[name] / middle["network"]
-        print(f"| {words} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | {ratio:.3f} |")
+        print(f"| {words} | {middle[name]:.4f} ({min(taken[name]):.4f} to {max(taken[name]):.4f}) | "
+              f"{ratio:.3f} |")
     return taken
 
 

@@ -1,10 +1,12 @@
-"""Builds the embedded Stable Diffusion at 64 pixels from data/scenes.py: CLIP, autoencoder, UNet, in SD's own classes.
+"""Builds the embedded Stable Diffusion at 64 pixels from data/scenes.py: CLIP, autoencoder, UNet,
+in SD's own classes.
 
-    torchrun --nproc_per_node=2 -m tools.build      # hours on two cores; resumable, run it again to go on
-    python -m tools.build --stop-after autoencoder  # a part of it
+    torchrun --nproc_per_node=2 -m tools.build      # hours on two cores; resumable, run it again to
+    go on python -m tools.build --stop-after autoencoder  # a part of it
 
-Order of work: draw the pictures, train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a small CLIP (its text tower becomes
-the pipeline's text encoder), cache the latents, train the UNet. Everything is kept under --runs and reused when the command is run again.
+Order of work: draw the pictures, train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a
+small CLIP (its text tower becomes the pipeline's text encoder), cache the latents, train the UNet.
+Everything is kept under --runs and reused when the command is run again.
 """
 import argparse
 import os
@@ -18,28 +20,31 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from data import scenes
-from tools.tiny import Reconstruct, autoencoder_loss, clip_loss, fit, make_scheduler, make_tokenizer, unet_loss
+from tools import tiny
 
 TOKENS = 16                 # text length of make_tokenizer; the longest caption has 12 tokens
 CHANNELS = 16               # of the latents, as SD3's and FLUX's
 WIDTH = 128                 # of both CLIP towers, and so of the UNet's cross attention
 
-# ---- what is built, in SD's own classes ----------------------------------------------------------------------------
+# ---- what is built, in SD's own classes --------------------------------------------------------------------
 
 
 def make_clip(tokenizer):
     """A CLIPModel: 8-pixel patches, three layers in the image tower, two in the text tower."""
     tower = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=4)
     text = dict(tower, num_hidden_layers=2, vocab_size=len(tokenizer), max_position_embeddings=TOKENS,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
     vision = dict(tower, num_hidden_layers=3, image_size=scenes.SIZE, patch_size=8)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
 
 def make_autoencoder():
-    """An AutoencoderTiny of factor 8: 64 x 64 pixels to 8 x 8 latents. AutoencoderKL of the same quality decodes twice as long."""
+    """An AutoencoderTiny of factor 8: 64 x 64 pixels to 8 x 8 latents. AutoencoderKL of the same
+    quality decodes twice as long."""
     return AutoencoderTiny(encoder_block_out_channels=(48,) * 4, decoder_block_out_channels=(48,) * 4,
-                           num_encoder_blocks=(0, 1, 2, 3), num_decoder_blocks=(3, 2, 1, 0), latent_channels=CHANNELS)
+                           num_encoder_blocks=(0, 1, 2, 3), num_decoder_blocks=(3, 2, 1, 0),
+                           latent_channels=CHANNELS)
 
 
 def make_unet():
@@ -52,7 +57,8 @@ def make_unet():
 
 
 def cached(path, shape, dtype, make, chunk=2048):
-    """A memory-mapped array of n rows, made chunk by chunk where an earlier start has stopped; rank 0 makes it.
+    """A memory-mapped array of n rows, made chunk by chunk where an earlier start has stopped;
+    rank 0 makes it.
     make(first, last) -> rows.  Returns: the array, read-only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         progress = path.with_suffix(".done")
@@ -67,7 +73,7 @@ def cached(path, shape, dtype, make, chunk=2048):
     return np.load(path, mmap_mode="r")
 
 
-# ---- the story -----------------------------------------------------------------------------------------------------
+# ---- the story ---------------------------------------------------------------------------------------------
 
 
 def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_after):
@@ -76,7 +82,8 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
-    torch.set_num_threads(max(1, (os.cpu_count() if world == 1 else 1)) if "OMP_NUM_THREADS" not in os.environ else
+    torch.set_num_threads(max(1, (os.cpu_count() if world == 1 else 1)) if "OMP_NUM_THREADS" not in os.environ
+                          else
                           int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     plans = scenes.plan(pictures, torch.Generator().manual_seed(0), only=False)
@@ -96,25 +103,29 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
     def autoencoder_batch(generator):
         rows = rows_of(32, generator)
         return pixels(rows), torch.randn(len(rows), CHANNELS, 8, 8, generator=generator)
-    autoencoder = Reconstruct(make_autoencoder().to(memory_format=torch.channels_last))
-    fit("autoencoder", autoencoder, autoencoder_loss, autoencoder_batch, autoencoder_updates, 2e-3, runs, ema_decay=0.999)
+    autoencoder = tiny.Reconstruct(make_autoencoder().to(memory_format=torch.channels_last))
+    tiny.fit("autoencoder", autoencoder, tiny.autoencoder_loss, autoencoder_batch, autoencoder_updates, 2e-3,
+             runs, ema_decay=0.999)
     vae = autoencoder.autoencoder.eval()
     with torch.no_grad():
         test = scenes.render(scenes.plan(256, torch.Generator().manual_seed(1)))
-        psnr = (10 * (4 / (vae.decode(vae.encode(test).latents).sample.clamp(-1, 1) - test).square().mean((1, 2, 3))).log10()).mean()
+        psnr = (10 *
+                (4 /
+                 (vae.decode(vae.encode(test).latents).sample.clamp(-1, 1) -
+                  test).square().mean((1, 2, 3))).log10()).mean()
     print(f"autoencoder: {psnr:.2f} dB mean PSNR on 256 fresh scenes")
     if stop_after == "autoencoder":
         return
 
     # CLIP; a scene's caption is drawn anew each time
-    tokenizer = make_tokenizer(scenes.vocabulary())
+    tokenizer = tiny.make_tokenizer(scenes.vocabulary())
 
     def tokens_of(rows, generator):
         chosen = plans[rows].clone()
         for i, table in enumerate(scenes.LEVELS):
             of_count = (chosen[:, 0] == i + 1).nonzero()[:, 0]
-            chosen[of_count, 6] = torch.multinomial(torch.tensor(list(table.values())), max(1, len(of_count)), True,
-                                                    generator=generator)[:len(of_count)].float()
+            chosen[of_count, 6] = torch.multinomial(torch.tensor(list(table.values())), max(1, len(of_count)),
+                                                    True, generator=generator)[:len(of_count)].float()
         captions = scenes.describe(chosen)[0]
         return tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
 
@@ -122,7 +133,7 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
         rows = rows_of(256, generator)
         return pixels(rows), tokens_of(rows, generator)
     clip = make_clip(tokenizer)
-    fit("clip", clip, clip_loss, clip_batch, clip_updates, 1e-3, runs, ema_decay=0.995)
+    tiny.fit("clip", clip, tiny.clip_loss, clip_batch, clip_updates, 1e-3, runs, ema_decay=0.995)
     clip.eval()
     if stop_after == "clip":
         return
@@ -130,10 +141,12 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
     # latents, once; UNet
     @torch.no_grad()
     def encode(first, last):
-        return torch.cat([vae.encode(pixels(rows)).latents.half() for rows in torch.arange(first, last).split(256)]).numpy()
-    latents = torch.from_numpy(np.array(cached(runs / "latents.npy", (pictures, CHANNELS, 8, 8), np.float16, encode)))
+        return torch.cat([vae.encode(pixels(rows)).latents.half()
+                          for rows in torch.arange(first, last).split(256)]).numpy()
+    latents = torch.from_numpy(np.array(cached(runs / "latents.npy", (pictures, CHANNELS, 8, 8), np.float16,
+                                               encode)))
     scale = round(1 / latents[:8192].float().std().item(), 4)
-    scheduler = make_scheduler()
+    scheduler = tiny.make_scheduler()
 
     def unet_batch(generator):
         rows = rows_of(64, generator)
@@ -143,12 +156,13 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
         t = torch.randint(1000, (len(rows),), generator=generator)
         return z_0, text, t, torch.randn(z_0.shape, generator=generator)
     unet = make_unet()
-    fit("unet", unet, lambda model, batch: unet_loss(model, batch, scheduler.alphas_cumprod), unet_batch, unet_updates,
-        1.5e-3, runs, ema_decay=0.9995)
+    tiny.fit("unet", unet, lambda model, batch: tiny.unet_loss(model, batch, scheduler.alphas_cumprod),
+             unet_batch, unet_updates, 1.5e-3, runs, ema_decay=0.9995)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/build"), help="checkpoints and caches")
     parser.add_argument("--pictures", type=int, default=131_072, help="training scenes to draw")
     parser.add_argument("--autoencoder-updates", type=int, default=8000, help="of batch 32")
