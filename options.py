@@ -72,7 +72,8 @@ class Config:
     shard: bool = False              # FSDP2: weights, gradients and optimizer state spread over the processes
     compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
     guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;
-                                     # w puts w into the student
+                                     # w puts w into the student; of FLUX.1-dev it is the network's
+                                     # input, where 1 means its own 3.5
     text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance
                                      # works at sampling
     null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the

@@ -55,7 +55,8 @@ class Pairs:
         model = models.as_model(pipeline)
         self.schedule, self.prediction = model.schedule, model.prediction
         check_windows(recipe.stages, self.schedule)
-        models.check_null(pipeline, c.guidance_teacher, c.text_dropout)
+        self.guidance = models.embed_guidance(pipeline, c.guidance_teacher)         # classifier-free
+        models.check_null(pipeline, self.guidance, c.text_dropout)
         self.null, self.null_there = ((self.text([""]), self.text([""], self.device))
                                       if models.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
@@ -111,7 +112,7 @@ class Pairs:
                              self.device)
             z = begin(numbers)
             with self.autocast():
-                end = walk(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
+                end = walk(model, z, times, cond, self.guidance, self.null_like(cond),
                            lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
             return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1),
@@ -281,7 +282,7 @@ class Pairs:
                 batch |= self.text(batch.pop("captions"), self.device)
             z_0, cond = batch.pop("z_0"), batch
             starts, stops = t_start[::reuse], t_end[::reuse]
-            guidance = self.c.guidance_teacher if solver.path is None else 1.0
+            guidance = self.guidance if solver.path is None else 1.0
             alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
             with self.autocast():

@@ -85,7 +85,10 @@ def open_pairs(c, recipe, device, processes):
     rank, _, barrier = processes
     dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
     pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
-    models.check_null(pipeline, c.guidance_teacher, c.text_dropout)     # before anything encodes a caption
+    if c.size:
+        models.set_native_size(pipeline, c.size)
+    guidance = models.embed_guidance(pipeline, c.guidance_teacher)
+    models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
     if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,

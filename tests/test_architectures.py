@@ -11,6 +11,7 @@ import models
 import sampler
 from models import architectures, load, stable_diffusion
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CLIP_L, OPENCLIP_H, OPENCLIP_BIGG, VAE = 123_060_480, 340_387_840, 694_659_840, 83_653_863
 COUNTS = {
     "sd15": dict(text_encoder=CLIP_L, vae=VAE, unet=859_520_964),
@@ -64,11 +65,11 @@ def test_a_part_has_the_same_weights_whatever_is_built_with_it():
     for part, group in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "text"), ("text_encoder_2", "text")):
         alone = architectures.build("sdxl", parts=(group,), **SMALL["sdxl"])
         assert same(weights(getattr(alone, part)), weights(getattr(whole, part)))
-        assert all((getattr(alone, other) is None) == (not other.startswith(group)) for other in load.NETWORKS)
+        assert all((getattr(alone, other) is None) == (not other.startswith(group)) for other in PARTS)
     assert architectures.build("sdxl", parts=(), **SMALL["sdxl"]).tokenizer is None
     again, other = (architectures.build("sdxl", seed=seed, parts=("unet",), **SMALL["sdxl"]).unet for seed in (0, 1))
     assert same(weights(again), weights(whole.unet)) and not same(weights(other), weights(whole.unet))
-    starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in load.NETWORKS]
+    starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in PARTS]
     assert len({tuple((start / start[0]).round(decimals=2).tolist()) for start in starts}) == 4           # each part has a stream of its own
     vectors = [value.flatten()[:8] for value in weights(whole.unet).values() if value.numel() >= 8]
     assert len({tuple(vector.tolist()) for vector in vectors}) == len(vectors)            # a mix-up of two tensors would show
