@@ -30,7 +30,7 @@ import models
 import reflow
 from data import captioned
 from models import load
-from models.student import FrozenNetwork, make_student
+from models.student import FrozenNetwork, check_lora, make_student
 from options import Config, command, fit_prediction, resolve_recipe
 from pairs import Pairs, cache_folder
 from runtime import checkpoints, cli, processes, progress, store
@@ -85,6 +85,7 @@ def open_pairs(c, recipe, device, processes):
     rank, _, barrier = processes
     dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
     pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
+    check_lora(c, models.network(pipeline))
     if c.size:
         models.set_native_size(pipeline, c.size)
     guidance = models.embed_guidance(pipeline, c.guidance_teacher)

@@ -7,12 +7,12 @@ forward, prompts, has_null, embed_guidance, encode_text, encode, decode, native_
 set_native_size, latent_geometry, as_student, stock_call, stock_notes, meta_condition.
 docs/extending.md says what each must do.
 """
-from models import pixel, stable_diffusion
+from models import dit, pixart, pixel, stable_diffusion
 from models.configs import is_flow, read_schedule
 from runtime.cli import UserError
 from teacher import Model
 
-FAMILIES = (stable_diffusion, pixel)
+FAMILIES = (stable_diffusion, pixel, dit, pixart)
 
 # the networks that a pipeline may have, whatever its family
 NETWORKS = tuple(dict.fromkeys(name for module in FAMILIES

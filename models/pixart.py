@@ -1,0 +1,137 @@
+"""PixArt-alpha and PixArt-Sigma: a transformer that gives eps and a learned variance, told the text
+by T5 with a mask; alpha at 1024 pixels is told the size of the picture, too."""
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from models import masked_text
+from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
+from models.configs import trailing_ddim
+from runtime.cli import UserError
+
+NETWORK, CLASS = "transformer", PixArtTransformer2DModel
+TEXT_ENCODERS = ("text_encoder",)
+LORA_LAYERS = None              # diffusers has no loader of adapters for these pipelines
+FLOW = False
+
+
+def required(pipeline):
+    """The networks it needs besides."""
+    return ("vae", "text_encoder")
+
+
+def check(pipeline):
+    """Raises UserError unless the transformer gives eps, and perhaps a variance, and is told what the
+    stock pipeline tells it."""
+    network, c = pipeline.transformer, pipeline.transformer.config
+    if (c.out_channels or c.in_channels) not in (c.in_channels, 2 * c.in_channels):
+        raise UserError(f"its transformer takes {c.in_channels} channels and gives {c.out_channels}; give one "
+                        f"that gives {c.in_channels}, or {2 * c.in_channels} with a learned variance")
+    told = "Alpha" in type(pipeline).__name__ and c.sample_size == 128
+    if network.use_additional_conditions and not told:
+        raise UserError("use_additional_conditions of its transformer is on, and its "
+                        f"{type(pipeline).__name__} tells no resolution at sample_size {c.sample_size}; only "
+                        "PixArtAlphaPipeline at 128 does")
+    masked_text.check_width(pipeline, lambda config: config.d_model)
+
+
+def blocks(transformer):
+    """The parts that FSDP gathers one at a time."""
+    return tuple(transformer.transformer_blocks)
+
+
+def forward(transformer):
+    """(z, timestep, **cond) -> output like z: of eps and its variance, eps."""
+    def predict(z, timestep, encoder_hidden_states, encoder_attention_mask, resolution=None,
+                aspect_ratio=None):
+        dtype = next(transformer.parameters()).dtype
+        output = transformer(z.to(dtype), encoder_hidden_states.to(dtype), timestep,
+                             encoder_attention_mask=encoder_attention_mask,
+                             added_cond_kwargs=dict(resolution=resolution, aspect_ratio=aspect_ratio),
+                             return_dict=False)[0]
+        return output[:, :z.shape[1]].to(z.dtype)
+    return predict
+
+
+def prompts(pipeline):
+    return "text"
+
+
+def has_null(pipeline):
+    return True
+
+
+def embed_guidance(pipeline, guidance):
+    """Nothing of it: what is not 1 is classifier-free guidance."""
+    return guidance
+
+
+@torch.no_grad()
+def encode_text(pipeline, prompts, batch, null, size, device):
+    """{"encoder_hidden_states": (N, L, D), "encoder_attention_mask": (N, L)}; where the network is told
+    the size also {"resolution": (N, 2), "aspect_ratio": (N, 1)}, float32."""
+    masked_text.check_null(null)
+    # captions are cleaned, where bs4 and ftfy are installed, as the stock call does it
+    table = masked_text.encode(pipeline, [prompt or "" for prompt in prompts], batch, device,
+                               clean_caption=True)
+    if pipeline.transformer.use_additional_conditions:
+        height, width = native_size(pipeline) if size is None else size
+        for name, value in (("resolution", [height, width]), ("aspect_ratio", [height / width])):
+            table[name] = torch.tensor([value]).float().repeat(len(prompts), 1).to(device)
+    return table
+
+
+# ---- sizes, a student's pipeline ---------------------------------------------------------------------------
+
+
+def native_size(pipeline):
+    return (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+
+
+def set_native_size(pipeline, size):
+    """Positions are scaled from the sample_size that a network is built with: its config with another
+    one also gets the scale that leaves them as they are."""
+    network, c = pipeline.transformer, pipeline.transformer.config
+    new, scale = size // pipeline.vae_scale_factor, c.interpolation_scale or max(c.sample_size // 64, 1)
+    if new == c.sample_size:
+        return
+    if network.use_additional_conditions:
+        raise UserError(f"--size {size}: stock pipelines tell this model the resolution at its own size "
+                        f"alone; leave it out, or use --size {native_size(pipeline)[0]}")
+    network.register_to_config(sample_size=new, interpolation_scale=scale * new / c.sample_size,
+                               use_additional_conditions=False)
+
+
+def latent_geometry(pipeline):
+    """(channels, pixels per latent, what the sides of a picture must be multiples of)."""
+    c, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+    return c.in_channels, factor, factor * c.patch_size
+
+
+def as_student(pipeline):
+    """The pipeline as a student is written, with the stock scheduler that samples it."""
+    pipeline.scheduler = trailing_ddim(pipeline.scheduler)
+    return pipeline
+
+
+def stock_call(pipeline, steps):
+    """The arguments of a stock call that samples a student. Its bins are of 256, 512 and 1024
+    pixels."""
+    binned = native_size(pipeline)[0] == 8 * pipeline.transformer.config.sample_size in (256, 512, 1024)
+    return (f"prompt, num_inference_steps={steps}, guidance_scale=1"
+            + ", use_resolution_binning=False" * (not binned))
+
+
+def stock_notes(pipeline, exact, guidance, null):
+    """Sentences of a student's card."""
+    inside = f"; guidance {guidance:g} is in the student already" if guidance != 1 else ""
+    return [f"Without guidance_scale=1 diffusers takes 4.5, which is far off{inside}."] if exact else []
+
+
+def meta_condition(transformer):
+    """What forward takes besides z and time, for one sample on the meta device: for counting
+    operations. 300 tokens: Sigma's; alpha reads 120."""
+    cond = {"encoder_hidden_states": torch.empty(1, 300, transformer.config.caption_channels, device="meta"),
+            "encoder_attention_mask": torch.ones(1, 300, dtype=torch.int64, device="meta")}
+    if transformer.use_additional_conditions:
+        cond |= dict(resolution=torch.ones(1, 2, device="meta"), aspect_ratio=torch.ones(1, 1, device="meta"))
+    return cond
