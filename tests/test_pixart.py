@@ -1,0 +1,149 @@
+"""PixArt-alpha and -Sigma behind the contract: stock pipelines, masks, resolution, sizes, and what is refused."""
+import json
+import warnings
+
+import diffusers
+import pytest
+import torch
+from small_transformers import alpha, alpha_1024, pixart
+from test_train import small
+
+import models
+import sampler
+import train
+from models import load, saved
+from runtime.cli import UserError
+
+KINDS = {"sigma": pixart, "alpha": alpha, "alpha-1024": alpha_1024, "alpha-256": lambda: alpha(sample_size=32)}
+PROMPTS = ["red fox on blue", "a heart"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pixart")
+    for name, make in KINDS.items():
+        make().save_pretrained(root / name)
+    return root
+
+
+def stock_latents(folder, prompts, seeds, steps, guidance=1, **call):
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    return stock(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=sampler.generators(seeds), output_type="latent",
+                 **call).images
+
+
+def difference(ours, theirs):
+    """As a share of the largest number: x = z / alpha, and alpha is 0.0064 at t = 1."""
+    return (ours - theirs).abs().max() / theirs.abs().max()
+
+
+UNBINNED = dict(use_resolution_binning=False)
+
+
+@pytest.mark.parametrize("kind, guidance, call", [
+    ("sigma", 1, UNBINNED), ("sigma", 4.5, UNBINNED), ("alpha", 1, UNBINNED), ("alpha-256", 1, {}),
+    ("alpha-1024", 1, dict(UNBINNED, height=64, width=64))])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_an_untrained_student_is_the_teachers_ddim_in_the_stock_pipeline(folders, tmp_path, kind, guidance, call, steps):
+    pipeline, size = load.load_pipeline(str(folders / kind)), call.get("height")
+    ours = sampler.generate(pipeline, models.as_model(pipeline), PROMPTS, [0, 1], sampler.time_grid(steps), guidance, size=size)
+    models.family(pipeline).as_student(pipeline).save_pretrained(tmp_path / "s")
+    assert difference(ours, stock_latents(tmp_path / "s", PROMPTS, [0, 1], steps, guidance, **call)) <= 1e-6
+    said = models.family(pipeline).stock_call(pipeline, steps)
+    assert ("use_resolution_binning=False" in said) == (kind in ("sigma", "alpha"))
+
+
+@pytest.fixture(scope="module", params=["sigma", "alpha"])
+def run(request, folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    (out / "p.txt").write_text("\n".join(PROMPTS))
+    train.main(small(folders / request.param, out / "run", data="", prompts=str(out / "p.txt"), updates=8, windows=[2, 1], lr=1e-3, size=32))
+    return out / "run"
+
+
+@pytest.mark.parametrize("windows, steps", [(1, 1), (2, 2), (2, 4)])
+def test_a_student_of_another_size_is_sampled_alike_by_the_stock_pipeline(run, windows, steps):
+    """Positions are scaled from sample_size: written with another one, the network must still see those it was trained at."""
+    student = run / f"student-{windows}"
+    pipeline, model, _ = saved.open_model(str(student))
+    assert models.native_size(pipeline) == (32, 32)
+    ours = sampler.generate(pipeline, model, PROMPTS, [3, 4], sampler.time_grid(steps, windows))
+    assert ours.shape == (2, 4, 4, 4) and difference(ours, stock_latents(student, PROMPTS, [3, 4], steps, **UNBINNED)) <= 1e-6
+    trained, _, _ = saved.open_model(json.loads((student / "reflow.json").read_text())["teacher"], size=32)
+    trained.transformer.load_state_dict(pipeline.transformer.state_dict())
+    z, cond = torch.randn(2, 4, 4, 4), models.encode_text(pipeline, PROMPTS)
+    for x, y in zip(models.as_model(trained)(z, torch.ones(2), cond), models.as_model(pipeline)(z, torch.ones(2), cond)):
+        assert torch.allclose(x, y, rtol=1e-5)
+    card = (student / "README.md").read_text()
+    assert f"(prompt, num_inference_steps={windows}, guidance_scale=1, use_resolution_binning=False)" in card and "diffusers takes 4.5" in card
+
+
+def test_what_the_mask_hides_changes_nothing(folders):
+    pipeline = load.load_pipeline(str(folders / "sigma"))
+    model, cond = models.as_model(pipeline), models.encode_text(pipeline, ["red fox"])
+    z, t = torch.randn(1, 4, 8, 8), torch.ones(1)
+    assert cond["encoder_hidden_states"].shape == (1, 300, 16) and cond["encoder_attention_mask"].sum() == 3      # red, fox, </s>
+    before = model(z, t, cond)[1]
+    for token, same in ((3, True), (299, True), (2, False), (0, False)):
+        changed = cond["encoder_hidden_states"].clone()
+        changed[:, token] += 1
+        assert torch.equal(model(z, t, {**cond, "encoder_hidden_states": changed})[1], before) == same, token
+    assert not torch.equal(model(z, t, {**cond, "encoder_attention_mask": torch.ones(1, 300).long()})[1], before)
+    with pytest.raises(TypeError, match="encoder_attention_mask"):
+        model(z, t, {"encoder_hidden_states": cond["encoder_hidden_states"]})
+
+
+def test_text_is_what_the_stock_pipeline_makes_of_it(folders):
+    for kind, length in (("sigma", 300), ("alpha", 120)):
+        pipeline = load.load_pipeline(str(folders / kind))
+        ours = models.encode_text(pipeline, ["Red FOX ", None, ""], batch=2)
+        states, mask, *_ = pipeline.encode_prompt(["red fox", "", ""], False)
+        assert torch.equal(ours["encoder_hidden_states"], states) and torch.equal(ours["encoder_attention_mask"], mask)
+        assert mask.shape[1] == length
+        exact, over = "a " * (length - 1), "a " * (length + 1)                # and the end
+        with pytest.warns(UserWarning, match="'a a .*' is 2 tokens too long .* so are 1 more"):
+            models.encode_text(pipeline, [over, "fox", over + "a"])
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            models.encode_text(pipeline, [exact])
+    with pytest.raises(UserError, match='--null-text zeros: the null embedding of this model is the encoded ""; leave it out'):
+        models.encode_text(pipeline, [None], null="zeros")
+
+
+def test_alpha_is_told_the_size_where_the_stock_pipeline_tells_it(folders):
+    pipeline = load.load_pipeline(str(folders / "alpha-1024"))
+    cond = models.encode_text(pipeline, ["fox", "heart"], size=(64, 128))
+    assert cond["resolution"].tolist() == [[64, 128]] * 2 and cond["aspect_ratio"].tolist() == [[0.5]] * 2
+    assert models.encode_text(pipeline, ["fox"])["resolution"].tolist() == [[1024, 1024]]
+    z, t = torch.randn(2, 4, 8, 8), torch.ones(2)
+    assert not torch.allclose(models.as_model(pipeline)(z, t, cond)[1], models.as_model(pipeline)(z, t, {**cond, "resolution": cond["resolution"] * 2})[1])
+    assert "resolution" not in models.encode_text(load.load_pipeline(str(folders / "alpha")), ["fox"])
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda: pixart(out_channels=6), "takes 4 channels and gives 6; give one that gives 4, or 8 with a learned variance"),
+    (lambda: pixart(width=24), "text_encoder gives 24 channels, and its transformer takes 16 .*; give the text encoder"),
+    (lambda: pixart(sample_size=128, num_attention_heads=3, cross_attention_dim=24), "use_additional_conditions .* PixArtSigmaPipeline tells no "
+     "resolution at sample_size 128; only PixArtAlphaPipeline"),
+    (lambda: alpha(use_additional_conditions=True, num_attention_heads=3, cross_attention_dim=24), "tells no resolution at sample_size 8")])
+def test_what_contradicts_the_stock_pipeline_is_refused(tmp_path, make, reason):
+    make().save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match=f"--model .*: .*{reason}"):
+        load.load_pipeline(str(tmp_path / "m"))
+
+
+def test_a_missing_text_encoder_adapters_and_sizes_are_refused_before_anything_is_cached(folders, tmp_path):
+    pipeline = pixart()
+    pipeline.text_encoder = None
+    pipeline.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="PixArtSigmaPipeline lacks its text_encoder; download it again, whole"):
+        load.load_pipeline(str(tmp_path / "m"))
+    (tmp_path / "p.txt").write_text("fox\n")
+    for kind, changes, reason in (("sigma", dict(lora=4), "--lora 4: diffusers loads no adapters into a PixArtTransformer2DModel"),
+                                  ("alpha-1024", dict(size=512), "--size 512: stock pipelines tell .* use --size 1024"),
+                                  ("sigma", dict(null_text="zeros"), "--null-text zeros")):
+        with pytest.raises(UserError, match=reason):
+            train.main(small(folders / kind, tmp_path / "run", data="", prompts=str(tmp_path / "p.txt"), **changes))
+    assert not (tmp_path / "run" / "cache").exists()
