@@ -228,7 +228,7 @@ def guided(model, guide):
 
 
 def check_guide(guide, guidance):
-    """Raises UserError if a guide is named, but never evaluated at this guidance."""
+    """Raises UserError if a guide is named, but not used at this guidance."""
     if guide and guidance == 1:
-        raise UserError(f"--guide {guide}: never asked at --guidance 1; give another --guidance, for "
+        raise UserError(f"--guide {guide}: not used at --guidance 1; give another --guidance, for "
                         "instance 2")
