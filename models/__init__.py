@@ -75,7 +75,7 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu
     """What the network is conditioned on. prompts: list of N strings, or None for the null
     embedding, what an unconditional call sees. null: "empty" encodes "", "zeros" gives zeros,
     "auto" does what the model was made for.
-    size: (H, W) in pixels, for networks that are told; default: the model's own.
+    size: (H, W) in pixels, for networks that are conditioned on it; default: the model's own.
     Returns: dict of tensors (N, ...) on device, {} for an unconditional model.
     Warns of text beyond the encoder's length.
     Raises UserError on what the model cannot be conditioned on, and on an embedding that is not

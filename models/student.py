@@ -19,7 +19,7 @@ from teacher import PRECISIONS
 def make_student(c, network, device, dropout=0.0):
     """Make the teacher's network the student: all of its weights in fp32, or LoRA adapters on it
     (fp32, the rest frozen as it is); both start as the teacher. dropout: rate of every dropout in
-    it, whatever it was built with. The same module is returned, sharded if asked for."""
+    it, whatever it was built with. The same module is returned, sharded with --shard."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout

@@ -30,7 +30,7 @@ import reflow
 import sampler
 import train
 from models import architectures, load
-from runtime import cli, processes
+from runtime import checkpoints, cli, processes
 from runtime.cli import UserError
 from teacher import PRECISIONS
 
@@ -112,7 +112,7 @@ def measured_training(options, queue):
     def make_student(c, unet, device, dropout):
         student = real_student(c, unet, device, dropout)
         weights.update(network=size_of(student),
-                       trained=sum(p.nbytes for p in train.trained(student).values()))
+                       trained=sum(p.nbytes for p in checkpoints.trained(student).values()))
         return student
     train.open_pairs, train.make_student = open_pairs, make_student
     if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
