@@ -145,7 +145,7 @@ def set_native_size(pipeline, size):
 # ---- a student's pipeline ----------------------------------------------------------------------------------
 
 
-def as_student(pipeline):
+def as_student(pipeline, schedule):
     """The pipeline as a student is written, with the stock scheduler that samples it."""
     pipeline.scheduler = trailing_ddim(pipeline.scheduler)
     return pipeline

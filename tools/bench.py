@@ -262,7 +262,7 @@ def sampling(c, device):
     stock = pipeline
     if "safety_checker" in pipeline.components:
         stock = type(pipeline)(**pipeline.components, requires_safety_checker=False)
-    stock = models.family(pipeline).as_student(stock)
+    stock = models.family(pipeline).as_student(stock, model.schedule)
     stock.set_progress_bar_config(disable=True)
     noise = sampler.noise(range(c.batch), shape)
     cond = {key: value.to(device)
