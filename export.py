@@ -136,7 +136,7 @@ def export(folder, trained, info):
 
 def write_pipeline(folder, pipeline, info, lora=None):
     saved.apply_settings(pipeline, info, written=True)
-    pipeline = models.family(pipeline).as_student(pipeline)
+    pipeline = models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0])
 
     def write(part):
         pipeline.save_pretrained(part, safe_serialization=True)

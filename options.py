@@ -37,7 +37,7 @@ class Config:
     direction_weight: float | None = None  # alpha of alpha (1 - cos)
     direction_space: str | None = None  # of that cosine: eps, u, x, velocity or end
     solver_steps: int | None = None  # teacher's DDIM steps from noise to data
-    reuse: int | None = None         # times t that each pair is asked at, in the same update
+    reuse: int | None = None         # times t drawn for each pair, in the same update
     forward_rate: float | None = None  # rho: share of trajectories that run from real images to noise
     projection: float | None = None  # entropy of the optimal transport that brings pairs back on their
                                      # marginals; 0 = none

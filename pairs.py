@@ -9,12 +9,12 @@ they belong to.
 | consistency | a real latent noised to t           | one teacher step, then the student's own x_hat there|
 
 Consistency distillation (LCM) is the peer that users know. It is a chord as well: from z_t to the
-data at t = 0, which the student itself is believed to know better one teacher step nearer to it.
+data at t = 0, where the student's own prediction one teacher step nearer stands for the data.
 
 A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to
 the noise that the teacher makes it from (forward, Simple ReFlow). A backward one has the true noise
 at its start, a forward one true data at its end; the other end is only as good as the teacher.
-Projected pairs (there as well) mend that end.
+Projected pairs replace that other end.
 
 Everything random about sample k comes from generators seeded with (seed, k), so that a sample is
 the same on one process or eight, at any micro-batch, before or after a resume.
@@ -41,19 +41,16 @@ LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Pairs:
-    """The pairs of one run.  c: train.Config; recipe: reflow.Recipe; pipeline: the teacher's,
-    frozen, on its device;
-    dataset: from data.open_dataset; processes: (rank, world size, barrier). Makes the caches that
-    the run asks for."""
+    """The pairs of one run, and its caches.  c: train.Config; recipe: reflow.Recipe; pipeline: the
+    teacher's, frozen, on its device; dataset: from data.open_dataset; processes: (rank, world size,
+    barrier)."""
 
     def __init__(self, c, recipe, pipeline, dataset, processes=(0, 1, lambda: None)):
         self.c, self.recipe, self.pipeline, self.dataset = c, recipe, pipeline, dataset
-        self.processes = processes
-        self.device = models.network(pipeline).device
+        self.processes, self.device = processes, models.network(pipeline).device
         self.shape = models.latent_shape(pipeline, c.size)
         self.size = [side * pipeline.vae_scale_factor for side in self.shape[1:]]         # (H, W) in pixels
-        model = models.as_model(pipeline)
-        self.schedule, self.prediction = model.schedule, model.prediction
+        self.schedule, self.prediction = models.schedule(pipeline)
         check_windows(recipe.stages, self.schedule)
         self.guidance = models.embed_guidance(pipeline, c.guidance_teacher)         # classifier-free
         models.check_null(pipeline, self.guidance, c.text_dropout)
@@ -72,7 +69,7 @@ class Pairs:
             self.rows = self.cache_trajectories()
         elif c.cache_latents:
             self.rows = self.cache_latents()
-        self.online = self.rows is None                   # text encoders and VAE are asked at every step
+        self.online = self.rows is None                   # text encoders and VAE run at every step
 
     # ---- caches ----
 
@@ -106,66 +103,66 @@ class Pairs:
         windows = cache_windows(recipe)
         times, keep = sampler.time_grid(recipe.solver_steps), recipe.solver_steps // windows
 
-        def solve(walk, begin, numbers):
+        def solve_rows(solve, initial, numbers):
             visited = []
             cond = self.text([self.dataset.captions[i] for i in self.captions(numbers, "trajectory")],
                              self.device)
-            z = begin(numbers)
+            z = initial(numbers)
             with self.autocast():
-                end = walk(model, z, times, cond, self.guidance, self.null_like(cond),
-                           lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
+                end = solve(model, z, times, cond, self.guidance, self.null_like(cond),
+                            lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
-            return {key: value.cpu() for key, value in {"z": path if walk is sampler.ddim else path.flip(1),
-                                                        **cond}.items()}
+            path = path if solve is sampler.ddim else path.flip(1)         # noise first, both ways
+            return {key: value.cpu() for key, value in {"z": path, **cond}.items()}
+
         settings = dict(teacher=models.fingerprint(models.network(self.pipeline),
                                                    *models.text_encoders(self.pipeline)),
                         prediction=self.prediction, schedule=store.digest(self.schedule.key),
                         solver_steps=recipe.solver_steps, windows=windows, guidance=c.guidance_teacher,
                         text_dropout=c.text_dropout, null_text=c.null_text, size=self.size, seed=c.seed,
-                        # and which captions the first samples draw
                         precision=c.precision, data=c.data or c.prompts,
+                        # and which captions the first samples draw
                         captions=store.digest(self.dataset.captions,
                                               self.dataset.caption_indices(range(256))))
         total = trajectory_count(c, recipe)
         stores, forward = [], round(recipe.forward_rate * total)
-        for name, count, walk, begin, right in (("trajectories", total - forward, sampler.ddim, self.noises,
-                                                 self.latents),
-                                                ("inversions", forward, sampler.invert, self.latents,
-                                                 self.noises)):
-            if count:
-                made = {**settings, **(self.pictures() if walk is sampler.invert else {})}
-                rows = store.cached(cache_folder(c) / name, count, made,
-                                    functools.partial(solve, walk, begin), 256,
-                                   *self.processes, desc=f"teacher {name}", batch=c.micro_batch or c.batch)
-                if recipe.projection:
-                    wrong = -1 if walk is sampler.ddim else 0
-                    made = {**settings, **self.pictures(), "projection": recipe.projection}
-                    rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
-                                       functools.partial(self.project, rows, wrong, right), LARGE_BATCH,
-                                       *self.processes, desc="projection")
-                stores.append(rows)
+        for name, count, solve, initial, true_samples, generated_end in (
+                ("trajectories", total - forward, sampler.ddim, self.noises, self.latents, -1),
+                ("inversions", forward, sampler.invert, self.latents, self.noises, 0)):
+            if not count:
+                continue
+            made = {**settings, **(self.pictures() if solve is sampler.invert else {})}
+            rows = store.cached(cache_folder(c) / name, count, made,
+                                functools.partial(solve_rows, solve, initial), 256, *self.processes,
+                                desc=f"teacher {name}", batch=c.micro_batch or c.batch)
+            if recipe.projection:
+                made = {**settings, **self.pictures(), "projection": recipe.projection}
+                rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
+                                    functools.partial(self.project, rows, generated_end, true_samples),
+                                    LARGE_BATCH, *self.processes, desc="projection")
+            stores.append(rows)
         return store.Joined(stores)
 
-    def project(self, rows, wrong, right, numbers):
-        """Trajectories of a large minibatch with one end, 0 or -1, replaced by samples
-        right(numbers) of what should be there, each by one that it draws from their optimal
-        transport. What a sample is conditioned on counts as much as its latent in what is near,
-        classes by being others. Only the two ends are kept.
+    def project(self, rows, generated_end, true_samples, numbers):
+        """Replace the generated end (0 or -1) of each cached trajectory by a true sample, drawn
+        from the entropic optimal transport between the generated ends of a large minibatch and
+        true_samples(numbers). The cost is the distance of the latents plus that of the conditions
+        (classes: equal or not). Only the two ends are kept.
         Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is
         not public; this one is ours."""
         cond, cost = rows[numbers], 0
-        path, true = cond.pop("z"), torch.cat([right(numbers[i:i + 64])
-                                               for i in range(0, len(numbers), 64)]).cpu()
+        path = cond.pop("z")
+        true = torch.cat([true_samples(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
         comparable = (value if value.is_floating_point() else torch.nn.functional.one_hot(value)
                       for value in cond.values())
-        for a, b in ((path[:, wrong], true), *((value, value) for value in comparable)):
+        for a, b in ((path[:, generated_end], true), *((value, value) for value in comparable)):
             distance = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square()
             cost = cost + distance / distance.mean().clamp_min(1e-12)
         partner = couple(cost, self.recipe.projection,
-                         seeds.generator(self.c.seed, "projection", wrong, numbers[0]))
+                         seeds.generator(self.c.seed, "projection", generated_end, numbers[0]))
         ends = [path[:, 0], path[:, -1]]
-        ends[wrong] = true[partner]
-        if wrong == -1:                                    # a picture brings its own caption
+        ends[generated_end] = true[partner]
+        if generated_end == -1:                            # a picture brings its own caption
             cond = {key: value[partner] for key, value in cond.items()}
         return {"z": torch.stack(ends, 1), **cond}
 
@@ -209,11 +206,10 @@ class Pairs:
     def captions(self, numbers, purpose):
         """The caption of each sample as an index into dataset.captions; dropped (index 0, "") at
         the rate text_dropout."""
-        drop = [torch.rand(1,
-                           generator=seeds.generator(self.c.seed, purpose, "drop",
-                                                     k)).item() < self.c.text_dropout for k in numbers]
-        return [0 if dropped else index
-                for dropped, index in zip(drop, self.dataset.caption_indices(numbers))]
+        draws = [torch.rand(1, generator=seeds.generator(self.c.seed, purpose, "drop", k)).item()
+                 for k in numbers]
+        return [0 if draw < self.c.text_dropout else index
+                for draw, index in zip(draws, self.dataset.caption_indices(numbers))]
 
     def times(self, numbers, windows):
         u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "time", k), dtype=torch.float64)
@@ -221,8 +217,8 @@ class Pairs:
         return reflow.draw_times(self.recipe, u, windows, self.schedule)
 
     def fetch(self, numbers, windows):
-        """What the host knows of these samples: their times, and the cached rows or images their
-        pairs start from. Runs in a thread, a micro-batch ahead.  Returns: dict of CPU tensors
+        """The CPU half of a micro-batch: times, and the cached rows or images that its pairs start
+        from. Runs in a thread, a micro-batch ahead.  Returns: dict of CPU tensors
         (len(numbers), ...), captions as a list."""
         # a copy to the device waits for it unless it comes from pinned memory
         pin = self.device.type == "cuda"
@@ -243,12 +239,13 @@ class Pairs:
             t_start, t_end = t, torch.zeros_like(t)
         batch = dict(t=t, t_start=t_start, t_end=t_end)
         if self.recipe.pairs == "trajectory":
-            rows = self.rows[[torch.randint(len(self.rows), (1,),
-                                            generator=seeds.generator(self.c.seed, "row", p)).item()
-                                            for p in pair]]
-            path, every = rows.pop("z"), torch.arange(len(pair))
-            batch |= {name: path[every, ((1 - edge[::reuse]) * (path.shape[1] - 1)).round().long()]
-                      for name, edge in (("z_start", t_start), ("z_end", t_end))}
+            draws = [torch.randint(len(self.rows), (1,), generator=seeds.generator(self.c.seed, "row", p))
+                     for p in pair]
+            rows = self.rows[torch.cat(draws).tolist()]
+            path, every = rows.pop("z"), torch.arange(len(pair))           # (B, M+1, C, h, w), noise first
+            for name, edge in (("z_start", t_start), ("z_end", t_end)):
+                place = ((1 - edge[::reuse]) * (path.shape[1] - 1)).round().long()    # time -> index
+                batch[name] = path[every, place]
             return batch | rows
         captions = self.captions(pair, "data")
         batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p))
@@ -263,10 +260,10 @@ class Pairs:
 
     @torch.no_grad()
     def ends(self, batch, solver, steps, student=None):
-        """The device's part.  solver: Model that crosses a window in `steps` DDIM steps, if z_end
-        is not cached: the teacher (its path is None), or the previous stage's student, which has
-        learned the teacher's guidance and gets none; student: the Model that is trained, which
-        consistency evaluates itself.
+        """The device's half of a micro-batch. solver: Model that crosses a window in `steps` DDIM
+        steps, if z_end is not cached: the teacher (its path is None), or the previous stage's
+        student, which has learned the teacher's guidance and gets none; student: the Model that is
+        trained, which consistency evaluates itself.
         Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,),
         float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
@@ -295,9 +292,8 @@ class Pairs:
                     jump = sampler.ddim(student, z_near, jump, cond)
                     z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
                 else:
-                    times = torch.lerp(starts, stops,
-                                       torch.linspace(0, 1, steps + 1, dtype=starts.dtype,
-                                                      device=self.device)[:, None])
+                    share = torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)
+                    times = torch.lerp(starts, stops, share[:, None])
                     z_end = sampler.ddim(solver, z_start, times, cond, guidance, self.null_like(cond))
         if reuse > 1:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0)
@@ -338,8 +334,8 @@ def cache_folder(c):
 
 
 def trajectory_count(c, recipe):
-    """Trajectories that are cached, for each pair to draw one of them at random: those asked for,
-    yet no more than there are pairs."""
+    """Trajectories to cache, of which each pair draws one at random: --trajectories, yet no more
+    than there are pairs."""
     return min(c.trajectories, math.ceil(c.updates * c.batch / recipe.reuse))
 
 

@@ -181,7 +181,7 @@ def steps_for(solver, nfe, windows=1):
     if steps < windows or evaluations(solver, steps, windows) != nfe:
         possible = [str(evaluations(solver, windows + i, windows)) for i in range(3)]
         raise ValueError(f"{nfe} network evaluations: {solver} takes {', '.join(possible)}, ... through "
-                         f"{windows} window{'s' * (windows > 1)}; ask for one of these, or use another "
+                         f"{windows} window{'s' * (windows > 1)}; give one of these, or use another "
                          "solver")
     return steps
 

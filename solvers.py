@@ -90,7 +90,7 @@ def check_on_schedule(name, model, t):
 
 def from_diffusers(name, scheduler_class, draws=False, **options):
     """A solver out of a diffusers scheduler, which gets the model's betas and its x_hat, whatever
-    the network predicts. It asks at its own integer timesteps, so times must be the uniform grid
+    the network predicts. It evaluates at its own integer timesteps, so times must be the uniform grid
     from 1 to 0, one for all samples; z must lie on the noise schedule. draws: it adds noise, from
     one generator per image.  Returns: a function like ddim.  Its errors are UserError: another
     grid, more steps than it can make, a student off the schedule."""
@@ -116,14 +116,14 @@ def from_diffusers(name, scheduler_class, draws=False, **options):
             scheduler.set_timesteps(steps)
         except ValueError as error:
             raise UserError(f"solver {name}: cannot make {steps} steps ({error}); use fewer") from error
-        asked = torch.cat([(scheduler.timesteps.double() + 1) / len(betas),
+        visited = torch.cat([(scheduler.timesteps.double() + 1) / len(betas),
                            torch.zeros(1, dtype=torch.float64)])
-        check_on_schedule(name, model, asked[:-1])
-        asked = asked.to(z.device).reshape(-1, 1).expand(-1, len(z))
+        check_on_schedule(name, model, visited[:-1])
+        visited = visited.to(z.device).reshape(-1, 1).expand(-1, len(z))
         for i, timestep in enumerate(scheduler.timesteps):
-            x_hat, eps_hat = model(z, asked[i], cond, guidance, uncond)
+            x_hat, eps_hat = model(z, visited[i], cond, guidance, uncond)
             if callback:
-                callback(dict(i=i, t=asked[i], t_next=asked[i + 1], z=z, x_hat=x_hat, eps_hat=eps_hat))
+                callback(dict(i=i, t=visited[i], t_next=visited[i + 1], z=z, x_hat=x_hat, eps_hat=eps_hat))
             z = scheduler.step(x_hat, timestep, z, **({"generator": generators} if draws else {})).prev_sample
         return z
     return solve

@@ -4,8 +4,8 @@ prediction type, its text encoder, how it is loaded.
 
 Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 t - 1 (a float;
 SD's own integers at t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data,
-which no network is ever asked about. Networks in EDM's form and of flow matching have clocks of
-their own (EDMSchedule, FlowSchedule).
+where no network is evaluated. Networks in EDM's form and of flow matching have clocks of their own
+(EDMSchedule, FlowSchedule).
 
 A pixel model (UNet2DModel, no autoencoder, no text) keeps the same contract: its latents are the
 pixels, and it is conditioned on nothing or on a class, whose name takes the place of the prompt.
@@ -69,7 +69,7 @@ class Schedule:
         return torch.tensor(np.interp(alpha.numpy(), table, np.linspace(1, 0, len(table))))
 
     def timestep(self, t):
-        """What the network is told as time. t: (B,).  Returns: float32 (B,)."""
+        """The time input of the network. t: (B,).  Returns: float32 (B,)."""
         return (t.double() * self.timesteps - 1).float()
 
     def network_input(self, z, alpha, sigma):
@@ -198,7 +198,7 @@ class Model:
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network
         takes by name.
-        guidance: w in out_uncond + w (out_cond - out_uncond); 1 asks only cond, 0 only uncond,
+        guidance: w in out_uncond + w (out_cond - out_uncond); 1 evaluates only cond, 0 only uncond,
         anything else both in one batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z.
         Nothing here waits for the device."""
         alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)) for c in self.schedule(t))
@@ -241,7 +241,7 @@ class Guided(Model):
 
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """guidance: w in guide + w (model - guide), of the pair (x_hat, eps_hat), so that z stays a
-        x_hat + b eps_hat; 1 asks only the model, 0 only the guide. Both are asked with cond, nobody
+        x_hat + b eps_hat; 1 evaluates only the model, 0 only the guide. Both get cond, neither
         with uncond. The rest: as for teacher.Model."""
         if guidance == 1:
             return super().__call__(z, t, cond)
@@ -257,14 +257,14 @@ def guided(model, guide):
     eps to both at every time; windows alone may differ, on the schedule's own curve."""
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     if not all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.coefficients(t), guide.coefficients(t))):
-        raise UserError("its noise schedule or path is not the model's, and both are asked about the same z; "
+        raise UserError("its noise schedule or path is not the model's, and both see the same z; "
                         "give an earlier student of the same path and windows, or on path vp the teacher or "
                         "any of its students")
     return Guided(**vars(model), guide=guide)
 
 
 def check_guide(guide, guidance):
-    """Raises UserError if a guide is named, but never asked at this guidance."""
+    """Raises UserError if a guide is named, but not used at this guidance."""
     if guide and guidance == 1:
-        raise UserError(f"--guide {guide}: never asked at --guidance 1; give another --guidance, for "
+        raise UserError(f"--guide {guide}: not used at --guidance 1; give another --guidance, for "
                         "instance 2")

@@ -77,7 +77,7 @@ def check_out(c, out):
 
 
 def open_pairs(c, recipe, device, processes):
-    """The data, the teacher on its device, and their pairs, cached as the Config asks.
+    """The data, the teacher on its device, and their pairs, cached as the Config says.
     Returns: (c with the model's default data filled in, dataset, pipeline, pairs).
     Raises UserError."""
     default_data = "" if c.prompts else load.PRESETS.get(c.model, ("", ""))[1]

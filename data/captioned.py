@@ -151,7 +151,7 @@ class Images:
             try:
                 self._picture(row)
             except Exception as error:
-                # torn bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
+                # truncated bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
                 unknown = isinstance(error, UnidentifiedImageError)
                 reason = f"not an image to Pillow {PIL.__version__}" if unknown else error
                 return f"or its caption cannot be read ({reason}); replace or remove it"

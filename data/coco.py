@@ -54,7 +54,7 @@ class Coco:
                 with Image.open(self.folder / self.files[i]) as image:
                     return square(image.convert("RGB"), size)
             except Exception as error:
-                # torn bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
+                # truncated bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
                 raise UserError(f"--data {self.folder.parent}: {self.folder.name}/{self.files[i]} cannot be "
                                 f"decoded ({error}); fetch it again") from error
         with ThreadPoolExecutor() as pool:  # PIL lets go of the GIL while it decodes and resizes

@@ -379,7 +379,7 @@ def table_rows(data, load, image_column, caption_column):
         table = load(datasets)
         if isinstance(table, datasets.DatasetDict):
             table = table["train"]
-    except Exception as error:  # offline, unknown, private, no such split, torn: each has its own class
+    except Exception as error:  # offline, unknown, private, no such split, truncated: each has its own class
         raise UserError(f"--data {data}: cannot be opened ({type(error).__name__}: {error}); give a dataset "
                         "with a train split") from error
     # images by their type, or else plain bytes if there is one column of them

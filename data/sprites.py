@@ -68,7 +68,7 @@ RENAMED = {"globe showing europe africa": "globe", "high voltage": "lightning",
 LEVELS = {"{object} on {background}": 0.40, "{category} on {background}": 0.15, "{object}": 0.15,
           "{category}": 0.10, "on {background}": 0.10, "": 0.10}
 
-# captions that are class names: what a class-conditional model is asked with
+# captions that are class names: what conditions a class-conditional model
 GROUP_LEVELS = {"{category}": 0.90, "": 0.10}
 SPRITES = {"sprites": LEVELS, "sprites-by-group": GROUP_LEVELS}      # --data NAME -> its caption levels
 

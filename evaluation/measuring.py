@@ -182,13 +182,13 @@ class Evaluator:
         """Images by number.  Returns: (latents (N, C, h, w), the model as CountingModel)."""
         pipeline, model, info = self.open(folder)
         solve, spacing = sampler.parse_solver(solver)
-        asked, times = CountingModel(model, edit), sampler.time_grid(steps, info.get("windows", 1), spacing,
-                                                                     model.schedule)
+        counting = CountingModel(model, edit)
+        times = sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
         prompts, seeds = self.prompts[part.start:part.stop], range(self.c.seed + part.start,
                                                                    self.c.seed + part.stop)
-        z = sampler.generate(pipeline, asked, prompts, seeds, times, guidance, len(part), callback,
+        z = sampler.generate(pipeline, counting, prompts, seeds, times, guidance, len(part), callback,
                              size=self.c.size, solver=solve)
-        return z, asked
+        return z, counting
 
     def path(self):
         """The teacher's own trajectories: z, (teacher_steps + 1, C, h, w) each."""

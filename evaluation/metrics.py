@@ -120,8 +120,8 @@ class Inception:
     """The Inception network of 2015 behind published FIDs, in NVIDIA's TorchScript form
     (StyleGAN2-ADA; EDM uses the same weights): uint8 pixels in, resized inside, 2,048 features out.
     path: that file; default: downloaded once, into torch.hub's folder, and its SHA-256 checked.
-    Any TorchScript network that is asked the same way will do; .name then says that it is another.
-    Raises UserError if it cannot be downloaded, is not that file, or cannot be asked."""
+    Any TorchScript network of the same signature will do; .name then says that it is another.
+    Raises UserError if it cannot be downloaded, is not that file, or cannot be called."""
 
     def __init__(self, path="", device="cpu"):
         self.device, file = device, Path(path or
@@ -325,7 +325,7 @@ def straightness(model, z, cond, windows, steps=8, guidance=1.0, uncond=None):
 
 @torch.no_grad()
 def chord_error(model, path, cond, windows, guidance=1.0, uncond=None):
-    """How far the model is from the teacher's chord where a sampler of one step per window asks it:
+    """How far the model is from the teacher's chord where a sampler of one step per window evaluates it:
     root mean square of u_hat - u* at the start of each window, on the teacher's own point.
     path: (B, M+1, ...), the teacher's trajectory at the boundaries of M windows.
     Only where the model's path meets the schedule do the two speak of the same z: a model of

@@ -7,12 +7,12 @@ forward, prompts, has_null, embed_guidance, encode_text, encode, decode, native_
 set_native_size, latent_geometry, as_student, stock_call, stock_notes, meta_condition.
 docs/extending.md says what each must do.
 """
-from models import dit, pixart, pixel, stable_diffusion
+from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, zimage
 from models.configs import is_flow, read_schedule
 from runtime.cli import UserError
 from teacher import Model
 
-FAMILIES = (stable_diffusion, pixel, dit, pixart)
+FAMILIES = (stable_diffusion, pixel, sd3, flux, zimage, dit, pixart, sana)
 
 # the networks that a pipeline may have, whatever its family
 NETWORKS = tuple(dict.fromkeys(name for module in FAMILIES
@@ -75,7 +75,7 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu
     """What the network is conditioned on. prompts: list of N strings, or None for the null
     embedding, what an unconditional call sees. null: "empty" encodes "", "zeros" gives zeros,
     "auto" does what the model was made for.
-    size: (H, W) in pixels, for networks that are told; default: the model's own.
+    size: (H, W) in pixels, for networks that are conditioned on it; default: the model's own.
     Returns: dict of tensors (N, ...) on device, {} for an unconditional model.
     Warns of text beyond the encoder's length.
     Raises UserError on what the model cannot be conditioned on, and on an embedding that is not
@@ -148,12 +148,13 @@ def check_null(pipeline, guidance, text_dropout=0.0):
     dropped captions."""
     if has_null(pipeline):
         return
-    unconditional = not prompts(pipeline)
+    kind = prompts(pipeline)
+    why = {"": "is unconditional", "class": "has no null class",
+           "text": "has its guidance distilled in"}[kind]
     if guidance != 1:
-        raise UserError(f"guidance {guidance:g}: this model "
-                        f"{'is unconditional' if unconditional else 'has no null class'}; use guidance 1")
-    if text_dropout > 0 and not unconditional:
-        raise UserError(f"--text-dropout {text_dropout:g}: this model has no null class for the dropped "
+        raise UserError(f"guidance {guidance:g}: this model {why}; use guidance 1")
+    if text_dropout > 0 and kind:
+        raise UserError(f"--text-dropout {text_dropout:g}: this model {why}, and no use for dropped "
                         "captions; use --text-dropout 0")
 
 

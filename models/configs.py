@@ -68,6 +68,14 @@ def check_fields(part, settings):
             raise UserError(f"{field} of its {part} is {settings[field]!r}: {meaning}")
 
 
+def check_variance(c):
+    """Raises UserError unless a transformer of this config gives as many channels as it takes, or twice as
+    many: the latter half is then a learned variance, which nothing here reads."""
+    if c.out_channels not in (None, c.in_channels, 2 * c.in_channels):
+        raise UserError(f"its transformer takes {c.in_channels} channels and gives {c.out_channels}; give "
+                        f"one with {c.in_channels}, or {2 * c.in_channels} where it learned its variance")
+
+
 def read_schedule(scheduler, tokens=lambda: 0):
     """What a diffusers scheduler says about the model, whatever its own solver.
     tokens: called where the schedule depends on them, gives how many patches a picture has.

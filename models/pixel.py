@@ -151,7 +151,7 @@ def encode(pipeline, images, batch):
 # ---- a student's pipeline ----------------------------------------------------------------------------------
 
 
-def as_student(pipeline):
+def as_student(pipeline, schedule):
     """The pipeline as a student is written: a DDPMPipeline, or another, would not take a DDIM
     scheduler's steps. A network in EDM's form stays as it is."""
     if is_edm(pipeline.scheduler):

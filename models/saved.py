@@ -52,7 +52,7 @@ def read_info(option, folder):
 
 
 def check_inputs(pipeline, other, size):
-    """Raises UserError unless both networks can be asked about the same latents with the same text.
+    """Raises UserError unless both networks can be evaluated at the same latents with the same text.
     size: as for latent_shape."""
     shape, expected = models.latent_shape(other, size), models.latent_shape(pipeline, size)
     if shape != expected:
@@ -64,7 +64,7 @@ def check_inputs(pipeline, other, size):
         if a.keys() != b.keys() or not all(a[key].shape == b[key].shape and
                                            torch.allclose(a[key].float(), b[key].float(), 1e-2, 1e-6)
                                            for key in a):
-            raise UserError(f"its {part} is not the model's, and both are asked with the same encoding of "
+            raise UserError(f"its {part} is not the model's, and both see the same encoding of "
                             "the prompts; give a model of the same family")
 
 

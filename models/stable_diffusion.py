@@ -6,8 +6,8 @@ import warnings
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
 from models.configs import GIVE, check_fields, trailing_ddim
+from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
 from runtime.cli import UserError
 from teacher import check_finite
 
@@ -145,7 +145,7 @@ def set_native_size(pipeline, size):
 # ---- a student's pipeline ----------------------------------------------------------------------------------
 
 
-def as_student(pipeline):
+def as_student(pipeline, schedule):
     """The pipeline as a student is written, with the stock scheduler that samples it."""
     pipeline.scheduler = trailing_ddim(pipeline.scheduler)
     return pipeline

@@ -20,14 +20,14 @@ from teacher import PRECISIONS
 def check_lora(c, network):
     """Raises UserError where adapters are asked for that could not be loaded back."""
     if c.lora and models.family_of(network).LORA_LAYERS is None:
-        raise UserError(f"--lora {c.lora}: diffusers loads no adapters into a {type(network).__name__}; leave "
-                        "it out, to train every weight")
+        raise UserError(f"--lora {c.lora}: diffusers loads no adapters into a {type(network).__name__}; "
+                        "leave it out, to train every weight")
 
 
 def make_student(c, network, device, dropout=0.0):
     """Make the teacher's network the student: all of its weights in fp32, or LoRA adapters on it
     (fp32, the rest frozen as it is); both start as the teacher. dropout: rate of every dropout in
-    it, whatever it was built with. The same module is returned, sharded if asked for."""
+    it, whatever it was built with. The same module is returned, sharded with --shard."""
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -72,6 +72,7 @@ class FrozenNetwork:
 
     def __init__(self, c, student, device):
         self.student, self.lora, self.adapter = student, c.lora, None
+        self.config = student.config
         if not c.lora:
             self.copy = copy.deepcopy(student).requires_grad_(False).eval().to(PRECISIONS[c.precision])
             lay_out(c, self.copy, device)

@@ -63,7 +63,7 @@ NO_OPTION = {
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the thing, its value and the remedy;
+    """Something the user can fix. The message names the thing, its value and the remedy;
     it is printed alone, exit 2."""
 
 

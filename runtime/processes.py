@@ -66,7 +66,7 @@ def catch_signals():
 
 class StopFlags:
     """All-reduce two flags (stop requested, state not finite). On CUDA the result lags one update,
-    so the host never blocks; where a checkpoint follows, asked for by `wait` or because of a stop,
+    so the host never blocks; where a checkpoint follows, requested by `wait` or because of a stop,
     this update's flags are read as well: a state is kept only if it is known to be finite."""
 
     def __init__(self, device, world):

@@ -41,8 +41,8 @@ def parse_object(text):
 
 
 class Rows:
-    """The first `count` rows of a cache, read from its memory-mapped shards as they are asked
-    for."""
+    """The first `count` rows of a cache, read from its memory-mapped shards as they are
+    indexed."""
 
     def __init__(self, files, shard, count):
         self.shard, self.count = shard, count
@@ -89,7 +89,7 @@ class Joined:
 def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=lambda: None, desc="",
            batch=None):
     """The first `count` rows of a cache, made shard by shard where missing: resumable after a kill
-    at any moment, and shared by every run that asks with the same settings. settings: dict that
+    at any moment, and shared by every run with the same settings. settings: dict that
     says how rows are made; a folder made otherwise is refused. solve(numbers) -> dict of tensors
     (len(numbers), ...), the rows of these numbers, at most `batch` of them at once (default: a
     shard); the bar moves after each.  Returns: Rows.
@@ -141,7 +141,7 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
 
 
 def rows_in(file, first):
-    """How many rows a shard holds; 0 if it is not there, is torn, or does not begin with row
+    """How many rows a shard holds; 0 if it is not there, is truncated, or does not begin with row
     `first` (made with another shard size)."""
     try:
         with safe_open(file, "pt") as part:

@@ -73,11 +73,11 @@ def ablation(lab):
                     for one, other, where in compared:
                         comparisons.setdefault(question, []).append(Comparison(
                             f"{method}: {question}, {where}", found[one][column], found[other][column], unit))
-    tests = judge([each for asked in comparisons.values() for each in asked])
+    tests = judge([each for group in comparisons.values() for each in group])
     summary = [f"{question.capitalize()}: " + "; ".join(
-        f"by {unit} {counted([each for each in asked if each.unit == unit])}"
+        f"by {unit} {counted([each for each in group if each.unit == unit])}"
         for unit in ("FD", "endpoint error")) + "."
-        for question, asked in comparisons.items()]
+        for question, group in comparisons.items()]
     figure, panels = axes(2, sharey=False)
     for axis, method in zip(panels, source):
         keys = [key for key in found if key[0] == method]
@@ -91,7 +91,7 @@ def ablation(lab):
         axis.set(yticks=range(len(keys)), yticklabels=[f"{arm}\nalpha {alpha:g}" for _, arm, alpha in keys],
                  xlabel="FD at 4 steps", title=method)
         axis.invert_yaxis()
-    return dict(verdict=[*summary, *(str(each) for asked in comparisons.values() for each in asked), tests],
+    return dict(verdict=[*summary, *(str(each) for group in comparisons.values() for each in group), tests],
                 tables=tables, figure=figure)
 
 
@@ -139,10 +139,10 @@ def crossing(lab):
                         *(rows[key]["fd_groups"]
                           for key in ((source, "progressive", budget), (beaten_by, other, budget))),
                         pairs="groups of images"))
-    tests = judge([each for asked in comparisons.values() for each in asked])
-    for (source, other), asked in comparisons.items():
+    tests = judge([each for group in comparisons.values() for each in group])
+    for (source, other), group in comparisons.items():
         said = {word: [f"{each.label} (by {abs(paired(each.a, each.b)[0]):.2f})"
-                       for each in asked if each.outcome == word]
+                       for each in group if each.outcome == word]
                 for word in ("better", "worse", "no difference is shown")}
         verdict.append(f"Pairs from {source}: 8→4→2 against {LINES[other][1]} by FD: " + "; ".join(
             f"{word} at {', '.join(labels)}" for word, labels in said.items() if labels) + " updates.")
@@ -213,7 +213,7 @@ def direction_weight(lab):
 
 BUDGET = 40_000               # evaluations of every method in baselines and pairs
 
-METHODS = {  # name: (options, steps below which the student was not made to be asked, solver)
+METHODS = {  # name: (options, fewest steps the student was made for, solver)
     "2-ReFlow": ("--recipe 2-reflow", 1, "ddim"),
     "PeRFlow, ddim_eps": ("--recipe perflow", 4, "ddim"),
     "PeRFlow, velocity": ("--recipe perflow --space velocity", 4, "ddim"),
@@ -526,10 +526,10 @@ def pairs(lab):
                                                              f"against {name}",
                                                              *(values[source, k][column]
                                                                for source in ("trajectory", other)), unit))
-    tests = judge([each for asked in comparisons.values() for each in asked])
-    summary = [f"The teacher's own trajectories against {name}: {counted(asked)}."
-               for name, asked in comparisons.items()]
-    verdict = [*(str(each) for asked in comparisons.values() for each in asked), tests]
+    tests = judge([each for group in comparisons.values() for each in group])
+    summary = [f"The teacher's own trajectories against {name}: {counted(group)}."
+               for name, group in comparisons.items()]
+    verdict = [*(str(each) for group in comparisons.values() for each in group), tests]
     figure, panels = axes(2)
     for axis, column, label in zip(panels, ("fd_corrected", "endpoint_error"), ("FD", "endpoint error")):
         for source, color, marker, shift in (("trajectory", BLUE, "o", -0.1), ("data", ORANGE, "s", 0),

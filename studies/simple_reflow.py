@@ -1,5 +1,5 @@
 """The questions to Simple ReFlow's seven improvements, and which of them go with ProReflow's
-curriculum. Solver and grid cost no training, so that all of them can be asked of one student."""
+curriculum. Solver and grid cost no training, so that all of them can be measured on one student."""
 import itertools
 import math
 import re
@@ -73,30 +73,30 @@ def simple_reflow(lab):
                for weight in LAMBDAS}
     folders = lab.train(runs)
 
-    # what is asked: (label, runs, solver, steps) -> a row per seed
-    asked = {}
+    # what is measured: (label, runs, solver, steps) -> a row per seed
+    wanted = {}
 
-    def ask(key, names, solver, steps=NINE, **more):
-        asked[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps,
+    def want(key, names, solver, steps=NINE, **more):
+        wanted[key] = [dict(folder=folders[name] / "student-1" if name in folders else name, steps=steps,
                            solver=solver, **more)
                       for name in names]
     for used in arms:
-        ask((used, 1), arms[used], "ddim", 1)
+        want((used, 1), arms[used], "ddim", 1)
     for used in added:
-        ask((used, PLAIN), arms[used], PLAIN)
+        want((used, PLAIN), arms[used], PLAIN)
     for used in (*removed, items):
-        ask((used, BETTER), arms[used], BETTER)
+        want((used, BETTER), arms[used], BETTER)
     solvers = list(dict.fromkeys([*(f"dpm2:{r:g}/sigmoid:10" for r in RATIOS),
                                   *(f"dpm2:0.5/{grid}" for grid in GRIDS)]))
     for solver in solvers:
-        ask((items, solver), arms[items], solver)
+        want((items, solver), arms[items], solver)
     for weight in LAMBDAS:
-        ask((weight, BETTER), heights[weight], BETTER)
+        want((weight, BETTER), heights[weight], BETTER)
     for solver in (PLAIN, BETTER):
-        ask(("teacher", solver), [lab.c.model], solver)
-    ask((items, "guided"), arms[items], BETTER, guidance=2.0)
-    measured = iter(lab.measure([request for requests in asked.values() for request in requests]))
-    rows = {key: [next(measured) for _ in requests] for key, requests in asked.items()}
+        want(("teacher", solver), [lab.c.model], solver)
+    want((items, "guided"), arms[items], BETTER, guidance=2.0)
+    measured = iter(lab.measure([request for requests in wanted.values() for request in requests]))
+    rows = {key: [next(measured) for _ in requests] for key, requests in wanted.items()}
     fd = {key: [row["fd_corrected"] for row in found] for key, found in rows.items()}
 
     # in the paper's order, the sampler last; then each left out of all seven
@@ -261,7 +261,7 @@ def best_of_both(lab):
     # [column][arm][evaluations] -> a value per seed
     chosen_by, judged_by = dict(fd={}, clip={}), dict(fd={}, clip={})
 
-    def ask(arms, seeds=choice, into=chosen_by, **noise):
+    def want(arms, seeds=choice, into=chosen_by, **noise):
         """Train and measure arms, name -> options."""
         options.update(arms)
         for (arm, chosen), s in itertools.product(arms.items(), seeds):
@@ -286,12 +286,12 @@ def best_of_both(lab):
         """Its columns of a table."""
         return [*map(shown, values["fd"][arm].values()), shown(score(arm, values["fd"])),
                 shown(score(arm, values["clip"]), 1)]
-    ask({"curriculum": CURRICULUM, "proreflow": "--recipe proreflow",
+    want({"curriculum": CURRICULUM, "proreflow": "--recipe proreflow",
          "simple-reflow": "--recipe simple-reflow"})
     best, chosen, left, rounds = "curriculum", CURRICULUM, dict(CANDIDATES), []
     while left:
         arms = {name: (f"{best}, {name}", f"{chosen} {extra}") for name, extra in left.items()}
-        ask(dict(arms.values()))
+        want(dict(arms.values()))
         order = sorted(arms, key=lambda name: mean_interval(score(arms[name][0]))[0])
         for name in order:
             arm = arms[name][0]
@@ -302,7 +302,7 @@ def best_of_both(lab):
         best, chosen = arms[order[0]]
         left.pop(order[0])
     arms = list(dict.fromkeys(["proreflow", "simple-reflow", "curriculum", best]))
-    ask({arm: options[arm] for arm in arms}, fresh, judged_by, seed=FRESH_NOISE)
+    want({arm: options[arm] for arm in arms}, fresh, judged_by, seed=FRESH_NOISE)
     found, others = judged_by["fd"], [arm for arm in arms if arm != best]
     comparisons = [each for other in others for each in (
         Comparison(f"{best} against {other}, mean over these counts", score(best, found),

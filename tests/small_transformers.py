@@ -1,5 +1,6 @@
 """Transformers at a thousandth of their size, with random weights and the schedulers they were published with."""
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
@@ -8,8 +9,11 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from models.architectures import random_part
 
@@ -55,3 +59,25 @@ def alpha(**changes):
 def alpha_1024():
     """At this sample_size alpha is told the size of the picture; three embeddings share its width."""
     return alpha(sample_size=128, num_attention_heads=3, cross_attention_dim=24)
+
+
+def gemma(width=16):
+    """(tokenizer of words and characters, encoder). It pads on the left until the pipeline says otherwise, as Gemma's."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *map(chr, range(32, 127)), "▁"]
+    config = Gemma2Config(vocab_size=len(pieces), hidden_size=width, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                          num_key_value_heads=1, head_dim=8, max_position_embeddings=4096)
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], padding_side="left")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    return tokenizer, random_part(lambda: Gemma2Model(config), "text_encoder")
+
+
+def sana(width=16, **changes):
+    config = {**SMALL, "in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8,
+              "cross_attention_dim": 16, "caption_channels": 16, **changes}
+    levels = dict(encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), encoder_layers_per_block=(1, 1, 1),
+                  decoder_layers_per_block=(1, 1, 1), encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+                  encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()))
+    tokenizer, encoder = gemma(width)
+    return SanaPipeline(tokenizer, encoder, random_part(lambda: AutoencoderDC(latent_channels=4, scaling_factor=0.41407, **levels), "vae"),
+                        random_part(lambda: SanaTransformer2DModel(**config), "transformer"),
+                        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))

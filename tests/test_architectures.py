@@ -62,12 +62,12 @@ def same(a, b):
 
 def test_a_part_has_the_same_weights_whatever_is_built_with_it():
     whole = architectures.build("sdxl", **SMALL["sdxl"])
-    for part, group in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "text"), ("text_encoder_2", "text")):
+    for part, group in (("unet", "network"), ("vae", "vae"), ("text_encoder", "text"), ("text_encoder_2", "text")):
         alone = architectures.build("sdxl", parts=(group,), **SMALL["sdxl"])
         assert same(weights(getattr(alone, part)), weights(getattr(whole, part)))
-        assert all((getattr(alone, other) is None) == (not other.startswith(group)) for other in PARTS)
+        assert all((getattr(alone, other) is None) == (not other.startswith(group.replace("network", "unet"))) for other in PARTS)
     assert architectures.build("sdxl", parts=(), **SMALL["sdxl"]).tokenizer is None
-    again, other = (architectures.build("sdxl", seed=seed, parts=("unet",), **SMALL["sdxl"]).unet for seed in (0, 1))
+    again, other = (architectures.build("sdxl", seed=seed, parts=("network",), **SMALL["sdxl"]).unet for seed in (0, 1))
     assert same(weights(again), weights(whole.unet)) and not same(weights(other), weights(whole.unet))
     starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in PARTS]
     assert len({tuple((start / start[0]).round(decimals=2).tolist()) for start in starts}) == 4           # each part has a stream of its own
@@ -86,7 +86,7 @@ def test_weights_are_made_in_the_dtype_and_are_the_same_each_time(dtype):
 
 
 def test_a_ready_component_goes_in_as_it_is_and_a_misspelt_override_is_refused():
-    student = architectures.build("sd15", parts=("unet",), **SMALL["sd15"]).unet.requires_grad_(True).train()
+    student = architectures.build("sd15", parts=("network",), **SMALL["sd15"]).unet.requires_grad_(True).train()
     pipeline = architectures.build("sd15", unet=student, vae=None, text_encoder=None, text_encoder_2=None)
     assert pipeline.unet is student and student.training and student.conv_in.weight.requires_grad
     assert pipeline.vae is pipeline.text_encoder is None and pipeline.tokenizer is not None

@@ -52,12 +52,12 @@ def stopped_after(step, c):
 def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
     """The device of every part is asserted by what fake_cuda refuses, and here of all that a resume restores."""
     train.main(options(model, tmp_path / "cpu", "cpu", **changes))
-    restored, real = [], train.restore
+    restored, real = [], checkpoints.restore
 
     def restore(*args):
         real(*args)
         restored.append(args)
-    monkeypatch.setattr(train, "restore", restore)
+    monkeypatch.setattr(checkpoints, "restore", restore)
     with fake_cuda():
         stopped_after(3, options(model, tmp_path / "cuda", "cuda", **changes))
         train.main(options(model, tmp_path / "cuda", "cuda", **changes))

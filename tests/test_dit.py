@@ -63,7 +63,7 @@ def test_a_student_is_sampled_alike_by_the_stock_pipeline(run, folder, windows, 
 def test_an_untrained_student_is_the_teachers_ddim(folder, tmp_path, steps, guidance):
     pipeline = load.load_pipeline(folder)
     ours = sampler.generate(pipeline, models.as_model(pipeline), ["fox", "999"], [0, 1], sampler.time_grid(steps), guidance)
-    models.family(pipeline).as_student(pipeline).save_pretrained(tmp_path / "s")
+    models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0]).save_pretrained(tmp_path / "s")
     theirs = stock_latents(tmp_path / "s", [0, 999], [0, 1], steps, guidance)
     assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
@@ -104,7 +104,7 @@ def test_of_the_learned_variance_nothing_is_read(folder, tmp_path):
     assert not torch.allclose(models.as_model(pipeline)(z, t, cond)[1], eps)
     plain = load.load_pipeline(save(tmp_path / "plain", out_channels=4))
     assert models.as_model(plain)(z, t, cond)[1].shape == z.shape
-    with pytest.raises(UserError, match="takes 4 channels and gives 6; give one that gives 4, or 8 with a learned variance"):
+    with pytest.raises(UserError, match="takes 4 channels and gives 6; give one with 4, or 8 where it learned its variance"):
         load.load_pipeline(save(tmp_path / "six", out_channels=6))
 
 

@@ -500,7 +500,7 @@ def test_several_runs_of_one_recipe_are_named_and_in_order(judge, parts, student
     (dict(ddim_steps=[1, 0]), r"--ddim-steps 0: must be at least 1"), (dict(teacher_steps=0), r"--teacher-steps 0: must be at least 1"),
     (dict(size=30), r"--size 30: must be a multiple of 8"), (dict(teacher="nowhere"), r"--model nowhere: no diffusers pipeline there"),
     (dict(guide="nowhere"), r"--guide nowhere: no diffusers pipeline there"),
-    (dict(guide="nowhere", guidance=1.0), r"--guide nowhere: never asked at --guidance 1; give another --guidance"),
+    (dict(guide="nowhere", guidance=1.0), r"--guide nowhere: not used at --guidance 1; give another --guidance"),
     (dict(clip="nowhere"), r"--clip nowhere: no CLIPModel folder there"),
     (dict(inception="nowhere"), r"--inception nowhere: cannot be read"),
     (dict(device="tpu"), r"--device tpu: not one of cpu, cuda")], ids=str)

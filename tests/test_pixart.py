@@ -48,7 +48,7 @@ UNBINNED = dict(use_resolution_binning=False)
 def test_an_untrained_student_is_the_teachers_ddim_in_the_stock_pipeline(folders, tmp_path, kind, guidance, call, steps):
     pipeline, size = load.load_pipeline(str(folders / kind)), call.get("height")
     ours = sampler.generate(pipeline, models.as_model(pipeline), PROMPTS, [0, 1], sampler.time_grid(steps), guidance, size=size)
-    models.family(pipeline).as_student(pipeline).save_pretrained(tmp_path / "s")
+    models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0]).save_pretrained(tmp_path / "s")
     assert difference(ours, stock_latents(tmp_path / "s", PROMPTS, [0, 1], steps, guidance, **call)) <= 1e-6
     said = models.family(pipeline).stock_call(pipeline, steps)
     assert ("use_resolution_binning=False" in said) == (kind in ("sigma", "alpha"))
@@ -123,7 +123,7 @@ def test_alpha_is_told_the_size_where_the_stock_pipeline_tells_it(folders):
 
 
 @pytest.mark.parametrize("make, reason", [
-    (lambda: pixart(out_channels=6), "takes 4 channels and gives 6; give one that gives 4, or 8 with a learned variance"),
+    (lambda: pixart(out_channels=6), "takes 4 channels and gives 6; give one with 4, or 8 where it learned its variance"),
     (lambda: pixart(width=24), "text_encoder gives 24 channels, and its transformer takes 16 .*; give the text encoder"),
     (lambda: pixart(sample_size=128, num_attention_heads=3, cross_attention_dim=24), "use_additional_conditions .* PixArtSigmaPipeline tells no "
      "resolution at sample_size 128; only PixArtAlphaPipeline"),

@@ -127,7 +127,7 @@ def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = dict(line.split(">=") for line in project["dependencies"] + project["optional-dependencies"]["test"])
     pins = dict(line.split("==") for line in (ROOT / "requirements-lowest.txt").read_text().splitlines() if not line.startswith("#"))
-    assert pins == bounds
+    assert {name: pins[name] for name in bounds} == bounds and set(pins) - set(bounds) == {"pyarrow"}
 
 
 # ---- tables and pages are what python -m studies.results writes ------------------------------------------------------------

@@ -375,7 +375,7 @@ def test_a_guide_that_does_not_go_with_the_model_is_one_line(random_sd, weaker, 
     foreign.save_pretrained(tmp_path / "foreign")
     options = dict(model=str(random_sd), prompt=["fox"], out="a.png", scale=1, steps=1, guidance=2.0)
     for given, message in ((dict(guide="nowhere"), "--guide nowhere: no diffusers pipeline there"),
-                           (dict(guide=str(weaker), guidance=1.0), "--guide .*student-4: never asked at --guidance 1; give another"),
+                           (dict(guide=str(weaker), guidance=1.0), "--guide .*student-4: not used at --guidance 1; give another"),
                            (dict(guide="broken"), "--guide broken: broken/reflow.json: broken"),
                            (dict(guide="linear"), "--guide linear: its noise schedule or path is not the model's"),
                            (dict(guide="foreign"), "--guide foreign: its text_encoder is not the model's"),

@@ -30,7 +30,7 @@ import reflow
 import sampler
 import train
 from models import architectures, load
-from runtime import cli, processes
+from runtime import checkpoints, cli, processes
 from runtime.cli import UserError
 from teacher import PRECISIONS
 
@@ -112,7 +112,7 @@ def measured_training(options, queue):
     def make_student(c, unet, device, dropout):
         student = real_student(c, unet, device, dropout)
         weights.update(network=size_of(student),
-                       trained=sum(p.nbytes for p in train.trained(student).values()))
+                       trained=sum(p.nbytes for p in checkpoints.trained(student).values()))
         return student
     train.open_pairs, train.make_student = open_pairs, make_student
     if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
@@ -262,7 +262,7 @@ def sampling(c, device):
     stock = pipeline
     if "safety_checker" in pipeline.components:
         stock = type(pipeline)(**pipeline.components, requires_safety_checker=False)
-    stock = models.family(pipeline).as_student(stock)
+    stock = models.family(pipeline).as_student(stock, model.schedule)
     stock.set_progress_bar_config(disable=True)
     noise = sampler.noise(range(c.batch), shape)
     cond = {key: value.to(device)
