@@ -151,7 +151,7 @@ def test_a_student_that_answers_with_the_chord_has_no_loss_and_crosses_each_wind
     def exact(given, timestep):
         """The chord that passes through given at this time: x and eps are linear in the unit noise of the trajectory."""
         sigma = timestep.double()[:, None] / 1000
-        t = schedule.time_of((sigma / (1 - sigma))).clamp_max(1)
+        t = schedule.time_of(sigma / (1 - sigma)).clamp_max(1)
         start, end = (torch.as_tensor(edge, dtype=torch.float64) for edge in reflow.window_of(t - 1e-9, windows))
         (a_s, s_s), (a_e, s_e) = schedule(start), schedule(end)
         k_s, k_e = ((a ** 2 * gaussian.std ** 2 + s ** 2).sqrt() for a, s in ((a_s, s_s), (a_e, s_e)))
