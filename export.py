@@ -110,7 +110,10 @@ def card(pipeline, info):
     module, exact = models.family(pipeline), exact_steps(pipeline.scheduler, windows, path)
     word, call = models.prompts(pipeline), module.stock_call(pipeline, windows) if exact else None
     prompt = {"text": " --prompt PROMPT", "class": " --prompt CLASS", "": ""}[word]
-    line = (f"DiffusionPipeline.from_pretrained(folder)({call})" if call else
+    # diffusers wants to be told of every part that its class expects and the folder does not have
+    without = "".join(f", {name}=None" for name, part in pipeline.components.items()
+                      if part is None and name not in pipeline._optional_components)
+    line = (f"DiffusionPipeline.from_pretrained(folder{without})({call})" if call else
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
     sentences = [agreement(pipeline.scheduler, windows, path),
                  *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
@@ -128,7 +131,10 @@ def export(folder, trained, info):
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
     else:
-        models.network(pipeline).load_state_dict(trained)
+        network = models.network(pipeline)
+        learned = dict(network.named_parameters())          # the rest are tables, as SD3's of positions
+        tables = {name: value for name, value in network.state_dict().items() if name not in learned}
+        network.load_state_dict({**tables, **trained})
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items()
             for side, value in zip("AB", pair)}
     write_pipeline(folder, pipeline, info, lora)

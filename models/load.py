@@ -95,7 +95,7 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         else:
             folder = path if looks_local else download(source, **plain, **parts)
             parts = load_parts(folder, dtype, random_init, seed, parts)
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **plain, **parts)
+            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{**plain, **parts})
         module = models.family(pipeline)
         missing = [part for part in module.required(pipeline)
                    if part not in given and getattr(pipeline, part, None) is None]
@@ -168,7 +168,9 @@ def variant_of(folder):
 def load_parts(folder, dtype, random_init, seed, parts):
     """parts, and each network of the folder that is not among them: as its files have it, or the
     same architecture with random weights.  Raises UserError."""
-    index, parts = configs.read_json(folder / "model_index.json"), dict(parts)
+    index = configs.read_json(folder / "model_index.json")
+    # diffusers wants to be told of parts that the folder does not have, as T5 of SD3
+    parts = {**{part: None for part, named in index.items() if named == [None, None]}, **parts}
     for part in models.NETWORKS:
         library, kind = index.get(part) or (None, None)
         if part in parts or library is None:
