@@ -1,6 +1,6 @@
-"""The published architectures of Stable Diffusion 1.5, 2.1 (768-v), XL base, 3 and 3.5, FLUX.1 and
-Z-Image, as data, with random weights: everything in this project runs on them without a download.
-Values that are diffusers' or transformers' defaults are not repeated.
+"""The published architectures of Stable Diffusion 1.5, 2.1 (768-v), XL base, 3 and 3.5, FLUX.1,
+Z-Image, DiT, PixArt and SANA, as data, with random weights: everything in this project runs on them
+without a download. Values that are diffusers' or transformers' defaults are not repeated.
 
     python -m models.architectures        # prints the parts and their parameters; allocates nothing
 """
@@ -10,13 +10,22 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -25,7 +34,14 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, Qwen3Model, T5EncoderModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Model,
+    Qwen3Model,
+    T5EncoderModel,
+)
 
 TOKENS = 77
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -64,6 +80,17 @@ SD3 = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, p
 
 UNET = dict(in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280))
 
+# DiT's and PixArt's, of the first diffusion models
+LINEAR_NOISE = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                    prediction_type="epsilon")
+
+# 32 pixels to a side of a latent; its later half attends
+DC_AE = dict({f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+              for side in ("encoder", "decoder")},
+             downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407)
+
+PIXART = dict(caption_channels=4096, interpolation_scale=2)
+
 SD_PIPELINE = (StableDiffusionPipeline, dict(safety_checker=None, feature_extractor=None,
                                              requires_safety_checker=False))
 
@@ -82,6 +109,13 @@ def flux(scheduler, guidance_embeds):
                 text_encoder=(CLIPTextModel, CLIP_L), text_encoder_2=(T5EncoderModel, T5_XXL),
                 vae=(AutoencoderKL, VAE_FLUX),
                 transformer=(FluxTransformer2DModel, dict(guidance_embeds=guidance_embeds)))
+
+
+def pixart(pipeline, scaling_factor, transformer):
+    return dict(pipeline=(pipeline, {}), scheduler=(DPMSolverMultistepScheduler, LINEAR_NOISE),
+                text_encoder=(T5EncoderModel, T5_XXL),
+                vae=(AutoencoderKL, dict(VAE, sample_size=1024, scaling_factor=scaling_factor)),
+                transformer=(PixArtTransformer2DModel, transformer))
 
 
 # part -> (class, config); attention_head_dim is, in this class of diffusers, the NUMBER of heads
@@ -129,6 +163,20 @@ ARCHITECTURES = {
         text_encoder=(Qwen3Model, QWEN3_4B),
         vae=(AutoencoderKL, VAE_FLUX),
         transformer=(ZImageTransformer2DModel, {})),
+    "dit": dict(
+        pipeline=(DiTPipeline, {}),
+        scheduler=(DDIMScheduler, dict(LINEAR_NOISE, clip_sample=False)),
+        vae=(AutoencoderKL, dict(VAE, sample_size=256)),
+        transformer=(DiTTransformer2DModel, dict(out_channels=8))),
+    "pixart": pixart(PixArtAlphaPipeline, 0.18215, PIXART),
+    "pixart-sigma": pixart(PixArtSigmaPipeline, 0.13025, dict(PIXART, use_additional_conditions=False)),
+    "sana": dict(
+        pipeline=(SanaPipeline, {}),
+        scheduler=(DPMSolverMultistepScheduler,
+                   dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)),
+        text_encoder=(Gemma2Model, {}),
+        vae=(AutoencoderDC, DC_AE),
+        transformer=(SanaTransformer2DModel, {})),
 }
 
 

@@ -39,7 +39,11 @@ PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
            "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium", ""),
            "flux": ("black-forest-labs/FLUX.1-dev", ""),
            "flux-schnell": ("black-forest-labs/FLUX.1-schnell", ""),
-           "zimage": ("Tongyi-MAI/Z-Image", "")}
+           "zimage": ("Tongyi-MAI/Z-Image", ""),
+           "dit": ("facebook/DiT-XL-2-256", ""),
+           "pixart": ("PixArt-alpha/PixArt-XL-2-1024-MS", ""),
+           "pixart-sigma": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", ""),
+           "sana": ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "")}
 
 
 def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):

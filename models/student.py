@@ -20,7 +20,7 @@ from teacher import PRECISIONS
 def check_lora(c, network):
     """Raises UserError where adapters are asked for that could not be loaded back."""
     if c.lora and models.family_of(network).LORA_LAYERS is None:
-        raise UserError(f"--lora {c.lora}: diffusers loads no adapters into a {type(network).__name__}; "
+        raise UserError(f"--lora {c.lora}: diffusers puts no adapters on a {type(network).__name__}; "
                         "leave it out, to train every weight")
 
 

@@ -115,7 +115,7 @@ def test_names_beyond_its_classes_are_refused(tmp_path):
 
 def test_what_it_cannot_do_is_refused_before_anything_is_cached(folder, tmp_path):
     (tmp_path / "p.txt").write_text("fox\n")
-    for changes, reason in ((dict(lora=4), "--lora 4: diffusers loads no adapters into a DiTTransformer2DModel"),
+    for changes, reason in ((dict(lora=4), "--lora 4: diffusers puts no adapters on a DiTTransformer2DModel"),
                             (dict(size=128), "--size 128: the positions of a DiT .* use --size 64"),
                             (dict(size=100), "--size 100: must be a multiple of 16")):
         with pytest.raises(UserError, match=reason):

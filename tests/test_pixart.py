@@ -141,7 +141,7 @@ def test_a_missing_text_encoder_adapters_and_sizes_are_refused_before_anything_i
     with pytest.raises(UserError, match="PixArtSigmaPipeline lacks its text_encoder; download it again, whole"):
         load.load_pipeline(str(tmp_path / "m"))
     (tmp_path / "p.txt").write_text("fox\n")
-    for kind, changes, reason in (("sigma", dict(lora=4), "--lora 4: diffusers loads no adapters into a PixArtTransformer2DModel"),
+    for kind, changes, reason in (("sigma", dict(lora=4), "--lora 4: diffusers puts no adapters on a PixArtTransformer2DModel"),
                                   ("alpha-1024", dict(size=512), "--size 512: stock pipelines tell .* use --size 1024"),
                                   ("sigma", dict(null_text="zeros"), "--null-text zeros")):
         with pytest.raises(UserError, match=reason):

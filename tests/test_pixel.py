@@ -218,7 +218,7 @@ def test_a_difference_is_merged_into_another_pixel_model(folders, students, tmp_
 
 
 def test_lora_is_refused(folders, tmp_path):
-    with pytest.raises(UserError, match="--lora 2: diffusers loads no adapters into a UNet2DModel"):
+    with pytest.raises(UserError, match="--lora 2: diffusers puts no adapters on a UNet2DModel"):
         train.main(options(folders["unconditional"], tmp_path, lora=2))
 
 
