@@ -44,7 +44,6 @@ def check(pipeline):
 
 
 def blocks(transformer):
-    """The parts that FSDP gathers one at a time."""
     return tuple(transformer.transformer_blocks)
 
 
@@ -81,7 +80,6 @@ def has_null(pipeline):
 
 
 def embed_guidance(pipeline, guidance):
-    """Nothing of it: what is not 1 is classifier-free guidance."""
     return guidance
 
 
@@ -93,7 +91,8 @@ def encode_text(pipeline, prompts, batch, null, size, device):
 
 
 def native_size(pipeline):
-    return (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+    factor = getattr(pipeline, "vae_scale_factor", 8)       # as published, before complete() has read it
+    return (pipeline.transformer.config.sample_size * factor,) * 2
 
 
 def set_native_size(pipeline, size):
@@ -105,7 +104,7 @@ def set_native_size(pipeline, size):
 
 def latent_geometry(pipeline):
     """(channels, pixels per latent, what the sides of a picture must be multiples of)."""
-    c, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+    c, factor = pipeline.transformer.config, getattr(pipeline, "vae_scale_factor", 8)
     return c.in_channels, factor, factor * c.patch_size
 
 

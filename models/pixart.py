@@ -33,7 +33,6 @@ def check(pipeline):
 
 
 def blocks(transformer):
-    """The parts that FSDP gathers one at a time."""
     return tuple(transformer.transformer_blocks)
 
 
@@ -59,7 +58,6 @@ def has_null(pipeline):
 
 
 def embed_guidance(pipeline, guidance):
-    """Nothing of it: what is not 1 is classifier-free guidance."""
     return guidance
 
 
@@ -125,8 +123,7 @@ def stock_notes(pipeline, exact, guidance, null):
 
 
 def meta_condition(transformer):
-    """What forward takes besides z and time, for one sample on the meta device: for counting
-    operations. 300 tokens: Sigma's; alpha reads 120."""
+    """What forward takes besides z and time, for one sample on the meta device. 300 tokens: Sigma's."""
     cond = {"encoder_hidden_states": torch.empty(1, 300, transformer.config.caption_channels, device="meta"),
             "encoder_attention_mask": torch.ones(1, 300, dtype=torch.int64, device="meta")}
     if transformer.use_additional_conditions:

@@ -1,5 +1,4 @@
 """PixArt-alpha and -Sigma behind the contract: stock pipelines, masks, resolution, sizes, and what is refused."""
-import json
 import warnings
 
 import diffusers
@@ -11,7 +10,7 @@ from test_train import small
 import models
 import sampler
 import train
-from models import load, saved
+from models import architectures, load, saved
 from runtime.cli import UserError
 
 KINDS = {"sigma": pixart, "alpha": alpha, "alpha-1024": alpha_1024, "alpha-256": lambda: alpha(sample_size=32)}
@@ -26,9 +25,13 @@ def folders(tmp_path_factory):
     return root
 
 
-def stock_latents(folder, prompts, seeds, steps, guidance=1, **call):
+def open_stock(folder):
     stock = diffusers.DiffusionPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def stock_latents(stock, prompts, seeds, steps, guidance=1, **call):
     return stock(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=sampler.generators(seeds), output_type="latent",
                  **call).images
 
@@ -44,39 +47,37 @@ UNBINNED = dict(use_resolution_binning=False)
 @pytest.mark.parametrize("kind, guidance, call", [
     ("sigma", 1, UNBINNED), ("sigma", 4.5, UNBINNED), ("alpha", 1, UNBINNED), ("alpha-256", 1, {}),
     ("alpha-1024", 1, dict(UNBINNED, height=64, width=64))])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_an_untrained_student_is_the_teachers_ddim_in_the_stock_pipeline(folders, tmp_path, kind, guidance, call, steps):
+def test_an_untrained_student_is_the_teachers_ddim_in_the_stock_pipeline(folders, tmp_path, kind, guidance, call):
     pipeline, size = load.load_pipeline(str(folders / kind)), call.get("height")
-    ours = sampler.generate(pipeline, models.as_model(pipeline), PROMPTS, [0, 1], sampler.time_grid(steps), guidance, size=size)
-    models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0]).save_pretrained(tmp_path / "s")
-    assert difference(ours, stock_latents(tmp_path / "s", PROMPTS, [0, 1], steps, guidance, **call)) <= 1e-6
-    said = models.family(pipeline).stock_call(pipeline, steps)
-    assert ("use_resolution_binning=False" in said) == (kind in ("sigma", "alpha"))
+    model = models.as_model(pipeline)
+    solved = {steps: sampler.generate(pipeline, model, PROMPTS, [0, 1], sampler.time_grid(steps), guidance, size=size) for steps in (1, 2, 4)}
+    models.family(pipeline).as_student(pipeline, model.schedule).save_pretrained(tmp_path / "s")
+    stock = open_stock(tmp_path / "s")
+    for steps, ours in solved.items():
+        assert difference(ours, stock_latents(stock, PROMPTS, [0, 1], steps, guidance, **call)) <= 1e-6
+    assert ("use_resolution_binning=False" in models.family(pipeline).stock_call(pipeline, 2)) == (kind in ("sigma", "alpha"))
 
 
-@pytest.fixture(scope="module", params=["sigma", "alpha"])
-def run(request, folders, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    (out / "p.txt").write_text("\n".join(PROMPTS))
-    train.main(small(folders / request.param, out / "run", data="", prompts=str(out / "p.txt"), updates=8, windows=[2, 1], lr=1e-3, size=32))
-    return out / "run"
-
-
-@pytest.mark.parametrize("windows, steps", [(1, 1), (2, 2), (2, 4)])
-def test_a_student_of_another_size_is_sampled_alike_by_the_stock_pipeline(run, windows, steps):
+def test_a_student_of_another_size_is_sampled_alike_by_the_stock_pipeline(folders, tmp_path):
     """Positions are scaled from sample_size: written with another one, the network must still see those it was trained at."""
-    student = run / f"student-{windows}"
-    pipeline, model, _ = saved.open_model(str(student))
-    assert models.native_size(pipeline) == (32, 32)
-    ours = sampler.generate(pipeline, model, PROMPTS, [3, 4], sampler.time_grid(steps, windows))
-    assert ours.shape == (2, 4, 4, 4) and difference(ours, stock_latents(student, PROMPTS, [3, 4], steps, **UNBINNED)) <= 1e-6
-    trained, _, _ = saved.open_model(json.loads((student / "reflow.json").read_text())["teacher"], size=32)
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    train.main(small(folders / "sigma", tmp_path / "run", data="", prompts=str(tmp_path / "p.txt"),
+                     updates=2, trajectories=2, windows=[2, 1], lr=1e-3, size=32))
+    for windows, steps in ((1, 1), (2, 2), (2, 4)):
+        student = tmp_path / "run" / f"student-{windows}"
+        pipeline, model, _ = saved.open_model(str(student))
+        assert models.native_size(pipeline) == (32, 32)
+        ours = sampler.generate(pipeline, model, PROMPTS, [3, 4], sampler.time_grid(steps, windows))
+        assert ours.shape == (2, 4, 4, 4)
+        assert difference(ours, stock_latents(open_stock(student), PROMPTS, [3, 4], steps, **UNBINNED)) <= 1e-6
+        card = (student / "README.md").read_text()
+        assert f"(prompt, num_inference_steps={windows}, guidance_scale=1, use_resolution_binning=False)" in card
+        assert "diffusers takes 4.5" in card
+    trained, _, _ = saved.open_model(str(folders / "sigma"), size=32)
     trained.transformer.load_state_dict(pipeline.transformer.state_dict())
     z, cond = torch.randn(2, 4, 4, 4), models.encode_text(pipeline, PROMPTS)
-    for x, y in zip(models.as_model(trained)(z, torch.ones(2), cond), models.as_model(pipeline)(z, torch.ones(2), cond)):
-        assert torch.allclose(x, y, rtol=1e-5)
-    card = (student / "README.md").read_text()
-    assert f"(prompt, num_inference_steps={windows}, guidance_scale=1, use_resolution_binning=False)" in card and "diffusers takes 4.5" in card
+    pairs = (models.as_model(each)(z, torch.ones(2), cond)[1] for each in (trained, pipeline))
+    assert torch.allclose(*pairs, atol=1e-5)
 
 
 def test_what_the_mask_hides_changes_nothing(folders):
@@ -147,3 +148,15 @@ def test_a_missing_text_encoder_adapters_and_sizes_are_refused_before_anything_i
         with pytest.raises(UserError, match=reason):
             train.main(small(folders / kind, tmp_path / "run", data="", prompts=str(tmp_path / "p.txt"), **changes))
     assert not (tmp_path / "run" / "cache").exists()
+
+
+@pytest.mark.parametrize("name, size", [("pixart", 611_349_152), ("pixart-sigma", 610_856_096)])
+def test_pixart_has_its_published_size(name, size):
+    pipeline = architectures.build(name, weights=False)
+    counts = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in ("transformer", "text_encoder", "vae")}
+    assert counts == dict(transformer=size, text_encoder=4_762_310_656, vae=83_653_863)
+    assert models.native_size(pipeline) == (1024, 1024) and models.latent_shape(pipeline) == (4, 128, 128)
+    assert models.family(pipeline).stock_call(pipeline, 4) == "prompt, num_inference_steps=4, guidance_scale=1"
+    predict, cond = (make(pipeline.transformer) for make in (models.family(pipeline).forward, models.family(pipeline).meta_condition))
+    assert ("resolution" in cond) == (name == "pixart")
+    assert predict(torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta"), **cond).shape == (1, 4, 32, 32)
