@@ -109,7 +109,6 @@ def latent_geometry(pipeline):
 
 
 def as_student(pipeline, schedule):
-    """The pipeline as a student is written, with the stock scheduler that samples it."""
     pipeline.scheduler = trailing_ddim(pipeline.scheduler)
     return pipeline
 

@@ -144,5 +144,5 @@ def test_dit_has_its_published_size():
     embeddings = 1001 * 1152 + (256 + 1) * 1152 + (1152 + 1) * 1152
     assert count - 27 * embeddings + 256 * 1152 == 675_129_632
     assert models.native_size(pipeline) == (256, 256) and models.latent_shape(pipeline) == (4, 32, 32)
-    predict, cond = (make(pipeline.transformer) for make in (models.family(pipeline).forward, models.family(pipeline).meta_condition))
+    predict, cond = (make(pipeline.transformer.to("meta")) for make in (models.family(pipeline).forward, models.family(pipeline).meta_condition))
     assert predict(torch.empty(1, 4, 32, 32, device="meta"), torch.empty(1, device="meta"), **cond).shape == (1, 4, 32, 32)
