@@ -11,7 +11,8 @@ from runtime.cli import UserError
 NETWORK, CLASS = "transformer", ZImageTransformer2DModel
 TEXT_ENCODERS = ("text_encoder",)
 # every linear inside the blocks: attention, feed-forward, modulation
-LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "adaLN_modulation.0"]
+LORA_LAYERS = (r"(noise_refiner|context_refiner|layers)\.\d+\."
+               r"(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)")
 FLOW = True
 TOKENS, PIXELS = 512, 1024      # the stock pipeline's
 

@@ -1,6 +1,8 @@
 """architectures.py: the published counts and configs, and weights that depend on the part, the seed and the dtype alone."""
+import math
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,34 @@ def test_full_size_networks_run_under_the_contract_and_never_wait_for_the_device
     end = sampler.ddim(model, z, sampler.time_grid(2), cond, guidance=5.0, uncond=cond)
     assert end.is_meta and end.shape == z.shape and end.dtype == torch.float32
     assert list(model.schedule.tables) == [torch.device("meta")]
+
+
+T5_XXL, VAE_16, CLIP_L_PROJECTED = 4_762_310_656, 83_819_683, 123_650_304
+SD3_TEXT = dict(text_encoder=CLIP_L_PROJECTED, text_encoder_2=OPENCLIP_BIGG, text_encoder_3=T5_XXL)
+TRANSFORMERS = {
+    "sd3": dict(SD3_TEXT, vae=VAE_16, transformer=2_028_328_000),
+    "sd35-medium": dict(SD3_TEXT, vae=VAE_16, transformer=2_243_171_520),
+    "sd35": dict(SD3_TEXT, vae=VAE_16, transformer=8_056_627_520),
+    "flux": dict(text_encoder=CLIP_L, text_encoder_2=T5_XXL, vae=VAE_16, transformer=11_901_408_320),
+    "flux-schnell": dict(text_encoder=CLIP_L, text_encoder_2=T5_XXL, vae=VAE_16, transformer=11_891_178_560),
+    "zimage": dict(text_encoder=4_022_468_096, vae=VAE_16, transformer=6_154_908_736),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_full_size_transformers_have_the_published_counts_and_run_under_the_contract(name):
+    """On the meta device: nothing is allocated, and an .item() would raise."""
+    pipeline = architectures.build(name, weights=False)
+    assert {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in TRANSFORMERS[name]} == TRANSFORMERS[name]
+    models.family(pipeline).complete(pipeline, Path("nowhere"), ())
+    assert models.native_size(pipeline) == (1024, 1024) and models.latent_shape(pipeline) == (16, 128, 128)
+    shift = {"zimage": 6, "flux": math.exp(1.15), "flux-schnell": 1}.get(name, 3)            # FLUX.1-dev: 4096 patches
+    model, network = models.as_model(pipeline), models.network(pipeline).to("meta")
+    assert model.schedule.shift == pytest.approx(shift) and name in load.PRESETS
+    cond = models.family(pipeline).meta_condition(network)
+    end = sampler.ddim(model, torch.empty(1, 16, 32, 32, device="meta"), sampler.time_grid(2), cond)
+    assert end.is_meta and end.shape == (1, 16, 32, 32) and end.dtype == torch.float32
 
 
 def weights(module):

@@ -63,19 +63,14 @@ def pixels():
     return DDPMPipeline(UNet2DModel(**PIXEL), DDPMScheduler(prediction_type="v_prediction"))
 
 
-def no_t5():
-    return architectures.build("sd3", **{**SD3, "text_encoder_3": None, "tokenizer_3": None})
-
-
 PACKED = dict(pack=lambda z: FluxPipeline._pack_latents(z, *z.shape), unpack=lambda z: FluxPipeline._unpack_latents(z, SIZE, SIZE, 4))
 ROWS = {
     "sd15": row(published("sd15", SMALL["sd15"])),
-    "sd21": row(published("sd21", SMALL["sd21"])),
     "sdxl": row(published("sdxl", SMALL["sdxl"])),
     "pixel": row(pixels, prompts=[""], data="sprites-by-group", size=None),
     "sd3": row(published("sd3", SD3)),
-    "sd3 without t5": row(no_t5),
-    "sd35": row(published("sd35-medium", {**SD3, "transformer": dict(SD3["transformer"], dual_attention_layers=(0,))})),
+    "sd35 without t5": row(published("sd35-medium", {**SD3, "text_encoder_3": None, "tokenizer_3": None,
+                                                     "transformer": dict(SD3["transformer"], dual_attention_layers=(0,))})),
     "flux": row(published("flux", FLUX), text_dropout=0.0, **PACKED),
     "flux-schnell": row(published("flux-schnell", FLUX), text_dropout=0.0, **PACKED),
     "zimage": row(published("zimage", ZIMAGE)),
@@ -231,13 +226,13 @@ def test_guidance_of_a_network_that_has_it_distilled_in_is_refused(families, tmp
         sampler.generate(pipeline, model, ["fox"], [0], sampler.time_grid(1), 2.0)
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3 without t5", "zimage"])
+@pytest.mark.parametrize("name", ["sd3", "sd35 without t5", "zimage"])
 def test_guidance_is_that_of_the_stock_pipeline(families, name, tmp_path):
     """Z-Image's scale is one less than ours."""
     row, teacher, _ = families(name)
     pipeline, model, _ = saved.open_model(str(teacher), size=SIZE)
     expected = sampler.generate(pipeline, model, PROMPTS, SEEDS, sampler.time_grid(2), 3.0)
-    absent = {part: None for part in ("text_encoder_3", "tokenizer_3") if name == "sd3 without t5"}
+    absent = {part: None for part in ("text_encoder_3", "tokenizer_3") if name == "sd35 without t5"}
     stock = models.family(pipeline).as_student(diffusers.DiffusionPipeline.from_pretrained(teacher, **absent), model.schedule)
     call = f"prompt, height={SIZE}, width={SIZE}, guidance_scale={2 if name == 'zimage' else 3}"
     assert (by_stock(row, stock, call, 2, expected.shape[1:]) - expected).abs().max() <= 1e-4
@@ -270,7 +265,7 @@ def test_what_a_transformer_cannot_do_is_one_line(families, tmp_path):
         with pytest.raises(UserError, match=f"--model .* lacks its {lost}; download it again"):
             load.load_pipeline(str(tmp_path / name))
     with pytest.warns(UserWarning, match="is .* tokens too long for the text encoder"):
-        models.encode_text(load.load_pipeline(str(families("sd3 without t5")[1])), ["fox " * 80])
+        models.encode_text(load.load_pipeline(str(families("sd35 without t5")[1])), ["fox " * 80])
 
 
 def test_a_scheduler_that_contradicts_the_network_is_refused(families, tmp_path):
