@@ -15,8 +15,8 @@ from teacher import PRECISIONS
 @dataclass
 class Config:
     model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl, sd3, sd35,
-                                     # sd35-medium, flux, flux-schnell, zimage), a diffusers folder, a hub id
-                                     # or .safetensors
+                                     # sd35-medium, flux, flux-schnell, zimage, dit, pixart, pixart-sigma,
+                                     # sana), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
                                      # default: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but

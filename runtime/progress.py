@@ -15,6 +15,7 @@ from data import imaging
 from pairs import cache_bytes, cache_folder, trajectory_count
 from runtime import store
 from runtime.checkpoints import trained
+from runtime.cli import UserError
 
 
 def size(nbytes):
@@ -30,10 +31,23 @@ def print_inputs(c, recipe, device, world, pipeline, dataset):
     images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
     count = (f"{trajectory_count(c, recipe)} trajectories of {recipe.solver_steps} steps"
              if recipe.pairs == "trajectory" else recipe.pairs)
+    cache = cache_bytes(c, recipe, pipeline, dataset)
     print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
           f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
-          f"captions; pairs from {count}; cache: {size(cache_bytes(c, recipe, pipeline, dataset))} in "
+          f"captions; pairs from {count}; cache: {size(cache)} in "
           f"{cache_folder(c)}")
+    check_disk(cache_folder(c), cache)
+
+
+def check_disk(folder, nbytes):
+    """Raises UserError unless there is room for a cache of nbytes in the folder, less what it holds."""
+    held = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    more, free = nbytes - held, shutil.disk_usage(there).free
+    if more > free:
+        raise UserError(f"--cache {folder}: will take {size(more)} more, and its disk has {size(free)}: "
+                        f"{size(more - free)} too little; free some, give a --cache on another disk, or "
+                        "fewer --trajectories")
 
 
 def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole):

@@ -16,7 +16,7 @@ import sampler
 import teacher
 import train
 from pairs import check_windows, couple
-from runtime import cli, seeds, store
+from runtime import cli, progress, seeds, store
 
 
 def draw(file, seed):
@@ -383,3 +383,23 @@ def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_th
     batch = pairs.fetch(range(20), 1)
     assert all(any(torch.equal(z, end) for end in after["z"][:, 1]) for z in batch["z_end"])
     assert all(any(torch.equal(z, end) for end in after["z"][:, 0]) for z in batch["z_start"])
+
+
+def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_begun(random_sd, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("fox\n")
+    c = train.Config(model=str(random_sd), prompts=str(tmp_path / "p.txt"), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"),
+                     trajectories=4, updates=2, batch=2, windows=[1], solver_steps=8, grid_steps=0, cache_only=True, device="cpu")
+    usage, free = shutil.disk_usage, []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free[0]))
+    free.append(1000)
+    with pytest.raises(cli.UserError, match="--cache .*: will take .* KiB more, and its disk has 0.977 KiB: .* KiB too little; free some, give"):
+        train.main(c)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.safetensors"))
+    free[0] = 2 ** 30
+    train.main(c)
+    free[0] = 2 ** 20 + 1000                               # what is there need not be made again
+    held = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
+    progress.check_disk(tmp_path / "cache", held + free[0])
+    with pytest.raises(cli.UserError, match="will take 1 MiB more"):
+        progress.check_disk(tmp_path / "cache", held + free[0] + 1)
+    train.main(c)
