@@ -266,7 +266,7 @@ class Pairs:
         steps, if z_end is not cached: the teacher (its path is None), or the previous stage's
         student, which has learned the teacher's guidance and gets none; student: the Model that is
         trained, which consistency evaluates itself.
-        Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,),
+        Returns: ((t, t_start, t_end), (z_start, z_end), cond) on the device, float64 times (B,),
         float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
@@ -301,7 +301,7 @@ class Pairs:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0)
                                        for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
-        return t, t_start, t_end, z_start, z_end, cond
+        return (t, t_start, t_end), (z_start, z_end), cond
 
 
 def couple(cost, entropy, generator):

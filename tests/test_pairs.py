@@ -46,7 +46,8 @@ def make(small_models, photos, tmp_path):
 
 
 def ends(pairs, numbers, windows=4, solver=None, steps=2):
-    return pairs.ends(pairs.fetch(range(*numbers), windows), solver, steps)
+    times, both, cond = pairs.ends(pairs.fetch(range(*numbers), windows), solver, steps)
+    return *times, *both, cond
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(pairs="data"), dict(pairs="data", cache_latents=True), dict(pairs="data", reuse=2)],
@@ -161,7 +162,7 @@ def test_guidance_enters_a_chain_of_students_once(make, changes):
     student = models.as_model(pipeline, path=reflow.PATHS[recipe.path], windows=8)
     solver.network, student.network = network(1.0), network(4.0)
     for solving in (solver, student)[:1 if recipe.pairs == "consistency" else 2]:
-        t, t_start, t_end, z_start, z_end, _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
+        (t, t_start, t_end), (z_start, z_end), _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
         _, eps = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
         assert torch.allclose(eps, torch.full_like(eps, 4.0), atol=0.02)
 
@@ -295,7 +296,7 @@ def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
     pairs, recipe, pipeline = make(recipe="lcm", windows=[1], solver_steps=4)
     solver, student = models.as_model(pipeline), models.as_model(pipeline)
     student.network = lambda z, timestep, **cond: 0.3 * z                   # known at once: x_hat = (1 - 0.3 sigma) z / alpha
-    t, t_start, t_end, z_start, z_end, cond = pairs.ends(pairs.fetch(range(8), 1), solver, 4, student)
+    (t, t_start, t_end), (z_start, z_end), cond = pairs.ends(pairs.fetch(range(8), 1), solver, 4, student)
     assert torch.equal(t, t_start) and not t_end.any() and (t < 0.25).any() and (t > 0.25).any()
     nearer = (t - 0.25).clamp_min(0)
     with torch.no_grad():
