@@ -3,6 +3,7 @@ import json
 import shutil
 
 import numpy as np
+import ot
 import pytest
 import scipy
 import torch
@@ -349,18 +350,25 @@ def test_joined_rows_are_read_across_their_parts(make):
         rows[[6]]
 
 
-def test_couplings_have_both_marginals_and_tend_to_the_best_assignment():
+def test_couplings_have_both_marginals_and_tend_to_the_best_assignment(monkeypatch):
+    plans, sinkhorn = {}, ot.sinkhorn                       # one plan serves all the draws from it
+
+    def once(a, b, cost, entropy, **options):
+        key = entropy, cost.tobytes()
+        plans[key] = plans[key] if key in plans else sinkhorn(a, b, cost, entropy, **options)
+        return plans[key]
+    monkeypatch.setattr(ot, "sinkhorn", once)
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 3, generator=generator).double(), torch.randn(64, 3, generator=generator).double()
+    a, b = torch.randn(24, 3, generator=generator).double(), torch.randn(24, 3, generator=generator).double()
     cost = torch.cdist(a, b).square()
     best = torch.as_tensor(scipy.optimize.linear_sum_assignment(cost.numpy())[1])
     assert (couple(cost, 0.002, generator) == best).double().mean() > 0.9
-    assert torch.equal(couple(1 - torch.eye(64).double(), 0.001, generator), torch.arange(64))
+    assert torch.equal(couple(1 - torch.eye(24).double(), 0.001, generator), torch.arange(24))
     def mean_cost(entropy):
-        return torch.stack([cost[torch.arange(64), couple(cost, entropy, generator)].mean() for _ in range(20)]).mean()
-    assert mean_cost(0.01) < mean_cost(0.3) < mean_cost(100.0) == pytest.approx(cost.mean().item(), rel=0.05)
-    often = torch.stack([couple(cost, 0.2, generator) for _ in range(400)]).flatten().bincount(minlength=64)
-    assert often.double().std() < 30 and (often / 400 - 1).abs().max() < 0.25              # each partner once, on average
+        return torch.stack([cost[torch.arange(24), couple(cost, entropy, generator)].mean() for _ in range(20)]).mean()
+    assert mean_cost(0.01) < mean_cost(0.3) < mean_cost(100.0) == pytest.approx(cost.mean().item(), rel=0.15)
+    often = torch.stack([couple(cost, 0.2, generator) for _ in range(200)]).flatten().bincount(minlength=24)
+    assert often.double().std() < 30 and (often / 200 - 1).abs().max() < 0.3              # each partner once, on average
 
 
 def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_the_other(make):
