@@ -63,13 +63,15 @@ def merge_lora(weights, layers):
 
 
 def exact_steps(scheduler, windows, path):
-    """The numbers of steps at which stock DDIM (timestep_spacing "trailing") takes the very steps
-    of sampler.py: those that divide the timesteps, as others are rounded to whole timesteps;
-    on path linear only one per window, as in between the student leaves the schedule's curve.
+    """The numbers of steps at which the stock scheduler takes the very steps of sampler.py: for DDIM
+    (timestep_spacing "trailing") those that divide the timesteps, as others are rounded to whole
+    timesteps; for a flow's all multiples of the windows.
+    On path linear only one per window, as in between the student leaves the schedule's curve.
     Returns: list of int, rising; empty for EDM's form, and where windows do not divide the
     timesteps."""
     timesteps = 0 if configs.is_edm(scheduler) else scheduler.config.num_train_timesteps
-    steps = [n for n in range(windows, timesteps + 1, windows) if timesteps % n == 0]
+    steps = [n for n in range(windows, timesteps + 1, windows)
+             if timesteps % n == 0 or configs.is_flow(scheduler)]
     return steps if path == "vp" else [n for n in steps if n == windows]
 
 
@@ -86,6 +88,8 @@ def agreement(scheduler, windows, path):
     if path == "linear":
         return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in "
                 "between, the student leaves the noise schedule (path linear).")
+    if configs.is_flow(scheduler):
+        return f"Stock samplers agree with sampler.py at every multiple of {windows} steps."
     shown = ", ".join([*map(str, steps[:4]), *["..."] * (len(steps) > 4)])
     return (f"Stock samplers agree with sampler.py at {shown} steps (the multiples of {windows} that divide "
             f"the {timesteps}); other numbers are rounded to whole timesteps.")
@@ -106,7 +110,10 @@ def card(pipeline, info):
     module, exact = models.family(pipeline), exact_steps(pipeline.scheduler, windows, path)
     word, call = models.prompts(pipeline), module.stock_call(pipeline, windows) if exact else None
     prompt = {"text": " --prompt PROMPT", "class": " --prompt CLASS", "": ""}[word]
-    line = (f"DiffusionPipeline.from_pretrained(folder)({call})" if call else
+    # diffusers wants to be told of every part that its class expects and the folder does not have
+    without = "".join(f", {name}=None" for name, part in pipeline.components.items()
+                      if part is None and name not in pipeline._optional_components)
+    line = (f"DiffusionPipeline.from_pretrained(folder{without})({call})" if call else
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
     sentences = [agreement(pipeline.scheduler, windows, path),
                  *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
@@ -115,8 +122,8 @@ def card(pipeline, info):
 
 
 def export(folder, trained, info):
-    """Write a student as a complete diffusers pipeline in fp32 with a stock DDIM scheduler (a
-    network in EDM's form keeps its own), reflow.json beside it, and a LoRA file if it is one.
+    """Write a student as a complete diffusers pipeline in fp32 with the stock scheduler that samples
+    it (a network in EDM's form keeps its own), reflow.json beside it, and a LoRA file if it is one.
     trained: name -> whole CPU tensor, as the network's state_dict names them;
     of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they
     are added to the teacher as it is stored. info: the contents of reflow.json (train.describe)."""
@@ -124,7 +131,10 @@ def export(folder, trained, info):
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
     else:
-        models.network(pipeline).load_state_dict(trained)
+        network = models.network(pipeline)
+        learned = dict(network.named_parameters())          # the rest are tables, as SD3's of positions
+        tables = {name: value for name, value in network.state_dict().items() if name not in learned}
+        network.load_state_dict({**tables, **trained})
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items()
             for side, value in zip("AB", pair)}
     write_pipeline(folder, pipeline, info, lora)
@@ -132,17 +142,13 @@ def export(folder, trained, info):
 
 def write_pipeline(folder, pipeline, info, lora=None):
     saved.apply_settings(pipeline, info, written=True)
-    if not configs.is_edm(pipeline.scheduler):
-        stock = dict(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
-                     thresholding=False, steps_offset=1)
-        pipeline = models.family(pipeline).with_scheduler(pipeline,
-                                                          configs.as_ddim(pipeline.scheduler, **stock))
+    pipeline = models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0])
 
     def write(part):
         pipeline.save_pretrained(part, safe_serialization=True)
         make_portable(part)
         if lora:
-            type(pipeline).save_lora_weights(part, unet_lora_layers=lora)
+            type(pipeline).save_lora_weights(part, **{f"{models.family(pipeline).NETWORK}_lora_layers": lora})
         source = Path(load.PRESETS.get(info["teacher"], (info["teacher"], ""))[0])
         for name in ("vocabulary.json", "labels.json"):
             if (source / name).is_file():
@@ -191,7 +197,8 @@ def trained_weights(folder, lora):
     if not lora:
         return only_network(str(folder)).state_dict()
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
-    return {name.removeprefix("unet.")[:-13] + rename[name[-13:]]: value
+    # the network's name stands before: unet. or transformer.
+    return {name.partition(".")[2][:-13] + rename[name[-13:]]: value
             for name, value in load_file(folder / LORA_FILE).items()}
 
 
@@ -258,7 +265,7 @@ def export_delta(c):
         delta = merge_lora({name: torch.zeros_like(value) for name, value in student.items()},
                            adapters(trained_weights(folder, lora=True)))
     else:
-        alone = dict(vae=None, text_encoder=None)
+        alone = dict.fromkeys(models.BESIDE)
         other = (models.network(saved.load_teacher(info, **alone)) if base == info["teacher"]
                  else only_network(base)).state_dict()
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
@@ -304,7 +311,7 @@ def merge(c):
 
 
 def only_network(name):
-    return models.network(load.load_pipeline(name, vae=None, text_encoder=None))
+    return models.network(load.load_pipeline(name, **dict.fromkeys(models.BESIDE)))
 
 
 def check_same_architecture(one, weights, other, others):

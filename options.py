@@ -14,8 +14,9 @@ from teacher import PRECISIONS
 
 @dataclass
 class Config:
-    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl), a diffusers folder,
-                                     # a hub id or .safetensors
+    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl, sd3, sd35,
+                                     # sd35-medium, flux, flux-schnell, zimage), a diffusers folder, a hub id
+                                     # or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
                                      # default: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but
@@ -72,7 +73,8 @@ class Config:
     shard: bool = False              # FSDP2: weights, gradients and optimizer state spread over the processes
     compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
     guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;
-                                     # w puts w into the student
+                                     # w puts w into the student; of FLUX.1-dev it is the network's
+                                     # input, where 1 means its own 3.5
     text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance
                                      # works at sampling
     null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the

@@ -41,21 +41,19 @@ LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Pairs:
-    """The pairs of one run.  c: train.Config; recipe: reflow.Recipe; pipeline: the teacher's,
-    frozen, on its device;
-    dataset: from data.open_dataset; processes: (rank, world size, barrier). Makes the caches that
-    the run asks for."""
+    """The pairs of one run, and its caches.  c: train.Config; recipe: reflow.Recipe; pipeline: the
+    teacher's, frozen, on its device; dataset: from data.open_dataset; processes: (rank, world size,
+    barrier)."""
 
     def __init__(self, c, recipe, pipeline, dataset, processes=(0, 1, lambda: None)):
         self.c, self.recipe, self.pipeline, self.dataset = c, recipe, pipeline, dataset
-        self.processes = processes
-        self.device = models.network(pipeline).device
+        self.processes, self.device = processes, models.network(pipeline).device
         self.shape = models.latent_shape(pipeline, c.size)
         self.size = [side * pipeline.vae_scale_factor for side in self.shape[1:]]         # (H, W) in pixels
-        model = models.as_model(pipeline)
-        self.schedule, self.prediction = model.schedule, model.prediction
+        self.schedule, self.prediction = models.schedule(pipeline)
         check_windows(recipe.stages, self.schedule)
-        models.check_null(pipeline, c.guidance_teacher, c.text_dropout)
+        self.guidance = models.embed_guidance(pipeline, c.guidance_teacher)         # classifier-free
+        models.check_null(pipeline, self.guidance, c.text_dropout)
         self.null, self.null_there = ((self.text([""]), self.text([""], self.device))
                                       if models.has_null(pipeline) else ({}, {}))
         if recipe.pairs != "trajectory" and dataset.images is None:
@@ -111,7 +109,7 @@ class Pairs:
                              self.device)
             z = initial(numbers)
             with self.autocast():
-                end = solve(model, z, times, cond, c.guidance_teacher, self.null_like(cond),
+                end = solve(model, z, times, cond, self.guidance, self.null_like(cond),
                             lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
             path = path if solve is sampler.ddim else path.flip(1)         # noise first, both ways
@@ -281,7 +279,7 @@ class Pairs:
                 batch |= self.text(batch.pop("captions"), self.device)
             z_0, cond = batch.pop("z_0"), batch
             starts, stops = t_start[::reuse], t_end[::reuse]
-            guidance = self.c.guidance_teacher if solver.path is None else 1.0
+            guidance = self.guidance if solver.path is None else 1.0
             alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
             with self.autocast():

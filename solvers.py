@@ -95,9 +95,10 @@ def from_diffusers(name, scheduler_class, draws=False, **options):
     one generator per image.  Returns: a function like ddim.  Its errors are UserError: another
     grid, more steps than it can make, a student off the schedule."""
     def solve(model, z, times, cond, guidance=1.0, uncond=None, callback=None, generators=None):
-        if isinstance(model.schedule, teacher.EDMSchedule):
-            raise UserError(f"solver {name}: needs a table of betas, and this model's noise is EDM's; use "
-                            "ddim, heun or dpm2")
+        if not isinstance(model.schedule, teacher.Schedule):
+            kind = "EDM" if isinstance(model.schedule, teacher.EDMSchedule) else "a flow"
+            raise UserError(f"solver {name}: needs a table of betas, and this model's noise is {kind}'s; use "
+                            "ddim")
         steps, alpha = len(times) - 1, model.schedule.alpha
         uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         if times.ndim > 1 or not torch.allclose(times.cpu().double(), uniform, atol=1e-6):

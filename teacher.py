@@ -4,7 +4,8 @@ prediction type, its text encoder, how it is loaded.
 
 Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 t - 1 (a float;
 SD's own integers at t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data,
-where no network is evaluated. A network in EDM's form has a clock of its own (EDMSchedule).
+where no network is evaluated. Networks in EDM's form and of flow matching have clocks of their own
+(EDMSchedule, FlowSchedule).
 
 A pixel model (UNet2DModel, no autoencoder, no text) keeps the same contract: its latents are the
 pixels, and it is conditioned on nothing or on a class, whose name takes the place of the prompt.
@@ -23,6 +24,7 @@ PREDICTIONS = {
     "epsilon": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "sample": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),
+    "flow_prediction": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),
 }
 
 
@@ -130,6 +132,40 @@ class EDMSchedule:
         return sign * sigma / (self.sigma_data * root), -sign * self.sigma_data * alpha / root
 
 
+class FlowSchedule:
+    """Flow matching, called like Schedule: z = (1 - sigma) x + sigma eps, and the network gives
+    u = eps - x. At t = 1 z is pure noise, alpha = 0, and nothing is singular: (x, eps) = (z - u, z).
+    Clock: sigma = s t / (1 + (s - 1) t), the shift s > 0 of the model's own sampler, which spends
+    more of its steps near noise the larger s. sigma/alpha = s t / (1 - t).
+    The network is told 1000 sigma; floor = 1/1000 is where its training ends.
+    Raises UserError unless the shift is above 0."""
+    floor, timesteps = 1 / 1000, None                       # any t is a time of the network
+
+    def __init__(self, shift=1.0):
+        if not 0 < shift < float("inf"):
+            raise UserError(f"a flow scheduler with shift {shift}: must be above 0; correct its "
+                            "scheduler_config.json")
+        self.shift, self.key = shift, ("flow", shift)
+
+    def __call__(self, t):
+        check_times(t)
+        t = t.double().clamp(0, 1)
+        whole = 1 + (self.shift - 1) * t
+        return (1 - t) / whole, self.shift * t / whole
+
+    def time_of(self, sigma_karras):
+        return 1 / (1 + self.shift / sigma_karras.double())
+
+    def timestep(self, t):
+        return (1000 * self(t)[1]).float()
+
+    def network_input(self, z, alpha, sigma):
+        return z
+
+    def output(self, prediction, alpha, sigma):
+        return PREDICTIONS[prediction](alpha, sigma)
+
+
 def to_pair(output, z, prediction, a, b):
     """Solve {z = a x + b eps, output = p x + q eps} for the pair. prediction: (p, q).
     All broadcast with z.
@@ -148,7 +184,7 @@ class Model:
     network: callable (z, timestep (B,), **cond) -> output like z; prediction: a key of
     PREDICTIONS."""
     network: object
-    schedule: Schedule | EDMSchedule
+    schedule: Schedule | EDMSchedule | FlowSchedule
     prediction: str = "epsilon"
     path: object = None
     windows: int = 1

@@ -29,7 +29,7 @@ import models
 import reflow
 from data import captioned
 from models import load
-from models.student import FrozenNetwork, make_student
+from models.student import FrozenNetwork, check_lora, make_student
 from options import Config, command, fit_prediction, resolve_recipe
 from pairs import Pairs, cache_folder
 from runtime import checkpoints, cli, processes, progress, store
@@ -90,7 +90,11 @@ def open_pairs(c, recipe, device, processes):
     rank, _, barrier = processes
     dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
     pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
-    models.check_null(pipeline, c.guidance_teacher, c.text_dropout)     # before anything encodes a caption
+    check_lora(c, models.network(pipeline))
+    if c.size:
+        models.set_native_size(pipeline, c.size)
+    guidance = models.embed_guidance(pipeline, c.guidance_teacher)
+    models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
     if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,

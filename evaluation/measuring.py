@@ -35,8 +35,8 @@ def real_images(n, stream, levels=sprites.LEVELS, size=sprites.SIZE):
 
 def file_age(folder):
     """When the model's weights were written."""
-    weights = Path(load.PRESETS.get(folder, (folder, ""))[0]) / "unet" / "diffusion_pytorch_model.safetensors"
-    return weights.stat().st_mtime_ns if weights.is_file() else 0
+    files = Path(load.PRESETS.get(folder, (folder, ""))[0]).glob("*/diffusion_pytorch_model*.safetensors")
+    return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 class CountingModel:
@@ -165,6 +165,8 @@ class Evaluator:
                 path=info.get("path", "vp"),
                 schedule=store.digest(model.schedule.key, model.prediction), windows=info.get("windows", 1),
                 size=[side * pipeline.vae_scale_factor for side in shape[1:]],
+                **({"embedded_guidance": pipeline.embedded_guidance} if hasattr(pipeline, "embedded_guidance")
+                   else {}),
                 **({"null": "zeros"} if pipeline.config.get("force_zeros_for_empty_prompt") else {}))
         return self.read[key]
 

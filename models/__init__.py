@@ -2,16 +2,23 @@
 looks inside a pipeline.
 
 A family is a module with: NETWORK and CLASS (the component that is distilled and its class in
-diffusers), TEXT_ENCODERS, LORA_LAYERS, and the functions check, forward, encode_text, encode,
-decode, native_size, has_null, prompts, blocks, with_scheduler, stock_call, stock_notes,
-meta_condition. docs/extending.md says what each must do.
+diffusers), TEXT_ENCODERS, LORA_LAYERS, FLOW, and the functions required, complete, check, blocks,
+forward, prompts, has_null, embed_guidance, encode_text, encode, decode, native_size,
+set_native_size, latent_geometry, as_student, stock_call, stock_notes, meta_condition.
+docs/extending.md says what each must do.
 """
-from models import pixel, stable_diffusion
-from models.configs import read_schedule
+from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, zimage
+from models.configs import is_flow, read_schedule
 from runtime.cli import UserError
 from teacher import Model
 
-FAMILIES = (stable_diffusion, pixel)
+FAMILIES = (stable_diffusion, pixel, sd3, flux, zimage, dit, pixart, sana)
+
+# the networks that a pipeline may have, whatever its family
+NETWORKS = tuple(dict.fromkeys(name for module in FAMILIES
+                               for name in (module.NETWORK, "vae", *module.TEXT_ENCODERS)))
+# those that are not distilled: load_pipeline(name, **dict.fromkeys(BESIDE)) reads the others alone
+BESIDE = tuple(name for name in NETWORKS if name not in {module.NETWORK for module in FAMILIES})
 
 
 def family(pipeline):
@@ -22,7 +29,8 @@ def family(pipeline):
     known = ", ".join(f"{module.NETWORK} of class {module.CLASS.__name__}" for module in FAMILIES)
     found = ", ".join(f"{name} {type(part).__name__}" for name, part in pipeline.components.items()
                       if part is not None)
-    raise UserError(f"{type(pipeline).__name__} is of no family that we know ({known}); it has {found}")
+    raise UserError(f"{type(pipeline).__name__} is of no family that we know ({known}); it has {found}; give "
+                    "a model of one of these")
 
 
 def family_of(network):
@@ -35,13 +43,29 @@ def network(pipeline):
     return getattr(pipeline, family(pipeline).NETWORK)
 
 
+def schedule(pipeline):
+    """(schedule, prediction type) of a pipeline, as read_schedule has them; a dynamic shift is that of
+    the pipeline's own size.  Raises UserError where its scheduler contradicts its network."""
+    module, scheduler = family(pipeline), pipeline.scheduler
+    if is_flow(scheduler) != module.FLOW:
+        kinds = ["diffusion with betas or in EDM's form", "flow matching"]
+        raise UserError(f"its {type(scheduler).__name__} is for {kinds[is_flow(scheduler)]}, its "
+                        f"{module.CLASS.__name__} for {kinds[module.FLOW]}; name the scheduler that the "
+                        "model was made with in model_index.json")
+
+    def tokens():
+        _, height, width = latent_shape(pipeline)
+        return height // 2 * (width // 2)                  # 2 x 2 latents each, in all that shift so
+    return read_schedule(scheduler, tokens)
+
+
 def as_model(pipeline, network=None, path=None, windows=1):
     """The pipeline's schedule and prediction type around `network` (default: its own), under the
     contract of teacher.py: cond is what encode_text returns, z may have another dtype than the
     network."""
     module = family(pipeline)
     network = getattr(pipeline, module.NETWORK) if network is None else network
-    return Model(module.forward(network), *read_schedule(pipeline.scheduler), path, windows)
+    return Model(module.forward(network), *schedule(pipeline), path, windows)
 
 
 # ---- text, pictures ----------------------------------------------------------------------------------------
@@ -78,6 +102,13 @@ def native_size(pipeline):
     return family(pipeline).native_size(pipeline)
 
 
+def set_native_size(pipeline, size):
+    """Make a size (pixels, square) the pipeline's own: of pictures whose size is not named, and of a
+    schedule that depends on it.  Raises UserError if it is none of its sizes."""
+    latent_shape(pipeline, size)
+    family(pipeline).set_native_size(pipeline, size)
+
+
 def latent_shape(pipeline, size=None):
     """(C, h, w) of the latents. size: of the picture in pixels, (H, W) or one int for both;
     default: what the network was made for.  Raises UserError unless the network's levels divide
@@ -105,17 +136,25 @@ def has_null(pipeline):
     return family(pipeline).has_null(pipeline)
 
 
+def embed_guidance(pipeline, guidance):
+    """Tell a network that takes guidance as an input how much; all evaluations of the pipeline are
+    then made with it, 1 being the model's own.  Returns: what is left for classifier-free guidance,
+    1 where guidance is an input."""
+    return family(pipeline).embed_guidance(pipeline, guidance)
+
+
 def check_null(pipeline, guidance, text_dropout=0.0):
     """Raises UserError if a model without null embedding is to be guided, or to be trained with
     dropped captions."""
     if has_null(pipeline):
         return
-    unconditional = not prompts(pipeline)
+    kind = prompts(pipeline)
+    why = {"": "is unconditional", "class": "has no null class",
+           "text": "has its guidance distilled in"}[kind]
     if guidance != 1:
-        raise UserError(f"guidance {guidance:g}: this model "
-                        f"{'is unconditional' if unconditional else 'has no null class'}; use guidance 1")
-    if text_dropout > 0 and not unconditional:
-        raise UserError(f"--text-dropout {text_dropout:g}: this model has no null class for the dropped "
+        raise UserError(f"guidance {guidance:g}: this model {why}; use guidance 1")
+    if text_dropout > 0 and kind:
+        raise UserError(f"--text-dropout {text_dropout:g}: this model {why}, and no use for dropped "
                         "captions; use --text-dropout 0")
 
 

@@ -1,9 +1,8 @@
-"""The published architectures of Stable Diffusion 1.5, 2.1 (768-v) and XL base, as data, with
-random weights: everything in this project runs on them without a download. Values that are
-diffusers' or transformers' defaults are not repeated.
+"""The published architectures of Stable Diffusion 1.5, 2.1 (768-v), XL base, 3 and 3.5, FLUX.1,
+Z-Image, DiT, PixArt and SANA, as data, with random weights: everything in this project runs on them
+without a download. Values that are diffusers' or transformers' defaults are not repeated.
 
-    python architectures.py                         # prints the parts and their parameters;
-    allocates nothing
+    python -m models.architectures        # prints the parts and their parameters; allocates nothing
 """
 import zlib
 from pathlib import Path
@@ -11,17 +10,41 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Model,
+    Qwen3Model,
+    T5EncoderModel,
+)
 
 TOKENS = 77
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TOKENIZER = Path(__file__).parent.parent / "assets" / "tiny-sd" / "tokenizer"
 
 NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -42,17 +65,70 @@ VAE = dict(block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncod
            up_block_types=("UpDecoderBlock2D",) * 4,
            layers_per_block=2, latent_channels=4, scaling_factor=0.18215)
 
+T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+
+QWEN3_4B = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+                num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+                rope_theta=1_000_000.0, tie_word_embeddings=True)
+
+VAE_16 = dict(VAE, latent_channels=16, sample_size=1024, use_quant_conv=False, use_post_quant_conv=False,
+              scaling_factor=1.5305, shift_factor=0.0609)
+
+VAE_FLUX = dict(VAE_16, scaling_factor=0.3611, shift_factor=0.1159)           # Z-Image's too
+
+SD3 = dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+
 UNET = dict(in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280))
+
+# DiT's and PixArt's, of the first diffusion models
+LINEAR_NOISE = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                    prediction_type="epsilon")
+
+# 32 pixels to a side of a latent; its later half attends
+DC_AE = dict({f"{side}_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+              for side in ("encoder", "decoder")},
+             downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41407)
+
+PIXART = dict(caption_channels=4096, interpolation_scale=2)
+
+SD_PIPELINE = (StableDiffusionPipeline, dict(safety_checker=None, feature_extractor=None,
+                                             requires_safety_checker=False))
+
+
+def sd3(transformer):
+    return dict(pipeline=(StableDiffusion3Pipeline, {}),
+                scheduler=(FlowMatchEulerDiscreteScheduler, dict(shift=3.0)),
+                text_encoder=(CLIPTextModelWithProjection, CLIP_L),
+                text_encoder_2=(CLIPTextModelWithProjection, OPENCLIP_BIGG),
+                text_encoder_3=(T5EncoderModel, T5_XXL), vae=(AutoencoderKL, VAE_16),
+                transformer=(SD3Transformer2DModel, transformer))
+
+
+def flux(scheduler, guidance_embeds):
+    return dict(pipeline=(FluxPipeline, {}), scheduler=(FlowMatchEulerDiscreteScheduler, scheduler),
+                text_encoder=(CLIPTextModel, CLIP_L), text_encoder_2=(T5EncoderModel, T5_XXL),
+                vae=(AutoencoderKL, VAE_FLUX),
+                transformer=(FluxTransformer2DModel, dict(guidance_embeds=guidance_embeds)))
+
+
+def pixart(pipeline, scaling_factor, transformer):
+    return dict(pipeline=(pipeline, {}), scheduler=(DPMSolverMultistepScheduler, LINEAR_NOISE),
+                text_encoder=(T5EncoderModel, T5_XXL),
+                vae=(AutoencoderKL, dict(VAE, sample_size=1024, scaling_factor=scaling_factor)),
+                transformer=(PixArtTransformer2DModel, transformer))
+
 
 # part -> (class, config); attention_head_dim is, in this class of diffusers, the NUMBER of heads
 ARCHITECTURES = {
     "sd15": dict(
+        pipeline=SD_PIPELINE,
         scheduler=(PNDMScheduler, NOISE),
         text_encoder=(CLIPTextModel, CLIP_L),
         vae=(AutoencoderKL, dict(VAE, sample_size=512)),
         unet=(UNet2DConditionModel,
               dict(UNET, sample_size=64, cross_attention_dim=768, attention_head_dim=8))),
     "sd21": dict(
+        pipeline=SD_PIPELINE,
         scheduler=(DDIMScheduler, dict(NOISE, prediction_type="v_prediction")),
         text_encoder=(CLIPTextModel, OPENCLIP_H),
         vae=(AutoencoderKL, dict(VAE, sample_size=768)),
@@ -60,6 +136,7 @@ ARCHITECTURES = {
               dict(UNET, sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
                    use_linear_projection=True, upcast_attention=True))),
     "sdxl": dict(
+        pipeline=(StableDiffusionXLPipeline, dict(force_zeros_for_empty_prompt=True, add_watermarker=False)),
         scheduler=(EulerDiscreteScheduler, dict(NOISE, timestep_spacing="leading")),
         text_encoder=(CLIPTextModel, CLIP_L),
         text_encoder_2=(CLIPTextModelWithProjection, OPENCLIP_BIGG),
@@ -73,30 +150,61 @@ ARCHITECTURES = {
             cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
             # 2816 = 6 x 256 + 1280
             addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816))),
+    "sd3": sd3(SD3),
+    "sd35": sd3(dict(SD3, num_layers=38, num_attention_heads=38, caption_projection_dim=2432,
+                     qk_norm="rms_norm")),
+    "sd35-medium": sd3(dict(SD3, pos_embed_max_size=384, qk_norm="rms_norm",
+                            dual_attention_layers=tuple(range(13)))),
+    "flux": flux(dict(shift=3.0, use_dynamic_shifting=True), guidance_embeds=True),
+    "flux-schnell": flux(dict(shift=1.0), guidance_embeds=False),
+    "zimage": dict(
+        pipeline=(ZImagePipeline, {}),
+        scheduler=(FlowMatchEulerDiscreteScheduler, dict(shift=6.0)),
+        text_encoder=(Qwen3Model, QWEN3_4B),
+        vae=(AutoencoderKL, VAE_FLUX),
+        transformer=(ZImageTransformer2DModel, {})),
+    "dit": dict(
+        pipeline=(DiTPipeline, {}),
+        scheduler=(DDIMScheduler, dict(LINEAR_NOISE, clip_sample=False)),
+        vae=(AutoencoderKL, dict(VAE, sample_size=256)),
+        transformer=(DiTTransformer2DModel, dict(out_channels=8))),
+    "pixart": pixart(PixArtAlphaPipeline, 0.18215, PIXART),
+    "pixart-sigma": pixart(PixArtSigmaPipeline, 0.13025, dict(PIXART, use_additional_conditions=False)),
+    "sana": dict(
+        pipeline=(SanaPipeline, {}),
+        scheduler=(DPMSolverMultistepScheduler,
+                   dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)),
+        text_encoder=(Gemma2Model, {}),
+        vae=(AutoencoderDC, DC_AE),
+        transformer=(SanaTransformer2DModel, {})),
 }
 
 
-def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "unet"), weights=True, **overrides):
+def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), weights=True, **overrides):
     """A diffusers pipeline of the architecture `name` with random weights, made on the CPU directly
     in dtype.
     parts: what to make, the rest is None. overrides: per component (unet, text_encoder_2,
     scheduler, ...) a dict of changed config values, or the ready component, or None to leave it
     out. weights: False leaves all on the meta device.
-    Returns: StableDiffusionPipeline or StableDiffusionXLPipeline, frozen, in eval mode.
+    Returns: a pipeline of the architecture's class, frozen, in eval mode.
     A part's weights depend on its own config and the seed alone, up to the rounding of dtype.
     Raises KeyError for another name, TypeError for a misspelt override."""
     # The published vocabularies cannot be had without a download: the embedded model's, whose ids all fit,
     # padded and cut as theirs.
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     tokenizer.model_max_length = TOKENS
+    tokenizer.chat_template = CHAT                          # Z-Image's asks for one
     # Pooling takes the output at the first eos. The published configs say 2, which transformers reads as "at
     # the highest id":
     # right for their vocabulary, wrong for this one.
     special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                    pad_token_id=tokenizer.pad_token_id)
-    pieces = {}
+    pieces, (pipeline, options) = {}, ARCHITECTURES[name]["pipeline"]
     for part, (kind, config) in ARCHITECTURES[name].items():
-        override, group = overrides.pop(part, {}), "text" if part.startswith("text") else part
+        if part == "pipeline":
+            continue
+        override = overrides.pop(part, {})
+        group = "text" if part.startswith("text") else "vae" if part == "vae" else "network"
         if group == "text":
             vocabulary = part.replace("text_encoder", "tokenizer")
             pieces[vocabulary] = overrides.pop(vocabulary, tokenizer if "text" in parts else None)
@@ -108,10 +216,10 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "unet"), weig
         elif group not in parts:
             pieces[part] = None
         elif group == "text":
-            unknown = [key for key in override if not hasattr(CLIPTextConfig(), key)]
+            unknown = [key for key in override if not hasattr(kind.config_class(), key)]
             if unknown:
                 raise TypeError(f"{part}: {', '.join(unknown)} is not in its config")
-            pieces[part] = random_part(lambda: kind(CLIPTextConfig(**{**special, **config, **override})),
+            pieces[part] = random_part(lambda: kind(kind.config_class(**{**special, **config, **override})),
                                        part, dtype, seed, weights)
         else:
             pieces[part] = random_part(lambda: kind(**{**config, **override}), part, dtype, seed, weights)
@@ -119,10 +227,7 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "unet"), weig
     overrides = {part: value for part, value in overrides.items() if value is not None}
     if overrides:
         raise TypeError(f"{name} has no component {', '.join(overrides)}; it has {', '.join(pieces)}")
-    if "text_encoder_2" in pieces:
-        return StableDiffusionXLPipeline(**pieces, force_zeros_for_empty_prompt=True, add_watermarker=False)
-    return StableDiffusionPipeline(**pieces, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+    return pipeline(**pieces, **options)
 
 
 def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
@@ -133,6 +238,8 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
     shows.  Returns: the module, frozen, in eval mode."""
     with init_empty_weights():  # parameters only: CLIP's position_ids are a real buffer
         module = make()
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()                                # T5's two names of one embedding
     if weights:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {part}".encode()))
         filled = {}
@@ -142,6 +249,8 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
             filled[name] = torch.empty(parameter.shape).normal_(float(gain), std,
                                                                 generator=generator).to(dtype)
         module.load_state_dict(filled, strict=False, assign=True)
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()
     return module.requires_grad_(False).eval()
 
 

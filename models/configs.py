@@ -1,11 +1,14 @@
 """What the configs of diffusers say about a model: fields that change its meaning are read here, or
 refused."""
 import json
+import math
 
 from diffusers import (
     DDIMScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
 
 import teacher
@@ -19,8 +22,11 @@ GIVE = "give a Stable Diffusion 1.x, 2.x or XL model"
 
 SUPPORTED = {
     "scheduler": {
-        "use_flow_sigmas": ((False, None), f"it has no schedule of betas (flow matching); {GIVE}"),
         "snr_shift_scale": ((None, 1), f"its schedule is shifted, as video models' is; {GIVE}"),
+    },
+    "flow scheduler": {
+        "num_train_timesteps": ((1000,), "networks of flow matching that we know are told 1000 sigma"),
+        "invert_sigmas": ((False, None), "its network counts time backwards, as video models' do"),
     },
     "pipeline": {
         "requires_aesthetics_score": ((False, None), "it takes an aesthetic score, as SDXL's refiner does; "
@@ -62,21 +68,33 @@ def check_fields(part, settings):
             raise UserError(f"{field} of its {part} is {settings[field]!r}: {meaning}")
 
 
-def read_schedule(scheduler):
+def check_variance(c):
+    """Raises UserError unless a transformer of this config gives as many channels as it takes, or twice as
+    many: the latter half is then a learned variance, which nothing here reads."""
+    if c.out_channels not in (None, c.in_channels, 2 * c.in_channels):
+        raise UserError(f"its transformer takes {c.in_channels} channels and gives {c.out_channels}; give "
+                        f"one with {c.in_channels}, or {2 * c.in_channels} where it learned its variance")
+
+
+def read_schedule(scheduler, tokens=lambda: 0):
     """What a diffusers scheduler says about the model, whatever its own solver.
-    Returns: (Schedule or EDMSchedule, a key of PREDICTIONS). Raises UserError if z_t = alpha_t x +
-    sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
+    tokens: called where the schedule depends on them, gives how many patches a picture has.
+    Returns: (Schedule, EDMSchedule or FlowSchedule, a key of PREDICTIONS). Raises UserError if z_t =
+    alpha_t x + sigma_t eps does not hold for it, or an output can leave (x, eps) undetermined."""
     if is_edm(scheduler):
         c = scheduler.config
         if c.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"prediction type {c.prediction_type!r} of {type(scheduler).__name__} is not one "
                             "of: epsilon, v_prediction")
         return teacher.EDMSchedule(c.sigma_min, c.sigma_max, c.sigma_data), c.prediction_type
+    if is_flow(scheduler):
+        return teacher.FlowSchedule(flow_shift(scheduler, tokens)), "flow_prediction"
     if "beta_schedule" in scheduler.config and "sigma_data" in scheduler.config:
         raise UserError("DDIMPipeline has put a DDIM scheduler in the place of its EDM scheduler; name "
                         "DDPMPipeline in model_index.json, which keeps it")
     if "beta_schedule" not in scheduler.config:
-        raise UserError(f"{type(scheduler).__name__} has no schedule of betas (flow matching?); {GIVE}")
+        raise UserError(f"{type(scheduler).__name__} has neither a schedule of betas nor a flow's shift; "
+                        "name another scheduler in model_index.json")
     check_fields("scheduler", scheduler.config)
     discrete = as_ddim(scheduler)
     prediction = discrete.config.prediction_type
@@ -84,8 +102,9 @@ def read_schedule(scheduler):
         raise UserError(f"timestep_type of its {type(scheduler).__name__} is 'continuous': its network reads "
                         "ln(sigma) / 4 as the time; name EDMEulerScheduler in model_index.json instead, with "
                         "sigma_data 1 and its sigma_min and sigma_max, which says the same")
-    if prediction not in teacher.PREDICTIONS:
-        raise UserError(f"prediction type {prediction!r} is not one of: {', '.join(teacher.PREDICTIONS)}")
+    known = [name for name in teacher.PREDICTIONS if name != "flow_prediction"]
+    if prediction not in known:
+        raise UserError(f"prediction type {prediction!r} is not one of: {', '.join(known)}")
     if prediction == "epsilon" and discrete.alphas_cumprod[-1] == 0:
         raise UserError("predicts epsilon at zero terminal SNR (alpha = 0 at t = 1): z is the noise there, "
                         "so the prediction says nothing about the picture and no pair (x, eps) exists; give "
@@ -107,3 +126,52 @@ def as_ddim(scheduler, **options):
 
 def is_edm(scheduler):
     return isinstance(scheduler, (EDMEulerScheduler, EDMDPMSolverMultistepScheduler))
+
+
+# ---- flow matching -----------------------------------------------------------------------------------------
+
+
+def is_flow(scheduler):
+    """True for the schedulers of flow matching, and for those with betas that have been turned into
+    one."""
+    return type(scheduler).__name__.startswith("Flow") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def flow_shift(scheduler, tokens):
+    """The shift s of FlowSchedule: a number, or dynamic, from the number of patches of a picture, as
+    FLUX.1's is.  Raises UserError."""
+    c = scheduler.config
+    check_fields("flow scheduler", c)
+    if c.get("prediction_type", "flow_prediction") != "flow_prediction":
+        raise UserError(f"prediction type {c.prediction_type!r} of its {type(scheduler).__name__} with flow "
+                        "sigmas is not flow_prediction; correct its scheduler_config.json")
+    if not c.get("use_dynamic_shifting"):
+        return c["shift"] if "shift" in c else c["flow_shift"]
+    low, high = c.get("base_shift", 0.5), c.get("max_shift", 1.15)          # defaults: the pipelines'
+    few, many = c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
+    mu = low + (high - low) * (tokens() - few) / (many - few)
+    return math.exp(mu) if c.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+# ---- what a student is written with ------------------------------------------------------------------------
+# Each asks the network exactly at the starts of the windows when it is called with one step per window.
+
+
+def trailing_ddim(scheduler):
+    """DDIM with "trailing" timesteps, of a scheduler with betas; a network in EDM's form keeps its
+    own."""
+    if is_edm(scheduler):
+        return scheduler
+    return as_ddim(scheduler, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False,
+                   thresholding=False, steps_offset=1)
+
+
+def flow_map_euler(shift):
+    """For pipelines that give the number of steps alone (SD3, SANA): there FlowMatchEuler would shift
+    twice, and end at sigma = 0.009 instead of the last window's start."""
+    return FlowMapEulerDiscreteScheduler(shift=shift)
+
+
+def flow_match_euler(shift):
+    """For pipelines that give sigmas = 1, ..., 1/K themselves (FLUX, Z-Image)."""
+    return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)

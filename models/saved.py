@@ -13,7 +13,8 @@ from runtime.cli import UserError
 
 # The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and
 # path, and what they are where reflow.json does not say. They are read here alone.
-SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto")
+SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto",
+                guidance_teacher=1.0)
 
 
 def settings(info):
@@ -30,13 +31,14 @@ def load_teacher(info, **how):
 
 
 def apply_settings(pipeline, info, written=False):
-    """Make the size and the null embedding of a run its pipeline's own: what samples it reads them
-    there. info: reflow.json or {};
+    """Make the size, the null embedding and an embedded guidance of a run its pipeline's own: what
+    samples it reads them there. info: reflow.json or {};
     written: leave out what diffusers' own pipeline would not read back (the null embedding of SD
     1.x and 2.x)."""
     size, null = settings(info)["size"], settings(info)["null_text"]
     if size:
-        models.family(pipeline).set_native_size(pipeline, size)
+        models.set_native_size(pipeline, size)
+    models.embed_guidance(pipeline, settings(info)["guidance_teacher"])
     if null != "auto" and ("force_zeros_for_empty_prompt" in pipeline.config or not written):
         pipeline.register_to_config(force_zeros_for_empty_prompt=null == "zeros")
 
@@ -50,12 +52,12 @@ def read_info(option, folder):
 
 
 def check_inputs(pipeline, other, size):
-    """Raises UserError unless both UNets can be evaluated at the same latents with the same text.
+    """Raises UserError unless both networks can be evaluated at the same latents with the same text.
     size: as for latent_shape."""
     shape, expected = models.latent_shape(other, size), models.latent_shape(pipeline, size)
     if shape != expected:
         raise UserError(f"its latents are {shape}, the model's {expected}; give a model of the same family")
-    for part in ("text_encoder", "text_encoder_2"):
+    for part in models.family(pipeline).TEXT_ENCODERS:
         a, b = (getattr(each, part, None) for each in (pipeline, other))
         a, b = (dict(each.named_parameters()) if each is not None else {} for each in (a, b))
         # up to the rounding of a folder stored in half precision
@@ -86,8 +88,8 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
                size=None, student=None):
     """A teacher or a student, with the size and null embedding it was trained with.
     name and the rest: as for teacher.load_pipeline;
-    guide: name of a weaker model, which makes the model one of Guided; size: as for latent_shape,
-    for the guide's sake; student: reflow.json of a student, whose teacher is opened as its run
+    guide: name of a weaker model, which makes the model one of Guided; size: pixels, which becomes
+    the pipeline's own; student: reflow.json of a student, whose teacher is opened as its run
     opened it, if that is its name.
     Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a teacher: windows
     and path say how to sample it."""
@@ -98,11 +100,13 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
         pipeline = load.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
         student = info
     apply_settings(pipeline, student)
+    if size:
+        models.set_native_size(pipeline, size)
     model = models.as_model(pipeline, path=reflow.PATHS[info.get("path", "vp")],
                             windows=int(info.get("windows", 1)))
     if guide:
         try:
-            other, weaker, _ = open_model(guide, device, dtype, random_init, student=student)
+            other, weaker, _ = open_model(guide, device, dtype, random_init, size=size, student=student)
             check_inputs(pipeline, other, size)
             model = teacher.guided(model, weaker)
         except UserError as error:

@@ -6,7 +6,8 @@ import warnings
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.configs import GIVE, check_fields
+from models.configs import GIVE, check_fields, trailing_ddim
+from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
 from runtime.cli import UserError
 from teacher import check_finite
 
@@ -15,9 +16,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")        # the second is SDXL's
 # every linear and convolution inside the UNet's blocks, by the names diffusers gives them
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
                "time_emb_proj", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
-# Output pixels the autoencoder handles at once: 64 pictures of 64 x 64, one of 512 x 512 (some 2 GB in
-# float32).
-PIXELS = 2 ** 18
+FLOW = False
+
+
+def required(pipeline):
+    """The networks it needs besides."""
+    return ("vae", *[name for name in TEXT_ENCODERS if name == "text_encoder" or hasattr(pipeline, name)])
 
 
 def check(pipeline):
@@ -58,6 +62,11 @@ def prompts(pipeline):
 
 def has_null(pipeline):
     return True
+
+
+def embed_guidance(pipeline, guidance):
+    """Nothing of it: what is not 1 is classifier-free guidance."""
+    return guidance
 
 
 @torch.no_grad()
@@ -133,53 +142,12 @@ def set_native_size(pipeline, size):
     pipeline.unet.register_to_config(sample_size=size // pipeline.vae_scale_factor)
 
 
-def latent_statistics(vae):
-    """(factor, shift, std) of an autoencoder, with z = (latent - shift) factor / std.
-    shift and std: numbers, or (1, C, 1, 1) as in Playground 2.5, whose latents are normalized per
-    channel."""
-    c = vae.config
-    mean, std = (torch.tensor(c[key]).view(1, -1, 1, 1) if c.get(key) else default
-                 for key, default in (("latents_mean", 0), ("latents_std", 1)))
-    return c.scaling_factor, mean + (c.get("shift_factor") or 0), std
-
-
-@torch.no_grad()
-def decode(pipeline, z, batch):
-    vae, factor = pipeline.vae, pipeline.vae_scale_factor
-    batch = max(1, min(batch, PIXELS // (factor * factor * z[0, 0].numel())))
-    scaling, shift, std = (c.to(z) if torch.is_tensor(c) else c for c in latent_statistics(vae))
-    rows = []
-    for chunk in (z * std / scaling + shift).split(batch):
-        chunk = chunk.to(vae.device, vae.dtype, memory_format=torch.channels_last)
-        rows.append(vae.decode(chunk, return_dict=False)[0].float().clamp(-1, 1).cpu())
-    images = torch.cat(rows)
-    if not images.isfinite().all():
-        numbers = [f"picture {i + 1} of {len(z)}" for i in range(len(z))]
-        check_finite(z.cpu(), numbers, "its latents are not finite: the network has diverged")
-        check_finite(images, numbers, f"the autoencoder's output is not finite in {vae.dtype}; use bf16 or "
-                                      "fp32")
-    return images
-
-
-@torch.no_grad()
-def encode(pipeline, images, batch):
-    vae, rows = pipeline.vae, []
-    for chunk in images.split(max(1, min(batch, PIXELS // images[0, 0].numel()))):
-        encoded = vae.encode(chunk.to(vae.device, vae.dtype))
-        rows.append(encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents)
-    latents = torch.cat(rows).float()
-    scaling, shift, std = (c.to(latents) if torch.is_tensor(c) else c for c in latent_statistics(vae))
-    check_finite(latents, [f"picture {i + 1} of {len(images)}" for i in range(len(images))],
-                 f"its latents are not finite in {vae.dtype}; use bf16 or fp32")
-    return (latents - shift) * scaling / std
-
-
 # ---- a student's pipeline ----------------------------------------------------------------------------------
 
 
-def with_scheduler(pipeline, scheduler):
-    """The pipeline that samples with this scheduler."""
-    pipeline.scheduler = scheduler
+def as_student(pipeline, schedule):
+    """The pipeline as a student is written, with the stock scheduler that samples it."""
+    pipeline.scheduler = trailing_ddim(pipeline.scheduler)
     return pipeline
 
 

@@ -7,6 +7,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from diffusers.models.embeddings import LabelEmbedding
 from peft import LoraConfig
 from torch.distributed.fsdp import fully_shard
 
@@ -16,6 +17,13 @@ from runtime.cli import UserError
 from teacher import PRECISIONS
 
 
+def check_lora(c, network):
+    """Raises UserError where adapters are asked for that could not be loaded back."""
+    if c.lora and models.family_of(network).LORA_LAYERS is None:
+        raise UserError(f"--lora {c.lora}: diffusers puts no adapters on a {type(network).__name__}; "
+                        "leave it out, to train every weight")
+
+
 def make_student(c, network, device, dropout=0.0):
     """Make the teacher's network the student: all of its weights in fp32, or LoRA adapters on it
     (fp32, the rest frozen as it is); both start as the teacher. dropout: rate of every dropout in
@@ -23,10 +31,9 @@ def make_student(c, network, device, dropout=0.0):
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
+        if isinstance(module, LabelEmbedding):  # DiT's drops one in ten classes, in each block another one;
+            module.dropout_prob = 0.0           # --text-dropout has done that when the pairs were made
     if c.lora:
-        if models.family_of(network).LORA_LAYERS is None:
-            raise UserError(f"--lora {c.lora}: diffusers puts no adapters on a {type(network).__name__}; "
-                            "leave it out, to train every weight")
         torch.manual_seed(c.seed)  # adapters begin alike on every process and at every start
         network.add_adapter(lora_config(c, network), "student")
         for p in checkpoints.trained(network).values():
@@ -65,6 +72,7 @@ class FrozenNetwork:
 
     def __init__(self, c, student, device):
         self.student, self.lora, self.adapter = student, c.lora, None
+        self.config = student.config
         if not c.lora:
             self.copy = copy.deepcopy(student).requires_grad_(False).eval().to(PRECISIONS[c.precision])
             lay_out(c, self.copy, device)

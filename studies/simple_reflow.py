@@ -204,7 +204,7 @@ def loss_spread(lab, folder, count=2048, bins=10):
                   f"{folder.parent} {lab.cached(0)}")
     recipe, device = train.resolve_recipe(c), torch.device(lab.device)
     c, _, pipeline, pairs = train.open_pairs(c, recipe, device, (0, 1, lambda: None))
-    model = models.as_model(load.load_pipeline(str(folder), vae=None, text_encoder=None).to(device))
+    model = models.as_model(load.load_pipeline(str(folder), **dict.fromkeys(models.BESIDE)).to(device))
     z, t, value = [], [], []
     for first in range(0, count, 64):
         times, ends, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)

@@ -1,6 +1,8 @@
 """architectures.py: the published counts and configs, and weights that depend on the part, the seed and the dtype alone."""
+import math
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import models
 import sampler
 from models import architectures, load, stable_diffusion
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CLIP_L, OPENCLIP_H, OPENCLIP_BIGG, VAE = 123_060_480, 340_387_840, 694_659_840, 83_653_863
 COUNTS = {
     "sd15": dict(text_encoder=CLIP_L, vae=VAE, unet=859_520_964),
@@ -51,6 +54,34 @@ def test_full_size_networks_run_under_the_contract_and_never_wait_for_the_device
     assert list(model.schedule.tables) == [torch.device("meta")]
 
 
+T5_XXL, VAE_16, CLIP_L_PROJECTED = 4_762_310_656, 83_819_683, 123_650_304
+SD3_TEXT = dict(text_encoder=CLIP_L_PROJECTED, text_encoder_2=OPENCLIP_BIGG, text_encoder_3=T5_XXL)
+TRANSFORMERS = {
+    "sd3": dict(SD3_TEXT, vae=VAE_16, transformer=2_028_328_000),
+    "sd35-medium": dict(SD3_TEXT, vae=VAE_16, transformer=2_243_171_520),
+    "sd35": dict(SD3_TEXT, vae=VAE_16, transformer=8_056_627_520),
+    "flux": dict(text_encoder=CLIP_L, text_encoder_2=T5_XXL, vae=VAE_16, transformer=11_901_408_320),
+    "flux-schnell": dict(text_encoder=CLIP_L, text_encoder_2=T5_XXL, vae=VAE_16, transformer=11_891_178_560),
+    "zimage": dict(text_encoder=4_022_468_096, vae=VAE_16, transformer=6_154_908_736),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_full_size_transformers_have_the_published_counts_and_run_under_the_contract(name):
+    """On the meta device: nothing is allocated, and an .item() would raise."""
+    pipeline = architectures.build(name, weights=False)
+    assert {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in TRANSFORMERS[name]} == TRANSFORMERS[name]
+    models.family(pipeline).complete(pipeline, Path("nowhere"), ())
+    assert models.native_size(pipeline) == (1024, 1024) and models.latent_shape(pipeline) == (16, 128, 128)
+    shift = {"zimage": 6, "flux": math.exp(1.15), "flux-schnell": 1}.get(name, 3)            # FLUX.1-dev: 4096 patches
+    model, network = models.as_model(pipeline), models.network(pipeline).to("meta")
+    assert model.schedule.shift == pytest.approx(shift) and name in load.PRESETS
+    cond = models.family(pipeline).meta_condition(network)
+    end = sampler.ddim(model, torch.empty(1, 16, 32, 32, device="meta"), sampler.time_grid(2), cond)
+    assert end.is_meta and end.shape == (1, 16, 32, 32) and end.dtype == torch.float32
+
+
 def weights(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -61,14 +92,14 @@ def same(a, b):
 
 def test_a_part_has_the_same_weights_whatever_is_built_with_it():
     whole = architectures.build("sdxl", **SMALL["sdxl"])
-    for part, group in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "text"), ("text_encoder_2", "text")):
+    for part, group in (("unet", "network"), ("vae", "vae"), ("text_encoder", "text"), ("text_encoder_2", "text")):
         alone = architectures.build("sdxl", parts=(group,), **SMALL["sdxl"])
         assert same(weights(getattr(alone, part)), weights(getattr(whole, part)))
-        assert all((getattr(alone, other) is None) == (not other.startswith(group)) for other in load.NETWORKS)
+        assert all((getattr(alone, other) is None) == (not other.startswith(group.replace("network", "unet"))) for other in PARTS)
     assert architectures.build("sdxl", parts=(), **SMALL["sdxl"]).tokenizer is None
-    again, other = (architectures.build("sdxl", seed=seed, parts=("unet",), **SMALL["sdxl"]).unet for seed in (0, 1))
+    again, other = (architectures.build("sdxl", seed=seed, parts=("network",), **SMALL["sdxl"]).unet for seed in (0, 1))
     assert same(weights(again), weights(whole.unet)) and not same(weights(other), weights(whole.unet))
-    starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in load.NETWORKS]
+    starts = [next(getattr(whole, part).parameters()).flatten()[:8] for part in PARTS]
     assert len({tuple((start / start[0]).round(decimals=2).tolist()) for start in starts}) == 4           # each part has a stream of its own
     vectors = [value.flatten()[:8] for value in weights(whole.unet).values() if value.numel() >= 8]
     assert len({tuple(vector.tolist()) for vector in vectors}) == len(vectors)            # a mix-up of two tensors would show
@@ -85,7 +116,7 @@ def test_weights_are_made_in_the_dtype_and_are_the_same_each_time(dtype):
 
 
 def test_a_ready_component_goes_in_as_it_is_and_a_misspelt_override_is_refused():
-    student = architectures.build("sd15", parts=("unet",), **SMALL["sd15"]).unet.requires_grad_(True).train()
+    student = architectures.build("sd15", parts=("network",), **SMALL["sd15"]).unet.requires_grad_(True).train()
     pipeline = architectures.build("sd15", unet=student, vae=None, text_encoder=None, text_encoder_2=None)
     assert pipeline.unet is student and student.training and student.conv_in.weight.requires_grad
     assert pipeline.vae is pipeline.text_encoder is None and pipeline.tokenizer is not None

@@ -18,7 +18,7 @@ import reflow
 import sampler
 import solvers
 import teacher
-from models import configs, load, stable_diffusion
+from models import configs, latents, load
 from runtime import store
 from runtime.cli import UserError
 from tools import tiny
@@ -169,6 +169,7 @@ def stock(folder):
     return pipeline
 
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 LONG = " ".join(["red heart on blue and a fox"] * 20)
 
 
@@ -266,7 +267,7 @@ def test_pictures_honour_the_autoencoders_scale_and_shift_in_chunks_of_bounded_s
     monkeypatch.setattr(vae, "decode", lambda z, **more: sizes.append(len(z)) or real(z, **more))
     monkeypatch.setattr(vae, "encode", lambda images: sizes.append(len(images)) or real_encode(images))
     assert len(models.decode(pipeline, z.repeat(14, 1, 1, 1))) == 70 and sizes == [64, 6]
-    monkeypatch.setattr(stable_diffusion, "PIXELS", 2 * 32 * 32 + 1)
+    monkeypatch.setattr(latents, "PIXELS", 2 * 32 * 32 + 1)
     sizes.clear()
     assert torch.allclose(models.decode(pipeline, z), decoded, atol=1e-5) and sizes == [2, 2, 1]
     assert torch.allclose(models.encode(pipeline, images), encoded * vae.config.scaling_factor, atol=1e-5) and sizes == [2, 2, 1] * 2
@@ -325,7 +326,7 @@ def test_what_is_left_out_or_given_is_neither_read_nor_touched(small, tmp_path):
 def test_random_weights_for_a_folder_keep_its_architecture_and_depend_on_the_seed(small):
     trained, first, second, other = (load.load_pipeline(str(small), **options) for options in
                                      ({}, dict(random_init=True, seed=3), dict(random_init=True, seed=3), dict(random_init=True)))
-    for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
+    for part in PARTS[:3 + (small.name == "sdxl")]:
         states = [getattr(pipeline, part).state_dict() for pipeline in (trained, first, second, other)]
         assert {k: v.shape for k, v in states[0].items()} == {k: v.shape for k, v in states[1].items()}
         assert all(torch.equal(states[1][key], states[2][key]) for key in states[1])
@@ -340,7 +341,7 @@ def test_a_loaded_model_is_frozen_and_sdxls_autoencoder_is_float32_beside_fp16(s
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
         pipeline = load.load_pipeline(str(small_models["sdxl"]), dtype)
         assert pipeline.vae.dtype == expected and pipeline.unet.dtype == pipeline.text_encoder_2.dtype == dtype
-        for part in load.NETWORKS:
+        for part in PARTS:
             assert not getattr(pipeline, part).training and not any(p.requires_grad for p in getattr(pipeline, part).parameters())
 
 
@@ -435,7 +436,7 @@ def single(small, tmp_path):
 def test_a_single_file_checkpoint_is_the_same_model(small, single):
     folder, file = load.load_pipeline(str(small)), load.load_pipeline(str(single), model_config=str(small))
     assert type(file) is type(folder)
-    for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
+    for part in PARTS[:3 + (small.name == "sdxl")]:
         ours, theirs = (dict(getattr(p, part).named_parameters()) for p in (file, folder))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours), part
     z = [sampler.generate(p, models.as_model(p), ["fox", ""], [0, 1], sampler.time_grid(2), 3.0) for p in (folder, file)]
@@ -457,11 +458,12 @@ UNSUITABLE = [      # (file of the folder, its changes, what is said); read with
     ("unet/config.json", dict(addition_embed_type="text", addition_embed_type_num_heads=2), "conditioned in a way we do not know"),
     ("unet/config.json", dict(encoder_hid_dim=32, encoder_hid_dim_type="text_proj"), "conditioned in a way we do not know"),
     ("scheduler/scheduler_config.json", dict(snr_shift_scale=3.0), "schedule is shifted"),
-    ("scheduler/scheduler_config.json", dict(prediction_type="flow_prediction"), "prediction type 'flow_prediction' is not one of"),
+    ("scheduler/scheduler_config.json", dict(prediction_type="flow_prediction"), "prediction type 'flow_prediction' is not one of: epsilon, sample, v_prediction"),
     ("scheduler/scheduler_config.json", dict(rescale_betas_zero_snr=True), "zero terminal SNR .* says nothing about the picture"),
-    ("scheduler/scheduler_config.json", dict(use_flow_sigmas=True), "no schedule of betas"),
-    ("model_index.json", dict(text_encoder=[None, None]), "cannot be loaded .*expected .* but only"),
-    ("model_index.json", dict(vae=[None, None]), "cannot be loaded .*expected .* but only"),
+    ("scheduler/scheduler_config.json", dict(use_flow_sigmas=True, prediction_type="flow_prediction"),
+     "is for flow matching, its UNet2DConditionModel for diffusion .* name the scheduler"),
+    ("model_index.json", dict(text_encoder=[None, None]), "lacks its text_encoder; download it again"),
+    ("model_index.json", dict(vae=[None, None]), "lacks its vae; download it again"),
     ("model_index.json", dict(unet=["diffusers", "ControlNetModel"]), "is of no family that we know .*unet of class UNet2DConditionModel.*it has .*unet ControlNetModel"),
     ("model_index.json", dict(unet=["mine", "Mine"]), "cannot be loaded"),
     ("model_index.json", dict(_class_name=["mine", "Mine"]), "cannot be loaded"),
@@ -489,14 +491,14 @@ def test_a_pipeline_that_is_conditioned_on_more_is_refused(small_models, tmp_pat
         load.load_pipeline(str(folder), random_init=True)
 
 
-def test_flow_matching_is_refused_and_v_prediction_at_zero_snr_is_not(model):
+def test_flow_matching_of_a_unet_is_refused_and_v_prediction_at_zero_snr_is_not(model):
     edit(model, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="v_prediction")
     pipeline = load.load_pipeline(str(model))
     pair = models.as_model(pipeline)(torch.ones(1, 4, 8, 8), torch.ones(1), models.encode_text(pipeline, ["fox"]))
     assert all(value.isfinite().all() for value in pair) and torch.equal(pair[1], torch.ones(1, 4, 8, 8))
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(FLOW))
     edit(model, "model_index.json", scheduler=["diffusers", FLOW["_class_name"]])
-    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler has no schedule of betas"):
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler is for flow matching, its UNet2DConditionModel for diffusion"):
         load.load_pipeline(str(model))
 
 
@@ -542,7 +544,7 @@ def without(file, name):
 
 
 def test_what_is_loaded_is_whole_or_refused_by_name(small, tmp_path):
-    for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
+    for part in PARTS[:3 + (small.name == "sdxl")]:
         folder = shutil.copytree(small, tmp_path / part)
         names = sorted(load_file(weights_file(folder, part)))
         for lost in (names[len(names) // 2], names[0]):
@@ -600,7 +602,7 @@ def test_weights_that_come_in_one_variant_only_are_loaded(small, tmp_path, monke
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     for name in (str(tmp_path / "model"), "somebody/model"):
         found = load.load_pipeline(name)
-        for part in load.NETWORKS[:3 + (small.name == "sdxl")]:
+        for part in PARTS[:3 + (small.name == "sdxl")]:
             ours, theirs = getattr(found, part).state_dict(), getattr(expected, part).state_dict()
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert asked == [("somebody/model", None), ("somebody/model", "fp16")]
@@ -807,8 +809,8 @@ def test_a_single_file_says_what_it_predicts(small_models, tmp_path):
         assert (schedule.key, prediction) == (("edm", 0.25, 120, 1), "v_prediction")
     pipeline, schedule, prediction = read(**edm)
     assert (schedule.key, prediction) == (("edm", 0.002, 80, 0.5), "epsilon")
-    assert stable_diffusion.latent_statistics(pipeline.vae)[0] == 0.5
-    assert [value.flatten().tolist() for value in stable_diffusion.latent_statistics(pipeline.vae)[1:]] == [[1, 2, 3, 4], [5] * 4]
+    assert latents.latent_statistics(pipeline.vae)[0] == 0.5
+    assert [value.flatten().tolist() for value in latents.latent_statistics(pipeline.vae)[1:]] == [[1, 2, 3, 4], [5] * 4]
 
 
 def test_a_single_file_of_sd2_is_not_taken_for_one_of_two_models(small_models, tmp_path, monkeypatch):

@@ -21,9 +21,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,8 +96,8 @@ def measured_training(options, queue):
         training.append(True)
         real_init(self, *args, **kwargs)
     torch.optim.AdamW.__init__ = init
-    timed(UNet2DConditionModel, "forward", "forward", count=True)
-    timed(UNet2DModel, "forward", "forward", count=True)
+    for family in models.FAMILIES:
+        timed(family.CLASS, "forward", "forward", count=True)
     timed(torch.Tensor, "backward", "backward")
     timed(torch.optim.AdamW, "step", "optimizer")
     timed(EMAModel, "step", "optimizer")
@@ -264,9 +262,7 @@ def sampling(c, device):
     stock = pipeline
     if "safety_checker" in pipeline.components:
         stock = type(pipeline)(**pipeline.components, requires_safety_checker=False)
-    stock.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config,
-                                                          timestep_spacing="trailing", set_alpha_to_one=True,
-                                                          clip_sample=False, steps_offset=1)
+    stock = models.family(pipeline).as_student(stock, model.schedule)
     stock.set_progress_bar_config(disable=True)
     noise = sampler.noise(range(c.batch), shape)
     cond = {key: value.to(device)

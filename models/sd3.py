@@ -1,0 +1,118 @@
+"""Stable Diffusion 3 and 3.5: SD3Transformer2DModel, flow matching, two CLIP text encoders, and T5 or
+zeros in its place."""
+import torch
+from diffusers import SD3Transformer2DModel
+
+from models import text
+from models.configs import flow_map_euler
+from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
+from runtime.cli import UserError
+
+NETWORK, CLASS = "transformer", SD3Transformer2DModel
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# every linear inside the blocks: attention and feed-forward of pictures and of text, and modulation
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+               "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear",
+               "norm1_context.linear"]
+FLOW = True
+T5_TOKENS = 256                 # as the stock pipeline has it, also of the zeros without T5
+
+
+def required(pipeline):
+    return "vae", "text_encoder", "text_encoder_2"
+
+
+def check(pipeline):
+    """Raises UserError unless the transformer is evaluated with (z, timestep, text) alone."""
+    c = pipeline.transformer.config
+    if c.in_channels != c.out_channels:
+        raise UserError(f"its transformer takes {c.in_channels} channels and gives {c.out_channels}: it "
+                        "needs a picture besides the text; give a text-to-image model")
+
+
+def blocks(transformer):
+    """The parts that FSDP gathers one at a time."""
+    return tuple(transformer.transformer_blocks)
+
+
+def forward(transformer):
+    """(z, timestep, **cond) -> output like z."""
+    def predict(z, timestep, encoder_hidden_states, pooled_projections):
+        dtype = next(transformer.parameters()).dtype
+        return transformer(z.to(dtype), encoder_hidden_states.to(dtype), pooled_projections.to(dtype),
+                           timestep, return_dict=False)[0].to(z.dtype)
+    return predict
+
+
+def prompts(pipeline):
+    return "text"
+
+
+def has_null(pipeline):
+    return True
+
+
+def embed_guidance(pipeline, guidance):
+    """Nothing of it: what is not 1 is classifier-free guidance."""
+    return guidance
+
+
+def encode_text(pipeline, prompts, batch, null, size, device):
+    """{"encoder_hidden_states": (N, 77 + 256, D), "pooled_projections": (N, P)}, float32."""
+    def chunk(texts):
+        if pipeline.text_encoder_3 is None:
+            text.warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
+        else:
+            text.warn_of_cut(pipeline.tokenizer_3, texts, T5_TOKENS)
+        states, _, pooled, _ = pipeline.encode_prompt(texts, None, None, device=pipeline.text_encoder.device,
+                                                      do_classifier_free_guidance=False,
+                                                      max_sequence_length=T5_TOKENS)
+        return dict(encoder_hidden_states=states, pooled_projections=pooled)
+    return text.encode(chunk, prompts, batch, null, device)
+
+
+def native_size(pipeline):
+    return (pipeline.transformer.config.sample_size * pipeline.vae_scale_factor,) * 2
+
+
+def latent_geometry(pipeline):
+    """(channels, pixels per latent, what the sides of a picture must be multiples of)."""
+    c, factor = pipeline.transformer.config, pipeline.vae_scale_factor
+    return c.in_channels, factor, factor * c.patch_size
+
+
+def set_native_size(pipeline, size):
+    c, side = pipeline.transformer.config, size // pipeline.vae_scale_factor
+    if side > c.patch_size * c.pos_embed_max_size:
+        raise UserError(f"--size {size}: this model knows positions up to "
+                        f"{c.patch_size * c.pos_embed_max_size * pipeline.vae_scale_factor} pixels")
+    pipeline.transformer.register_to_config(sample_size=side)       # its positions are in its weights
+
+
+# ---- a student's pipeline ----------------------------------------------------------------------------------
+
+
+def as_student(pipeline, schedule):
+    """The pipeline as a student is written, with the stock scheduler that samples it."""
+    pipeline.scheduler = flow_map_euler(schedule.shift)
+    return pipeline
+
+
+def stock_call(pipeline, steps):
+    return f"prompt, num_inference_steps={steps}, guidance_scale=1"
+
+
+def stock_notes(pipeline, exact, guidance, null):
+    """Sentences of a student's card."""
+    return ["Without guidance_scale=1 diffusers takes 7, which is far off"
+            + (f"; guidance {guidance:g} is in the student already." if guidance != 1 else "."),
+            "Its scheduler is FlowMapEulerDiscreteScheduler (diffusers 0.40 or newer), which evaluates the "
+            "network at the starts of the windows; the teacher's FlowMatchEulerDiscreteScheduler would spend "
+            "the last evaluation next to the data."]
+
+
+def meta_condition(transformer):
+    """What forward takes besides z and time, for one sample on the meta device."""
+    c = transformer.config
+    return dict(encoder_hidden_states=torch.empty(1, 77 + T5_TOKENS, c.joint_attention_dim, device="meta"),
+                pooled_projections=torch.empty(1, c.pooled_projection_dim, device="meta"))
