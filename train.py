@@ -39,7 +39,8 @@ from teacher import PRECISIONS
 
 # what may differ between two starts of one run
 MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps",
-                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
+                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile", "export",
+                        "export_dtype")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -184,6 +185,7 @@ def main(c):
 
     # teacher and pairs; what has been cached need not stay in memory
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
+    export.check_files(c, pipeline)
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
     grid = progress.Grid(pipeline, pairs, dataset, out / "grids")
     if not pairs.online:
