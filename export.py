@@ -19,6 +19,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -95,9 +96,22 @@ def agreement(scheduler, windows, path):
             f"the {timesteps}); other numbers are rounded to whole timesteps.")
 
 
-CARD = """# A reflow student of {windows} window{s}
+BLOCK = """```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("FOLDER")
+image = pipe({arguments}).images[0]
+```
 
-Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
+Both numbers are needed: without them diffusers takes many more steps, with guidance.
+
+"""
+
+CARD = """---
+{data}
+---
+# A reflow student of {windows} window{s}
+
+{block}Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
 reflow.json tells the rest. Sample it with `{line}`.
 {sentences}
 """
@@ -112,10 +126,31 @@ def card(pipeline, info):
     prompt = {"text": " --prompt PROMPT", "class": " --prompt CLASS", "": ""}[word]
     line = (f"DiffusionPipeline.from_pretrained(folder)({call})" if call else
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
+    block = BLOCK.format(arguments=call.replace("prompt", '"a prompt"', 1)) if call else ""
     sentences = [agreement(pipeline.scheduler, windows, path),
                  *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
                                      saved.settings(info)["null_text"])]
-    return CARD.format(**info, s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
+    return CARD.format(**info, data=card_data(pipeline, info).to_yaml(), block=block,
+                       s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
+
+
+# of presets whose folder is not at hand; others say it in their own card
+LICENSES = {"sd15": "creativeml-openrail-m", "sd21": "openrail++", "sdxl": "openrail++"}
+
+
+def card_data(pipeline, info):
+    """What the hub reads at the head of a card. A teacher on the hub is base_model; its license is
+    the student's, left out where it is not known."""
+    source = load.PRESETS.get(info["teacher"], (info["teacher"], ""))[0]
+    file, license_ = Path(source) / "README.md", LICENSES.get(info["teacher"])
+    if file.is_file():
+        license_ = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    lora, kind = bool(info["config"].get("lora")), "text-to-image"
+    if models.prompts(pipeline) != "text":
+        kind = "unconditional-image-generation"
+    return ModelCardData(base_model=source if not Path(source).exists() else None, license=license_,
+                         library_name="diffusers", pipeline_tag=kind,
+                         tags=["reflow", "few-step", "distillation", *["lora"] * lora])
 
 
 def export(folder, trained, info):

@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders import lora_conversion_utils as lora_readers
 from diffusers.loaders import single_file_utils as readers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_export import latents, stock_latents, students, teachers  # noqa: F401  fixtures
 from test_teacher import original_layout
 from test_train import small
@@ -111,6 +111,29 @@ def test_a_kohya_file_on_the_teacher_is_the_student(students, teachers, family, 
     pipeline.load_lora_weights(file)
     after = stock_latents(pipeline, 2, 1.0)
     assert (after - latents(folder, 2, 1.0)).abs().max() <= 1e-4 < (after - before).abs().max()
+
+
+def test_a_second_lora_adds_to_the_students(students, teachers, tmp_path):  # noqa: F811
+    """In diffusers, with scales: W + B A + 0.5 B' A', where the second is the first with other numbers."""
+    folder, pipeline = students("sd15", lora=3) / "student-2", diffusers.DiffusionPipeline.from_pretrained(teachers["sd15"])
+    export.export_kohya(export.FileConfig(str(folder), str(tmp_path / "a.safetensors"), "fp32"))
+    first = load_file(tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    save_file({name: value if "alpha" in name else 0.1 * torch.randn_like(value) for name, value in first.items()}, tmp_path / "b.safetensors")
+    both, network = [load_file(tmp_path / name) for name in ("a.safetensors", "b.safetensors")], pipeline.unet
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, network.config.cross_attention_dim)
+    merged = load.load_pipeline(str(teachers["sd15"])).unet
+    for scale, weights in zip((1.0, 0.5), both):
+        for name in (name for name in merged.state_dict() if name.endswith(".weight")):
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            if f"{key}.alpha" in weights:
+                up, down = weights[f"{key}.lora_up.weight"], weights[f"{key}.lora_down.weight"]
+                merged.state_dict()[name].add_(scale * (up.flatten(1) @ down.flatten(1)).view(merged.state_dict()[name].shape))
+    for name in ("a", "b"):
+        pipeline.load_lora_weights(tmp_path / f"{name}.safetensors", adapter_name=name)
+    pipeline.set_adapters(["a", "b"], [1.0, 0.5])
+    with torch.no_grad():
+        assert torch.allclose(network(*inputs).sample, merged(*inputs).sample, atol=1e-4)
 
 
 def test_a_run_leaves_the_files_it_is_asked_for_beside_each_student(teachers, tmp_path):  # noqa: F811

@@ -36,8 +36,8 @@ STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", 
 
 # pages whose commands run one after the other in one empty folder, and what they leave there
 GROUPS = {
-    ("README.md", "docs/training.md"): (
-        "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
+    ("README.md", "docs/training.md", "docs/use.md"): (
+        "student-4.safetensors", "student-4-lora.safetensors", "student-4-bf16.safetensors", "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
         "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json", "runs/merged/model_index.json"),
     ("docs/results.md", "docs/costs.md"): ("pixel.png", "reflow-2d.png", "runs/train/grid.png", "runs/pixel/grid.png",
                                            "runs/coco/results.json")}
