@@ -37,6 +37,9 @@ def versions():
     checkout) and its libraries'."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # installed, this file may lie inside somebody else's checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True,
+                       check=True)
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True,
                               check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"],
@@ -457,7 +460,7 @@ COMMANDS = {"kohya": (export_kohya, FileConfig), "single-file": (export_single_f
             "checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
             "merge": (merge, MergeConfig)}
 
-if __name__ == "__main__":
+def run():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         command, options = COMMANDS[sys.argv[1]]
         cli.run(command, options, command.__doc__, sys.argv[2:])
@@ -465,3 +468,7 @@ if __name__ == "__main__":
         print(__doc__)
     else:
         sys.exit(cli.fail(f"export.py {sys.argv[1]}: not one of {', '.join(COMMANDS)}"))
+
+
+if __name__ == "__main__":
+    run()

@@ -323,5 +323,9 @@ def describe(c, recipe, windows):
                 columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 
-if __name__ == "__main__":
+def run():
     cli.run(main, Config, __doc__)
+
+
+if __name__ == "__main__":
+    run()
