@@ -24,14 +24,13 @@ import math
 import zlib
 from pathlib import Path
 
-import ot
 import torch
 
 import models
 import reflow
 import sampler
 from runtime import seeds, store
-from runtime.cli import UserError
+from runtime.cli import UserError, extra
 
 SOURCES = ("trajectory", "data", "student", "consistency")
 
@@ -309,6 +308,7 @@ def couple(cost, entropy, generator):
     cost: (N, N); entropy > 0: its weight, in units of the mean cost; towards 0 the plan is a
     permutation, for large values all partners are equally likely.  Returns: (N,), indices of the
     second set."""
+    ot = extra(f"--projection {entropy}", "ot", "studies")
     plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log",
                                         warn=False))
     return torch.multinomial(plan, 1, generator=generator)[:, 0]

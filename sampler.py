@@ -367,5 +367,9 @@ def check_writable(file):
         raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
 
 
-if __name__ == "__main__":
+def run():
     cli.run(main, Config, __doc__)
+
+
+if __name__ == "__main__":
+    run()

@@ -38,7 +38,8 @@ from teacher import PRECISIONS
 
 # what may differ between two starts of one run
 MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps",
-                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
+                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile", "export",
+                        "export_dtype")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -193,6 +194,7 @@ def main(c):
 
     # teacher and pairs; what has been cached need not stay in memory
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
+    export.check_files(c, pipeline)
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
     grid = progress.Grid(pipeline, pairs, dataset, out / "grids")
     if not pairs.online:
@@ -317,5 +319,9 @@ def describe(c, recipe, windows):
                 columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 
-if __name__ == "__main__":
+def run():
     cli.run(main, Config, __doc__)
+
+
+if __name__ == "__main__":
+    run()

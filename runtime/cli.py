@@ -6,6 +6,7 @@ Each field of the dataclass is an option; the comment behind it in the source is
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import math
 import os
@@ -109,6 +110,16 @@ def parse(config_class, description, argv=None):
     if hasattr(c, "seed") and not 0 <= c.seed <= MAX_SEED:
         raise UserError(f"--seed {c.seed}: must be at least 0 and at most {MAX_SEED}")
     return c
+
+
+def extra(option, module, name):
+    """A module that only some options need, and pyproject.toml therefore only lists as an extra.
+    Raises UserError naming the option and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{option}: needs {error.name}, which is not installed; in the folder of this "
+                        f"project: pip install '.[{name}]'") from error
 
 
 def hint(option, options):

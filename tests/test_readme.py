@@ -36,8 +36,8 @@ STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", 
 
 # pages whose commands run one after the other in one empty folder, and what they leave there
 GROUPS = {
-    ("README.md", "docs/training.md"): (
-        "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
+    ("README.md", "docs/training.md", "docs/use.md"): (
+        "student-4.safetensors", "student-4-lora.safetensors", "student-4-bf16.safetensors", "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
         "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json", "runs/merged/model_index.json"),
     ("docs/results.md", "docs/costs.md"): ("pixel.png", "reflow-2d.png", "runs/train/grid.png", "runs/pixel/grid.png",
                                            "runs/coco/results.json")}
@@ -125,7 +125,8 @@ def test_every_line_of_a_card_that_samples_runs_in_the_default_dtype(tmp_path, n
 
 def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bounds = dict(line.split(">=") for line in project["dependencies"] + project["optional-dependencies"]["test"])
+    extras = project["optional-dependencies"]
+    bounds = dict(line.split(">=") for line in sum((extras[name] for name in ("lora", "data", "studies", "test")), project["dependencies"]))
     pins = dict(line.split("==") for line in (ROOT / "requirements-lowest.txt").read_text().splitlines() if not line.startswith("#"))
     assert {name: pins[name] for name in bounds} == bounds and set(pins) - set(bounds) == {"pyarrow"}
 
