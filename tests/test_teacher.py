@@ -616,7 +616,11 @@ def test_weights_that_come_in_one_variant_only_are_loaded(small, tmp_path, monke
 
 READ = {
     "scheduler": "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr timestep_type "
-                 "sigma_min sigma_max sigma_data",
+                 "sigma_min sigma_max sigma_data use_flow_sigmas flow_shift time_shift_type use_dynamic_shifting",
+    "flow scheduler": "shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len time_shift_type",
+    "SD3Transformer2DModel": "sample_size patch_size in_channels out_channels pos_embed_max_size joint_attention_dim pooled_projection_dim",
+    "FluxTransformer2DModel": "patch_size in_channels out_channels guidance_embeds joint_attention_dim pooled_projection_dim",
+    "ZImageTransformer2DModel": "in_channels cap_feat_dim siglip_feat_dim",
     "vae": "scaling_factor shift_factor latents_mean latents_std force_upcast block_out_channels",
     "UNet2DConditionModel": "sample_size in_channels out_channels block_out_channels",
     "UNet2DModel": "sample_size in_channels out_channels block_out_channels num_class_embeds",
@@ -629,8 +633,12 @@ HARMLESS = {
                  "euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final original_inference_steps "
                  "predict_x0 predictor_order rho sample_max_value set_alpha_to_one sigma_schedule skip_prk_steps solver_order solver_p "
                  "solver_type steps_offset tau_func thresholding timestep_scaling timestep_spacing use_beta_sigmas use_exponential_sigmas "
-                 "use_karras_sigmas use_lu_lambdas variance_type kwargs "
-                 "flow_shift shift_terminal time_shift_type use_dynamic_shifting",      # of flows, which use_flow_sigmas announces
+                 "use_karras_sigmas use_lu_lambdas variance_type kwargs shift_terminal",
+    "flow scheduler": "shift_terminal use_karras_sigmas use_exponential_sigmas use_beta_sigmas stochastic_sampling",
+    "SD3Transformer2DModel": "num_layers attention_head_dim num_attention_heads caption_projection_dim dual_attention_layers qk_norm",
+    "FluxTransformer2DModel": "num_layers num_single_layers attention_head_dim num_attention_heads axes_dims_rope",
+    "ZImageTransformer2DModel": "all_patch_size all_f_patch_size dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps qk_norm "
+                                "rope_theta t_scale axes_dims axes_lens",
     "vae": "in_channels out_channels down_block_types up_block_types layers_per_block act_fn latent_channels norm_num_groups sample_size "
            "use_quant_conv use_post_quant_conv mid_block_add_attention encoder_block_out_channels decoder_block_out_channels upsample_fn "
            "upsampling_scaling_factor num_encoder_blocks num_decoder_blocks latent_magnitude latent_shift down_block_out_channels "
@@ -666,6 +674,10 @@ def test_every_config_field_is_read_refused_or_harmless():
     from transformers import CLIPTextConfig, PretrainedConfig
     used = {
         "scheduler": set().union(*map(fields, schedulers)),
+        "flow scheduler": set().union(*map(fields, (diffusers.FlowMatchEulerDiscreteScheduler, diffusers.FlowMatchHeunDiscreteScheduler,
+                                                    diffusers.FlowMapEulerDiscreteScheduler))),
+        **{kind.__name__: fields(kind) for kind in (diffusers.SD3Transformer2DModel, diffusers.FluxTransformer2DModel,
+                                                    diffusers.ZImageTransformer2DModel)},
         "vae": fields(diffusers.AutoencoderKL) | fields(diffusers.AutoencoderTiny) | fields(diffusers.AsymmetricAutoencoderKL),
         "UNet2DConditionModel": fields(diffusers.UNet2DConditionModel), "UNet2DModel": fields(diffusers.UNet2DModel),
         "text_encoder": set(CLIPTextConfig().to_dict()) - set(PretrainedConfig().to_dict()) - {"model_type"},
