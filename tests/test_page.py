@@ -1,0 +1,129 @@
+"""docs/index.html: its mathematics is reflow.py's and tools/flow2d.py's, number for number (node), and it works in a browser: no error, no
+request to anywhere, it trains (headless Chromium). Machines without node or Chromium skip those tests; the rest need Python alone."""
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+
+import reflow
+import sampler
+import teacher
+from tools import flow2d
+
+PAGE = ROOT / "docs" / "page"
+NODE = shutil.which("node")
+
+
+def javascript(code, given):
+    """Runs code with flow.js, student.js and `given` at hand.  Returns: what it returns."""
+    script = f"""const flow = require({json.dumps(str(PAGE / "flow.js"))}).makeFlow();
+        const students = require({json.dumps(str(PAGE / "student.js"))}).makeStudents(flow);
+        const given = JSON.parse(require("fs").readFileSync(0, "utf8"));
+        console.log(JSON.stringify((() => {{{code}}})(), (key, value) => ArrayBuffer.isView(value) ? [...value] : value));"""
+    done = subprocess.run([NODE, "-e", script], input=json.dumps(given), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed: apt-get install nodejs")
+
+
+@pytest.fixture
+def doubles(monkeypatch):
+    """Everything of torch in float64, so that what differs is the mathematics and not the rounding."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(flow2d, "BLOBS", flow2d.BLOBS.double())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@needs_node
+def test_schedule_teacher_windows_chord_and_paths_are_the_projects(doubles):
+    torch.manual_seed(0)
+    z, t = torch.randn(64, 2), torch.rand(64).clamp_min(0.02)
+    u = torch.rand(64)
+    exact = teacher.Model(flow2d.exact, flow2d.SCHEDULE, "v_prediction")
+    found = javascript("""const z = Float64Array.from(given.z), t = Float64Array.from(given.t), v = flow.exact(z, t);
+        return {schedule: given.t.map(flow.schedule), v, pair: flow.pair(z, v, t), paths: flow.trajectories(z),
+                one: flow.ddim(flow.exact, z, flow.timeGrid(5)),
+                windows: [1, 2, 3, 8].map(k => given.t.map(each => flow.windowOf(each, k))),
+                laws: ["uniform", "starts"].map(law => given.u.map(each => flow.TIME_LAWS[law](each, 4))),
+                chord: given.z.map((each, i) => flow.chord(each, given.z[127 - i], 0.75, 0.25)),
+                seen: flow.seen(z, 0.4)};""", dict(z=z.flatten().tolist(), t=t.tolist(), u=u.tolist()))
+
+    def close(ours, theirs):
+        assert torch.allclose(torch.tensor(ours, dtype=torch.float64).flatten(), theirs.double().flatten(), atol=1e-6)
+    close(found["schedule"], torch.stack(flow2d.SCHEDULE(t), 1))
+    close(found["v"], flow2d.exact(z, 1000 * t - 1))
+    for name, part in zip(("x", "eps"), exact(z, t, {})):
+        close(found["pair"][name], part)
+    visited = []
+    end = sampler.ddim(exact, z, sampler.time_grid(32), {}, callback=lambda state: visited.append(state["z"]))
+    close(found["paths"], torch.stack([*visited[::4], end]))
+    close(found["one"][-1], sampler.ddim(exact, z, sampler.time_grid(5), {}))
+    for k, windows in zip((1, 2, 3, 8), found["windows"]):
+        close(windows, torch.stack(reflow.window_of(t, k), 1))
+    for law, times in zip(("uniform", "starts"), found["laws"]):
+        close(times, reflow.draw_times(reflow.Recipe(time_law=law), u, 4, flow2d.SCHEDULE))
+    ends = [flow2d.SCHEDULE(torch.tensor(edge)) for edge in (0.75, 0.25)]
+    x, eps = reflow.chord(z.flatten(), z.flatten().flip(0), *ends)
+    close([[each["x"], each["eps"]] for each in found["chord"]], torch.stack([x, eps], 1))
+    close(found["seen"], z / sum(flow2d.SCHEDULE(torch.tensor(0.4))))
+
+
+@needs_node
+@pytest.mark.parametrize("windows, time_law, direction_weight", [(8, "starts", 0.0), (2, "uniform", 0.3)])
+def test_twenty_updates_are_torchs(doubles, monkeypatch, windows, time_law, direction_weight):
+    """tools/flow2d.py's own training loop and the page's, from the same weights, with the same draws: every loss and every weight."""
+    torch.manual_seed(0)
+    network, updates, count = flow2d.Student(), 20, 64
+    for parameter in network.net[4].parameters():                          # not zero: every gradient counts from the first update on
+        torch.nn.init.normal_(parameter, std=0.1)
+    paths = flow2d.solve(teacher.Model(flow2d.exact, flow2d.SCHEDULE, "v_prediction"), count)
+    layers = [dict(zip(("to", "from", "weight", "bias"), (*each.weight.shape, each.weight.flatten().tolist(), each.bias.tolist())))
+              for each in (network.net[i] for i in (0, 2, 4))]
+    draws, values, draw_times, student_loss = [], [], reflow.draw_times, reflow.student_loss
+    recipe = reflow.Recipe(time_law=time_law, direction_weight=direction_weight)
+    randint = torch.randint
+
+    def drawn(*arguments, **options):                                      # what the loop draws is written down for the other side
+        draws.append(randint(*arguments, **options))
+        return draws[-1]
+
+    def timed(*arguments):
+        draws.append(draw_times(*arguments))
+        return draws[-1]
+
+    def valued(*arguments):
+        found, parts = student_loss(*arguments)
+        values.append([found.mean().item(), parts["magnitude"].mean().item(), parts["direction"].mean().item()])
+        return found, parts
+    monkeypatch.setattr(torch, "randint", drawn)
+    monkeypatch.setattr(reflow, "draw_times", timed)
+    monkeypatch.setattr(reflow, "student_loss", valued)
+    flow2d.straighten(network, windows, paths, recipe, updates)
+
+    found = javascript("""
+        const layers = given.layers.map(each => ({...each, weight: Float64Array.from(each.weight), bias: Float64Array.from(each.bias)}));
+        const step = students.adam(layers, given.updates);
+        const values = [];
+        for (let i = 0; i < given.updates; i++) {
+          const batch = students.batchOf(given.paths, given.rows[i], Float64Array.from(given.times[i]), given.windows);
+          const {loss, magnitude, direction, gradients} = students.lossAndGradients(layers, batch, given.directionWeight);
+          values.push([loss, magnitude, direction]);
+          step(gradients);
+        }
+        return {values, layers};""", dict(
+        layers=layers, updates=updates, windows=windows, directionWeight=direction_weight, rows=[each.tolist() for each in draws[::2]],
+        times=[each.tolist() for each in draws[1::2]], paths=paths.transpose(0, 1).flatten(1).tolist()))
+    assert len(values) == updates and values[-1][0] != values[0][0]
+    assert torch.allclose(torch.tensor(found["values"]), torch.tensor(values), atol=1e-5)
+    for each, i in zip(found["layers"], (0, 2, 4)):
+        for name in ("weight", "bias"):
+            ours, theirs = torch.tensor(each[name]), getattr(network.net[i], name).detach().flatten()
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-5), (i, name, (ours - theirs).abs().max())
