@@ -1,8 +1,12 @@
 """docs/index.html: its mathematics is reflow.py's and tools/flow2d.py's, number for number (node), and it works in a browser: no error, no
 request to anywhere, it trains (headless Chromium). Machines without node or Chromium skip those tests; the rest need Python alone."""
+import base64
 import json
+import os
+import re
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from tools import flow2d
 
 PAGE = ROOT / "docs" / "page"
 NODE = shutil.which("node")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
 def javascript(code, given):
@@ -127,3 +132,74 @@ def test_twenty_updates_are_torchs(doubles, monkeypatch, windows, time_law, dire
         for name in ("weight", "bias"):
             ours, theirs = torch.tensor(each[name]), getattr(network.net[i], name).detach().flatten()
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-5), (i, name, (ours - theirs).abs().max())
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Headless Chromium with one page, spoken to over two pipes in its DevTools protocol: nothing to install beside it."""
+
+    def __init__(self, folder):
+        (theirs_in, self.out), (self.into, theirs_out) = os.pipe(), os.pipe()
+        high = [os.dup(each) for each in (theirs_in, theirs_out)]
+
+        def numbers():                                                     # where --remote-debugging-pipe reads and writes
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
+        self.process = subprocess.Popen(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+             "--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}", "about:blank"],
+            preexec_fn=numbers, pass_fds=(3, 4, *high), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for each in (theirs_in, theirs_out, *high):
+            os.close(each)
+        self.events, self.rest, self.number, self.session = [], b"", 0, None
+        page = next(each for each in self("Target.getTargets")["targetInfos"] if each["type"] == "page")
+        self.session = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self(f"{domain}.enable")
+
+    def __call__(self, method, **parameters):
+        self.number += 1
+        message = dict(id=self.number, method=method, params=parameters, **({"sessionId": self.session} if self.session else {}))
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                read = os.read(self.into, 1 << 20)
+                assert read, "the browser has ended"
+                self.rest += read
+            line, _, self.rest = self.rest.partition(b"\0")
+            answer = json.loads(line)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def evaluate(self, code):
+        found = self("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def wait_for(self, code, seconds):
+        end = time.monotonic() + seconds
+        while not self.evaluate(code):
+            assert time.monotonic() < end, f"{code}: not within {seconds} s"
+            time.sleep(0.1)
+
+    def open(self, width, scheme="light"):
+        self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
+        self("Page.navigate", url=(ROOT / "docs" / "index.html").as_uri())
+        self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'", 20)
+
+    def screenshot(self, file, whole=True):
+        data = self("Page.captureScreenshot", captureBeyondViewport=whole, **({"clip": dict(
+            x=0, y=0, scale=1, width=self.evaluate("innerWidth"), height=self.evaluate("document.documentElement.scrollHeight"))}
+            if whole else {}))
+        file.write_bytes(base64.b64decode(data["data"]))
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.out)
+        os.close(self.into)
