@@ -8,14 +8,19 @@ import shutil
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
+import models
 import reflow
 import sampler
 import teacher
-from tools import flow2d
+from data import imaging
+from models import saved
+from tools import flow2d, page
 
 PAGE = ROOT / "docs" / "page"
 NODE = shutil.which("node")
@@ -203,3 +208,131 @@ class Browser:
         self.process.wait()
         os.close(self.out)
         os.close(self.into)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+def events(browser, *methods):
+    return [each["params"] for each in browser.events if each["method"] in methods]
+
+
+def test_it_opens_from_a_file_trains_and_asks_nobody(browser):
+    """One window, 100 updates of 128: nearer than 0.85 to the teacher's ends (untrained 1.4), in a minute on a busy machine."""
+    browser.open(1280)
+    browser.evaluate("for (const [id, value] of [['stages', '1'], ['budget', '100 128']]) document.getElementById(id).value = value;"
+                     "document.getElementById('train').click()")
+    browser.wait_for("document.getElementById('training').dataset.state === 'finished'", 60)
+    trained, untrained = (float(browser.evaluate(f"document.getElementById('{name}-is').textContent")) for name in ("distance", "plain"))
+    assert trained < 0.85 and untrained == pytest.approx(1.4, abs=0.05)
+    assert "after 100 of 100 updates" in browser.evaluate("document.getElementById('student-title').textContent")
+    assert browser.evaluate("document.querySelectorAll('#student .line.student').length") == 48
+    assert not events(browser, "Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Network.loadingFailed")
+    asked = [each["request"]["url"] for each in events(browser, "Network.requestWillBeSent")]
+    assert len(asked) > 8 and all(re.match(f"{(ROOT / 'docs').as_uri()}/|blob:|data:", url) for url in asked), asked
+
+
+def test_point_and_window_are_moved_by_keys_and_by_pointer(browser):
+    browser.open(1280)
+
+    def says(name):
+        return browser.evaluate(f"document.getElementById('{name}-says').textContent")
+    assert "Noise at (\N{MINUS SIGN}1.90, 1.70) ends at" in says("curve")
+    browser.evaluate("document.getElementById('curve').focus()")
+    for kind in ("keyDown", "keyUp"):
+        browser("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
+    assert "Noise at (\N{MINUS SIGN}1.80, 1.70) ends at" in says("curve")
+    x, y = browser.evaluate("(() => {document.getElementById('curve').scrollIntoView({behavior: 'instant'});"
+                            "const box = document.getElementById('curve').getBoundingClientRect();"
+                            "return [box.x + box.width / 2, box.y + box.height / 2]})()")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+    assert re.match(r"Noise at \(.?0\.0\d, .?0\.0\d\) ends", says("curve"))
+    before = says("chord")
+    browser.evaluate("const slider = document.getElementById('window-start'); slider.value = 10; slider.dispatchEvent(new Event('input'))")
+    assert says("chord") != before and "from t = 0.16 to 0.14" in says("chord")            # the end gives way
+    browser.evaluate("document.querySelector('[data-window=\"64 0\"]').click()")
+    assert "from t = 1.00 to 0.00" in says("chord")
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "dark"), (768, "light"), (1600, "dark")])
+def test_it_fits_every_width_and_everything_that_can_be_set_has_a_name(browser, width, scheme):
+    browser.open(width, scheme)
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    unnamed = browser.evaluate("""[...document.querySelectorAll("input, select, button, svg, [tabindex]")].filter(each => !(each.labels?.length
+        || each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.textContent.trim())).map(each => each.id)""")
+    assert unnamed == []
+    # words against what is behind them: WCAG's 4.5
+    worst = browser.evaluate("""(() => {
+        const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const behind = each => { for (; each; each = each.parentElement) { const color = getComputedStyle(each).backgroundColor;
+            if (!/, 0\\)$/.test(color)) return color; } return "rgb(255, 255, 255)"; };
+        return Math.min(...[...document.querySelectorAll("p, a, th, td, figcaption, label, button, output, dt, dd, pre, h1")].map(each => {
+            const [a, b] = [light(getComputedStyle(each).color), light(behind(each))].sort((p, q) => q - p);
+            return (a + 0.05) / (b + 0.05); }));
+        })()""")
+    assert worst >= 4.5
+
+
+# ---- the files -----------------------------------------------------------------------------------------------------------
+
+INDEX = (ROOT / "docs" / "index.html").read_text()
+
+
+def test_the_page_is_small_whole_and_names_no_other_place():
+    files = [ROOT / "docs" / "index.html", *PAGE.iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 4_000_000
+    named = set(re.findall(r'(?:src|href)="page/([^"]+)"', INDEX)) | {"sprites.webp"}
+    assert named == {file.name for file in PAGE.iterdir()}
+    for file in files:
+        if file.suffix != ".webp":
+            addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", file.read_text()))
+            assert addresses <= {"http://www.w3.org/2000/svg"}, (file.name, addresses)
+
+
+def test_every_quoted_line_is_one_of_its_function():
+    rows = re.findall(r"<tr><td>[^\n]*?</td><td>(\w+\.py), (\w+)</td><td><code>(.*?)</code></td></tr>", INDEX)
+    assert len(rows) == INDEX.count("<code>", INDEX.index('id="lines"')) >= 11
+    for file, name, line in rows:
+        body = re.search(rf"^(?:def|class) {name}\b.*?(?=^\S|\Z)", (ROOT / file).read_text(), re.M | re.S).group()
+        assert line.replace("&lt;", "<") in body, (file, name, line)
+
+
+def test_the_table_is_the_logs():
+    log = (ROOT / "docs" / "log.md").read_text()
+    plain = re.search(r"plain DDIM ([\d., ]+)\)", log).group(1).split(", ")
+    rows = re.findall(r"^\| ([8421]) \| ([\d.]+) \| ([\d.]+) \|$", log, re.M)
+    for untrained, (windows, uniform, starts) in zip(plain, rows):
+        cells = re.search(rf'<th scope="row">{windows}</th>(<td.*?)</tr>', INDEX).group(1)
+        assert re.findall(r"\d\.\d{3}", cells) == [untrained, uniform, starts]
+    assert len(rows) == len(plain) == 4
+
+
+def test_the_pictures_are_the_models(tmp_path):
+    """Prompt 0 again, by one and two steps of the teacher and two of the student: the committed sheet, up to what WebP loses."""
+    table = json.loads(re.search(r"const SPRITES = (.*);", (PAGE / "sprites.js").read_text(), re.S).group(1))
+    sheet = Image.open(PAGE / "sprites.webp").convert("RGB")
+    tile, names = table["tile"], [table["model"], *(f"assets/student-{each['windows']}" for each in table["models"][1:])]
+    assert sheet.size == (table["columns"] * tile, table["rows"] * tile)
+    assert table["rows"] == len(names) * len(table["prompts"]) and table["columns"] == sum(table["steps"]) == sum(page.STEPS)
+    first = table["prompts"][0]
+    for row, name in enumerate(names):
+        folder = ROOT / name if row else name
+        if row and not folder.is_dir():
+            continue                                                       # made with a student of somebody's runs
+        pipeline, model, info = saved.open_model(str(folder))
+        windows = info.get("windows", 1)
+        seen = []
+        sampler.generate(pipeline, model, [first["prompt"]], [first["seed"]], sampler.time_grid(2, windows),
+                         callback=lambda state: seen.append(state["x_hat"]))
+        for at, picture in enumerate(imaging.to_pil(models.decode(pipeline, torch.cat(seen)))):
+            left = (sum(page.STEPS[:page.STEPS.index(2)]) + at) * tile
+            shown = sheet.crop((left, row * tile, left + tile, (row + 1) * tile))
+            assert np.abs(np.asarray(shown, float) - np.asarray(picture, float)).mean() < 6

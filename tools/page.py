@@ -21,6 +21,8 @@ from models import load, saved
 from runtime import cli
 from runtime.cli import UserError
 
+PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green",
+           "on purple")
 STEPS = (32, 16, 8, 4, 2, 1)
 LIMIT = 3_500_000               # bytes of the sheet: the whole page stays below 4 MB
 
@@ -29,11 +31,9 @@ LIMIT = 3_500_000               # bytes of the sheet: the whole page stays below
 class Config:
     model: str = "tiny"         # the teacher: preset or folder
     students: list[str] = field(default_factory=list)  # folders of its students; default: those in assets/
-    prompts: list[str] = field(default_factory=lambda: [
-        "red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green",
-        "food"])                # one row of the page each
+    prompts: list[str] = field(default_factory=lambda: list(PROMPTS))   # one row of the page each
     seed: int = 0               # of the first prompt's noise; prompt i has seed + i
-    quality: int = 88           # of the WebP, 1 to 100
+    quality: int = 92           # of the WebP, 1 to 100
     out: str = "docs/page"      # folder
 
 

@@ -7,17 +7,12 @@ const two = value => (Math.abs(value) < 0.005 ? 0 : value).toFixed(2).replace("-
 const point = (x, y) => `(${two(x)}, ${two(y)})`;
 
 const FINE = flow.timeGrid(64);
-let noisePoint = Float64Array.of(-0.9, 0.75);                       // in the plane as it is seen, z / (alpha + sigma)
+let noisePoint = Float64Array.of(-1.9, 1.7);                       // in the plane as it is seen, z / (alpha + sigma)
 
 /** The latent at t = 1 for a point as it is seen. */
 function latent(seen) {
   const [alpha, sigma] = flow.schedule(1);
   return seen.map(value => value * (alpha + sigma));
-}
-
-function dot(layer, [x, y], kind, text) {
-  shape(layer, "circle", {cx: toX(x), cy: toY(y), r: 5, class: `dot ${kind}`});
-  if (text) shape(layer, "text", {x: toX(x) + 9, y: toY(y) - 7, class: `label ${kind}`}, text);
 }
 
 // ---- 1. the curve --------------------------------------------------------------------------------------------

@@ -24,10 +24,23 @@ function clearPlane(svg, flow) {
   svg.querySelectorAll(".drawn").forEach(each => each.remove());
   const layer = shape(svg, "g", {class: "drawn"});
   svg.prepend(layer);
+  layer.labels = [];                                                // where text stands already
   for (const [x, y] of flow.BLOBS) {
     for (const times of [2, 1]) shape(layer, "circle", {cx: toX(x), cy: toY(y), r: times * flow.SPREAD / RANGE * 200, class: "blob"});
   }
   return layer;
+}
+
+/** A point with a text beside it, at the first of four corners where no other text stands. */
+function dot(layer, [x, y], kind, text) {
+  shape(layer, "circle", {cx: toX(x), cy: toY(y), r: 5, class: `dot ${kind}`});
+  if (!text) return;
+  const width = 7.5 * text.length, corners = [[9, -7], [9, 17], [-9 - width, -7], [-9 - width, 17], [9, -25], [9, 35]]
+    .map(([right, down]) => [Math.min(Math.max(toX(x) + right, 4), 396 - width), Math.min(Math.max(toY(y) + down, 14), 394)]);
+  const free = corners.find(([left, base]) => layer.labels.every(each =>
+    left > each.left + each.width || each.left > left + width || Math.abs(base - each.base) > 15)) ?? corners[0];
+  layer.labels.push({left: free[0], base: free[1], width});
+  shape(layer, "text", {x: free[0], y: free[1], class: `label ${kind}`}, text);
 }
 
 /** Point n of every time of a trajectory, where chords look straight. visited, times: as flow.ddim takes and returns. */

@@ -44,7 +44,7 @@ const SPRITES = {
    "seed": 4
   },
   {
-   "prompt": "food",
+   "prompt": "on purple",
    "seed": 5
   }
  ]

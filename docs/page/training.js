@@ -2,7 +2,8 @@
 "use strict";
 
 /** Runs in the worker, with flow and students made there. Messages: {stages: [windows, ...], updates (of each), batch,
- *  timeLaw, directionWeight, seed}. Answers: {ready: ...} once, then {...} after every `every` updates. */
+ *  timeLaw, directionWeight, seed}. Answers: what look() returns, at the start of each
+ *  stage and then every 0.4 seconds, with the mean loss since and its two parts; at last {finished: true}. */
 function trainInWorker(flow, students) {
   const SHOWN = 48, FINE = flow.timeGrid(32);
   onmessage = ({data: asked}) => {
@@ -18,9 +19,9 @@ function trainInWorker(flow, students) {
       some[32] = ends.slice(0, 2 * SHOWN);
       return {windows, done, distance: flow.distance(ends, test[8]), plain: plain[windows], paths: some};
     };
-    postMessage({...look(asked.stages[0], 0), parts: null});
     let done = 0, last = Date.now(), since = 0, sums = [0, 0, 0];
     for (const windows of asked.stages) {
+      postMessage({...look(windows, done), parts: null});
       const update = students.stage(layers, paths, windows, asked, random);
       for (let i = 1; i <= asked.updates; i++) {
         const {loss, magnitude, direction} = update();
@@ -85,8 +86,7 @@ function hear({data}) {
   run.last = data;
   drawPaths(data.paths);
   if (!run.marks.length || run.marks.at(-1).windows !== data.windows) {
-    run.marks.push({update: data.done && data.done - 1, windows: data.windows, text: plural(data.windows)});
-    run.plain.push([Math.max(0, data.done - 1), data.plain]);
+    run.marks.push({update: data.done, windows: data.windows, text: plural(data.windows)});
   }
   run.plain.push([data.done, data.plain]);
   run.distances.push([data.done, data.distance]);
