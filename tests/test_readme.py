@@ -91,7 +91,7 @@ def test_every_page_with_commands_is_run():
 def test_the_python_of_the_readme_runs_and_does_what_it_says(tmp_path):
     """The minimal reflow, a tenth of it: one step comes nearer to the teacher's end."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 1 and not any("```python" in text for page, text in PAGES.items() if page != "README.md")
+    assert len(blocks) == 1 and {page for page, text in PAGES.items() if "```python" in text} == {"README.md", "docs/extending.md"}
     code = blocks[0]
     for full, less in (("* 80", "* 10"), ("320", "40"), ("256", "32"), ("range(100)", "range(12)")):
         assert full in code
@@ -101,6 +101,17 @@ def test_the_python_of_the_readme_runs_and_does_what_it_says(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = map(float, re.findall(r"\d\.\d+", done.stdout))
     assert 0.4 < before < 0.8 and after < 0.95 * before
+
+
+def test_the_examples_of_extending_run(tmp_path):
+    """Each is a row added and what it must do, with asserts of its own."""
+    text = PAGES["docs/extending.md"]
+    sections = {part.split("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.S) for part in text.split("\n## ")}
+    assert [name for name, blocks in sections.items() if not blocks] == ["A network family"]
+    assert all("assert" in "".join(blocks) for name, blocks in sections.items() if blocks and name != "# Extending")
+    (tmp_path / "examples.py").write_text("\n".join("".join(blocks) for blocks in sections.values()))
+    done = run_python([str(tmp_path / "examples.py")], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 CARDS = {"README.md": README, **{f"assets/{file.parent.name}": file.read_text() for file in (ROOT / "assets").glob("*/README.md")}}
