@@ -275,7 +275,7 @@ def main(c):
     if c.steps is not None and c.nfe is not None:
         raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
     out = Path(c.out)
-    check_writable(out)
+    cli.check_png(out)
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     device = processes.pick_device(c.device)
     name = c.model or saved.default_model()
@@ -351,24 +351,6 @@ def main(c):
     guide = f" guided by {c.guide}" * bool(c.guide)
     print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}{guide}, {steps} steps = "
           f"{count} network evaluations each, {seconds / len(prompts):.3f} s per image")
-
-
-def check_writable(file):
-    """Raises UserError unless `file` (a PNG) can be written; makes its folder."""
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--out {file}: must end in .png")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
-
-
-def run():
-    cli.run(main, Config, __doc__)
 
 
 if __name__ == "__main__":

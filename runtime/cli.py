@@ -68,6 +68,24 @@ class UserError(Exception):
     it is printed alone, exit 2."""
 
 
+def check_png(file):
+    """Raises UserError unless `file` (a PNG) can be written; makes its folder."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--out {file}: must end in .png")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
+
+
+def run():
+    cli.run(main, Config, __doc__)
+
+
 def parse(config_class, description, argv=None):
     """A config_class from the command line. Types come from the annotations: bool gives --x /
     --no-x, list[str] takes several values. An unknown option is refused with the nearest known one.
