@@ -353,5 +353,9 @@ def main(c):
           f"{count} network evaluations each, {seconds / len(prompts):.3f} s per image")
 
 
+def run():
+    cli.run(main, Config, __doc__)
+
+
 if __name__ == "__main__":
     run()

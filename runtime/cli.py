@@ -82,10 +82,6 @@ def check_png(file):
         raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
 
 
-def run():
-    cli.run(main, Config, __doc__)
-
-
 def parse(config_class, description, argv=None):
     """A config_class from the command line. Types come from the annotations: bool gives --x /
     --no-x, list[str] takes several values. An unknown option is refused with the nearest known one.
