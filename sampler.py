@@ -220,8 +220,7 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
 
 
 def warn_unknown_words(name, pipeline, prompts):
-    """If the model's folder lists its vocabulary, say which words of the prompts it has never
-    seen."""
+    """Warn of words of the prompts that the folder's vocabulary.json does not list."""
     file = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
     if not file.is_file():
         return
