@@ -104,8 +104,7 @@ def set_native_size(pipeline, size):
 
 
 def as_student(pipeline, schedule):
-    """The pipeline as a student is written: with the shift of its size, which does not change with
-    that of a picture any more."""
+    """The pipeline as a student is written; its shift stays that of its own size."""
     pipeline.scheduler = flow_match_euler(schedule.shift)
     return pipeline
 
