@@ -181,5 +181,9 @@ def picture(evaluator, plan, file, least=96):
     imaging.contact_sheet(list(zip(*pictures)), titles, labels).save(file)
 
 
-if __name__ == "__main__":
+def run():
     cli.run(main, Config, __doc__)
+
+
+if __name__ == "__main__":
+    run()

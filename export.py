@@ -1,20 +1,25 @@
 """What a run leaves: complete diffusers pipelines, weight differences, LoRA files.
 
-    python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student   #
-    a pipeline, before the run is over python export.py delta --student runs/x/student-4 --base sd15
-    --out delta.safetensors         # student minus base python export.py merge --delta
-    delta.safetensors --model dreamshaper/ --out merged            # the same difference, on another
-    model
+    python export.py kohya runs/x/student-4 lora.safetensors              # its LoRA, for ComfyUI and web UIs
+    python export.py single-file runs/x/student-4 student.safetensors     # all of it in one file, likewise
+    python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student
+    python export.py delta --student runs/x/student-4 --base sd15 --out delta.safetensors
+    python export.py merge --delta delta.safetensors --model dreamshaper/ --out merged
+
+A checkpoint becomes a pipeline before its run is over; a difference (student minus base) is merged
+into another model of the same architecture.
 """
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.utils import convert_state_dict_to_kohya
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +37,9 @@ def versions():
     checkout) and its libraries'."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # installed, this file may lie inside somebody else's checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True,
+                       check=True)
         head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True,
                               check=True).stdout.strip()
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!results"],
@@ -95,9 +103,22 @@ def agreement(scheduler, windows, path):
             f"the {timesteps}); other numbers are rounded to whole timesteps.")
 
 
-CARD = """# A reflow student of {windows} window{s}
+BLOCK = """```python
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("FOLDER")
+image = pipe({arguments}).images[0]
+```
 
-Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
+Both numbers are needed: without them diffusers takes many more steps, with guidance.
+
+"""
+
+CARD = """---
+{data}
+---
+# A reflow student of {windows} window{s}
+
+{block}Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
 reflow.json tells the rest. Sample it with `{line}`.
 {sentences}
 """
@@ -115,10 +136,31 @@ def card(pipeline, info):
                       if part is None and name not in pipeline._optional_components)
     line = (f"DiffusionPipeline.from_pretrained(folder{without})({call})" if call else
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
+    block = BLOCK.format(arguments=call.replace("prompt", '"a prompt"', 1)) if call else ""
     sentences = [agreement(pipeline.scheduler, windows, path),
                  *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
                                      saved.settings(info)["null_text"])]
-    return CARD.format(**info, s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
+    return CARD.format(**info, data=card_data(pipeline, info).to_yaml(), block=block,
+                       s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
+
+
+# of presets whose folder is not at hand; others say it in their own card
+LICENSES = {"sd15": "creativeml-openrail-m", "sd21": "openrail++", "sdxl": "openrail++"}
+
+
+def card_data(pipeline, info):
+    """What the hub reads at the head of a card. A teacher on the hub is base_model; its license is
+    the student's, left out where it is not known."""
+    source = load.PRESETS.get(info["teacher"], (info["teacher"], ""))[0]
+    file, license_ = Path(source) / "README.md", LICENSES.get(info["teacher"])
+    if file.is_file():
+        license_ = ModelCard.load(file, ignore_metadata_errors=True).data.get("license")
+    lora, kind = bool(info["config"].get("lora")), "text-to-image"
+    if models.prompts(pipeline) != "text":
+        kind = "unconditional-image-generation"
+    return ModelCardData(base_model=source if not Path(source).exists() else None, license=license_,
+                         library_name="diffusers", pipeline_tag=kind,
+                         tags=["reflow", "few-step", "distillation", *["lora"] * lora])
 
 
 def export(folder, trained, info):
@@ -137,6 +179,11 @@ def export(folder, trained, info):
         network.load_state_dict({**tables, **trained})
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items()
             for side, value in zip("AB", pair)}
+    for kind in info["config"].get("export") or ():         # first: the folder says that all is there
+        if kind != "diffusers":
+            write, _, ending = FILES[kind]
+            dtype = teacher.DTYPES[info["config"]["export_dtype"]]
+            write(folder.with_name(folder.name + ending), pipeline, layers, info, dtype)
     write_pipeline(folder, pipeline, info, lora)
 
 
@@ -191,6 +238,61 @@ def make_portable(folder):
             (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
+# ---- files for other tools ---------------------------------------------------------------------------------
+
+
+def write_file(file, weights, metadata, info, dtype):
+    """Tensors in dtype as one safetensors file, with reflow.json's contents in its metadata.
+    Raises UserError where dtype cannot hold a value: fp16 ends at 65504."""
+    weights = {name: value.to(dtype).contiguous() for name, value in weights.items()}
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{file}: {name} is not finite in {dtype}; write it in bf16 or fp32")
+    metadata = {**metadata, "format": "pt", "info": json.dumps(info)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    store.write_atomically(file, lambda part: save_file(weights, part, metadata))
+
+
+def write_kohya(file, pipeline, layers, info, dtype):
+    """A LoRA under kohya's names, which ComfyUI and the web UIs match with the layers of theirs.
+    layers: from adapters()."""
+    if not layers:
+        raise UserError(f"{file}: a kohya file holds a LoRA, and this student was trained in every weight "
+                        "(no --lora); write it as single-file")
+    name = models.other_tools(pipeline, "kohya_layers")(models.network(pipeline))
+    weights = convert_state_dict_to_kohya({f"unet.{name(layer)}.lora_{side}.weight": value for layer, pair
+                                           in layers.items() for side, value in zip("AB", pair)})
+    rank = str(len(next(iter(layers.values()))[0]))
+    metadata = dict(ss_network_module="networks.lora", ss_network_dim=rank, ss_network_alpha=rank)
+    write_file(file, weights, metadata, info, dtype)
+
+
+def write_single_file(file, pipeline, layers, info, dtype):
+    """A whole pipeline in the layout of the original code. layers: not needed, they are merged."""
+    weights, metadata = models.other_tools(pipeline, "single_file")(pipeline)
+    write_file(file, weights, metadata, info, dtype)
+
+
+# what a run leaves beside each folder: how it is written, what its family must know, the name's ending
+FILES = {"kohya": (write_kohya, "kohya_layers", "-lora.safetensors"),
+         "single-file": (write_single_file, "single_file", ".safetensors")}
+
+
+def check_files(c, pipeline):
+    """Raises UserError, before anything is trained, for files that this run could not leave.
+    c: train.Config."""
+    for kind in c.export or ():
+        if cli.choose("--export", kind, ("diffusers", *FILES)) == "diffusers":
+            continue
+        if kind == "kohya" and not c.lora:
+            raise UserError("--export kohya: a LoRA; train one with --lora RANK, or take single-file")
+        given = models.network(pipeline) if kind == "kohya" else pipeline
+        try:
+            models.other_tools(pipeline, FILES[kind][1])(given)
+        except UserError as error:
+            raise UserError(f"--export {kind}: {error}") from error
+
+
 def trained_weights(folder, lora):
     """What the student in `folder` was trained in, under the names the trainer gives it: name ->
     tensor."""
@@ -243,6 +345,44 @@ def export_checkpoint(c):
     average = {key.removeprefix("ema:"): value for key, value in tensors.items() if key.startswith("ema:")}
     export(folder, average, {**info, "updates": int(metadata["step"])})
     print(f"{folder}: student of {info['windows']} windows after {metadata['step']} updates")
+
+
+def positional(what):
+    return field(default=what, metadata=dict(positional=True))
+
+
+@dataclass
+class FileConfig:
+    folder: str = positional("")     # a student's folder
+    out: str = positional("")        # .safetensors file to write
+    dtype: str = "fp16"              # of its tensors: fp16, bf16 or fp32
+
+
+def open_student(c):
+    """Raises UserError.  Returns: (file to write, pipeline, adapters, reflow.json, dtype)."""
+    dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
+    info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
+    if Path(c.out).suffix != ".safetensors":
+        raise UserError(f"OUT {c.out or '(missing)'}: name a .safetensors file to write")
+    if Path(c.out).exists():
+        raise UserError(f"OUT {c.out}: exists already; choose another")
+    layers = adapters(trained_weights(folder, lora=True)) if (folder / LORA_FILE).is_file() else {}
+    return Path(c.out), load.load_pipeline(c.folder), layers, info, dtype
+
+
+def export_kohya(c):
+    """A student's LoRA in kohya's names, for ComfyUI, Forge and other web UIs."""
+    file, _, layers, *_ = opened = open_student(c)
+    write_kohya(*opened)
+    print(f"{file}: a LoRA on {len(layers)} layers")
+
+
+def export_single_file(c):
+    """A whole student, text encoders and autoencoder included, in one file of the original layout
+    (Stable Diffusion 1.x, 2.x, XL), for ComfyUI, Forge and other web UIs."""
+    file, *_ = opened = open_student(c)
+    write_single_file(*opened)
+    print(f"{file}: {file.stat().st_size / 1e9:.2f} GB")
 
 
 @dataclass
@@ -323,10 +463,11 @@ def check_same_architecture(one, weights, other, others):
                             f"against {shapes[1] or 'absent'}); give a model of the same family")
 
 
-COMMANDS = {"checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
+COMMANDS = {"kohya": (export_kohya, FileConfig), "single-file": (export_single_file, FileConfig),
+            "checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
             "merge": (merge, MergeConfig)}
 
-if __name__ == "__main__":
+def run():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         command, options = COMMANDS[sys.argv[1]]
         cli.run(command, options, command.__doc__, sys.argv[2:])
@@ -334,3 +475,7 @@ if __name__ == "__main__":
         print(__doc__)
     else:
         sys.exit(cli.fail(f"export.py {sys.argv[1]}: not one of {', '.join(COMMANDS)}"))
+
+
+if __name__ == "__main__":
+    run()

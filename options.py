@@ -9,7 +9,7 @@ import reflow
 from pairs import SOURCES, cache_windows
 from runtime import cli
 from runtime.cli import UserError
-from teacher import PRECISIONS
+from teacher import DTYPES, PRECISIONS
 
 
 @dataclass
@@ -86,6 +86,9 @@ class Config:
     log_steps: int = 20              # updates between lines of OUT/log.jsonl and points of OUT/tensorboard
     grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any
                                      # update; 0 = none
+    export: list[str] | None = None  # files beside each student: kohya (its LoRA) and single-file, for
+                                     # ComfyUI and web UIs; the diffusers folder is always there
+    export_dtype: str = "fp16"       # of these files: fp16, bf16 or fp32
     device: str = ""                 # cpu or cuda; default: cuda if there is one
 
 
@@ -111,6 +114,7 @@ def resolve_recipe(c):
     for name, table in tables.items():
         cli.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
     cli.choose("--precision", c.precision, PRECISIONS)
+    cli.choose("--export-dtype", c.export_dtype, DTYPES)
     cli.choose("--null-text", c.null_text, NULL_TEXTS)
     try:
         reflow.check_curriculum(recipe.stages)

@@ -24,14 +24,13 @@ import math
 import zlib
 from pathlib import Path
 
-import ot
 import torch
 
 import models
 import reflow
 import sampler
 from runtime import seeds, store
-from runtime.cli import UserError
+from runtime.cli import UserError, extra
 
 SOURCES = ("trajectory", "data", "student", "consistency")
 
@@ -264,7 +263,7 @@ class Pairs:
         steps, if z_end is not cached: the teacher (its path is None), or the previous stage's
         student, which has learned the teacher's guidance and gets none; student: the Model that is
         trained, which consistency evaluates itself.
-        Returns: (t, t_start, t_end, z_start, z_end, cond) on the device, float64 times (B,),
+        Returns: ((t, t_start, t_end), (z_start, z_end), cond) on the device, float64 times (B,),
         float32 latents (B, C, h, w)."""
         reuse = self.recipe.reuse
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
@@ -299,7 +298,7 @@ class Pairs:
             z_start, z_end, *values = (v.repeat_interleave(reuse, 0)
                                        for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
-        return t, t_start, t_end, z_start, z_end, cond
+        return (t, t_start, t_end), (z_start, z_end), cond
 
 
 def couple(cost, entropy, generator):
@@ -309,6 +308,7 @@ def couple(cost, entropy, generator):
     cost: (N, N); entropy > 0: its weight, in units of the mean cost; towards 0 the plan is a
     permutation, for large values all partners are equally likely.  Returns: (N,), indices of the
     second set."""
+    ot = extra(f"--projection {entropy}", "ot", "studies")
     plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log",
                                         warn=False))
     return torch.multinomial(plan, 1, generator=generator)[:, 0]

@@ -220,8 +220,7 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
 
 
 def warn_unknown_words(name, pipeline, prompts):
-    """If the model's folder lists its vocabulary, say which words of the prompts it has never
-    seen."""
+    """Warn of words of the prompts that the folder's vocabulary.json does not list."""
     file = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
     if not file.is_file():
         return
@@ -275,7 +274,7 @@ def main(c):
     if c.steps is not None and c.nfe is not None:
         raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
     out = Path(c.out)
-    check_writable(out)
+    cli.check_png(out)
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     device = processes.pick_device(c.device)
     name = c.model or saved.default_model()
@@ -353,19 +352,9 @@ def main(c):
           f"{count} network evaluations each, {seconds / len(prompts):.3f} s per image")
 
 
-def check_writable(file):
-    """Raises UserError unless `file` (a PNG) can be written; makes its folder."""
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--out {file}: must end in .png")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        existed = file.exists()
-        file.open("ab").close()
-        if not existed:
-            file.unlink()
-    except OSError as error:
-        raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
+def run():
+    cli.run(main, Config, __doc__)
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, __doc__)
+    run()

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import shlex
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -39,7 +38,8 @@ from teacher import PRECISIONS
 
 # what may differ between two starts of one run
 MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps",
-                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile")
+                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile", "export",
+                        "export_dtype")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -74,6 +74,12 @@ def check_out(c, out):
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another "
                         "folder") from error
     return settings
+
+
+def claim_out(out, settings):
+    """OUT is this run's from here on.  Returns: the writer of its curves."""
+    store.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
+    return SummaryWriter(out / "tensorboard")
 
 
 def open_pairs(c, recipe, device, processes):
@@ -120,7 +126,7 @@ def make_cache(c, recipe, device, processes):
     return cache_folder(c)
 
 
-def make_optimizer(c, recipe, student, channels, device, world):
+def make_optimizer(c, recipe, student, pairs, world):
     """A stage begins with a new optimizer, a new average, and, for learned normalization, a new
     network that predicts the loss.
     Returns: (AdamW, EMAModel, normalizer, the normalizer as the loss calls it)."""
@@ -132,9 +138,9 @@ def make_optimizer(c, recipe, student, channels, device, world):
     normalizer = predict = torch.nn.Identity()
     if recipe.normalization == "learned":                   # at a rate of its own, which stays
         torch.manual_seed(c.seed)
-        normalizer = predict = losses.LossNormalizer(channels).to(device)
+        normalizer = predict = losses.LossNormalizer(pairs.shape[0]).to(pairs.device)
         optimizer.add_param_group(dict(params=list(normalizer.parameters()), lr=1e-3))
-        predict = DistributedDataParallel(normalizer) if world > 1 else normalizer
+        predict = DDP(normalizer) if world > 1 else normalizer
     return optimizer, ema, normalizer, predict
 
 
@@ -188,23 +194,19 @@ def main(c):
 
     # teacher and pairs; what has been cached need not stay in memory
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
+    export.check_files(c, pipeline)
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
     grid = progress.Grid(pipeline, pairs, dataset, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
-    if rank == 0:  # only now: a mistake above must not claim the folder
-        store.write_atomically(out / "config.json",
-                               lambda part: part.write_text(json.dumps(settings, indent=1)))
-        board = SummaryWriter(out / "tensorboard")
+    board = claim_out(out, settings) if rank == 0 else None    # only now: a mistake above must not claim it
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
     solver = FrozenNetwork(c, student, device) if recipe.pairs != "trajectory" else None
     make_student(c, student, device, recipe.dropout)
-    network = student
-    if world > 1 and not c.shard:
-        network = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    network = DDP(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps  # steps from t = 1 to 0
 
     # the newest checkpoint says where to go on; the log forgets what came after it
@@ -225,8 +227,7 @@ def main(c):
             solver.become(checkpoints.trained(student), c)
             solver_steps = recipe.stages[stage - 1]
             solving = models.as_model(pipeline, solver, path, solver_steps)
-        optimizer, ema, normalizer, predict = make_optimizer(c, recipe, student, pairs.shape[0], device,
-                                                             world)
+        optimizer, ema, normalizer, predict = make_optimizer(c, recipe, student, pairs, world)
         if first < resumed <= first + updates:
             done = int(saved["done"])
             checkpoints.restore(checkpoint, done, student, normalizer, optimizer, ema)
@@ -248,9 +249,8 @@ def main(c):
             torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window, and the loss of the student between them
-                t, t_start, t_end, *ends, cond = pairs.ends(next(batches), solving, solver_steps // windows,
-                                                            model)
-                values, parts = reflow.student_loss(model, ends, (t, t_start, t_end), cond, recipe, predict,
+                times, ends, cond = pairs.ends(next(batches), solving, solver_steps // windows, model)
+                values, parts = reflow.student_loss(model, ends, times, cond, recipe, predict,
                                                     pairs.autocast())
 
                 # gradients: DDP and FSDP share theirs once, at the last micro-batch
@@ -259,8 +259,7 @@ def main(c):
                     student.set_requires_gradient_sync(last)
                 with network.no_sync() if network is not student and not last else contextlib.nullcontext():
                     (values.sum() / share).backward()
-                columns = [parts[name].double() for name in ("loss", "magnitude", "direction")]
-                seen.append(torch.stack([*columns, t_start, t], 1))
+                seen.append(progress.row(parts, times))
 
             # update
             norm = torch.nn.utils.clip_grad_norm_(checkpoints.trained(student).values(), 1.0)
@@ -277,15 +276,13 @@ def main(c):
                                         wait=logs or saves or step + 1 == first + updates)
             if not_finite:
                 bar.close()
-                where = (progress.bad_sample(torch.cat(seen), step, share, world, windows)
-                         or f"gradient norm {norm.item()} at step {step}")
+                where = progress.bad_sample(torch.cat(seen), norm, step, share, world, windows)
                 raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; "
                                 f"to train again, lower --lr {c.lr} and give another --out")
 
             # log: one JSON line and one point of every curve per log_steps
             if logs:
-                lr = optimizer.param_groups[0]["lr"]
-                line = progress.summary(torch.cat(seen), norm, world, windows, step + 1, lr, clock)
+                line = progress.summary(torch.cat(seen), norm, world, windows, step + 1, optimizer, clock)
                 if rank == 0:
                     progress.write_log(out / "log.jsonl", board, line)
                 bar.set_postfix(windows=windows, loss=f"{line['loss']:.4f}")
@@ -298,9 +295,7 @@ def main(c):
                 barrier()                                  # a slow disk is no dead process
             if stopped:
                 bar.close()
-                if rank == 0:
-                    print(f"\nstopped at step {step + 1}; the same command goes on from there",
-                          file=sys.stderr)
+                progress.print_stopped(step + 1, rank)
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
         # the stage is done: its running average is the student
@@ -313,8 +308,7 @@ def main(c):
     release()
     if rank == 0:
         board.close()
-        print(f"{folders[-1]}: the last student, a diffusers pipeline; sample it: python sampler.py --model "
-              f"{shlex.quote(str(folders[-1]))}{grid.option} --steps {recipe.stages[-1]}")
+        progress.print_end(folders[-1], recipe.stages[-1], grid)
     return folders[-1]
 
 
@@ -325,5 +319,9 @@ def describe(c, recipe, windows):
                 columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 
-if __name__ == "__main__":
+def run():
     cli.run(main, Config, __doc__)
+
+
+if __name__ == "__main__":
+    run()

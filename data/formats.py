@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import sprites
 from runtime import store
-from runtime.cli import UserError
+from runtime.cli import UserError, extra
 
 # which of these can be read depends on how Pillow was built; of a moving picture, it is the first frame
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -120,7 +120,7 @@ def files_below(folder):
 def expand(pattern):
     """The files of a pattern such as shards/{0000..0010}.tar or shards/*.tar.
     One that is not there stays in the list."""
-    from webdataset.shardlists import expand_urls
+    expand_urls = extra(f"--data {pattern}", "webdataset", "data").shardlists.expand_urls
     return [Path(file) for piece in expand_urls(pattern) for file in sorted(glob.glob(piece)) or [piece]]
 
 
@@ -359,8 +359,8 @@ def shard_rows(shard, there, read, suffixes, caption_column):
 def holds_images(parquet):
     """Whether a parquet file has a column of bytes, plain or in a struct {bytes, ...}, as images
     are stored."""
-    import pyarrow
-    import pyarrow.parquet
+    pyarrow = extra(f"--data {parquet.parent}", "pyarrow", "data")
+    extra(f"--data {parquet.parent}", "pyarrow.parquet", "data")
     try:
         types = pyarrow.parquet.read_schema(parquet).types
     except (OSError, ValueError) as error:
@@ -374,7 +374,7 @@ def table_rows(data, load, image_column, caption_column):
     """A Hugging Face dataset; load(datasets) returns it. Rows are read through memory-mapped Arrow
     files, which datasets makes of parquet in its own cache ($HF_DATASETS_CACHE).
     No code from the hub is run: from version 4 on, datasets cannot."""
-    import datasets
+    datasets = extra(f"--data {data}", "datasets", "data")
     try:
         table = load(datasets)
         if isinstance(table, datasets.DatasetDict):

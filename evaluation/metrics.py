@@ -26,7 +26,7 @@ import reflow
 import sampler
 from models import load
 from runtime import seeds
-from runtime.cli import UserError
+from runtime.cli import UserError, extra
 
 # ---- feature networks: .name, .dim, .images(images) -> (N, dim) --------------------------------------------
 
@@ -250,14 +250,15 @@ def kernel_distance(a, b, seed=0, subset_size=1000):
     fewer than two images."""
     if min(len(a), len(b)) < 2:
         raise ValueError(f"{len(a)} and {len(b)} images: an unbiased distance needs two of each")
-    from torchmetrics.image.kid import KernelInceptionDistance  # late: it costs two seconds
+    # late: it costs two seconds
+    kid = extra("KID", "torchmetrics.image.kid", "studies")
 
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # that it keeps what it is given
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance`", UserWarning)
         torch.manual_seed(seed)
-        metric = KernelInceptionDistance(torch.nn.Identity(), subset_size=min(subset_size, len(a), len(b)),
-                                         sync_on_compute=False)
+        metric = kid.KernelInceptionDistance(torch.nn.Identity(), sync_on_compute=False,
+                                             subset_size=min(subset_size, len(a), len(b)))
         metric.update(a.double(), real=True)
         metric.update(b.double(), real=False)
         mean, deviation = metric.compute()

@@ -68,6 +68,17 @@ def as_model(pipeline, network=None, path=None, windows=1):
     return Model(module.forward(network), *schedule(pipeline), path, windows)
 
 
+def other_tools(pipeline, function):
+    """What a family knows about files of other tools: kohya_layers(network), layer -> its name in a
+    LoRA, or single_file(pipeline), (name -> tensor, metadata).
+    Raises UserError where the family has no such file."""
+    module = family(pipeline)
+    if not hasattr(module, function):
+        raise UserError(f"{type(pipeline).__name__}: other tools have no such file for it; use the folder, "
+                        "which diffusers reads")
+    return getattr(module, function)
+
+
 # ---- text, pictures ----------------------------------------------------------------------------------------
 
 

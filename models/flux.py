@@ -5,9 +5,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from models import latents, text
 from models.configs import flow_match_euler
+from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
+from models.text import encode as encode_prompts
+from models.text import warn_of_cut
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", FluxTransformer2DModel
@@ -24,7 +26,7 @@ def required(pipeline):
 
 
 def complete(pipeline, folder, given):
-    latents.complete(pipeline, folder, given)
+    complete_autoencoder(pipeline, folder, given)
     embed_guidance(pipeline, 1.0)
 
 
@@ -75,13 +77,13 @@ def encode_text(pipeline, prompts, batch, null, size, device):
     """{"encoder_hidden_states": (N, 512, D), "pooled_projections": (N, P)}, and with embedded guidance
     {"guidance": (N,)}, float32."""
     def chunk(texts):
-        text.warn_of_cut(pipeline.tokenizer_2, texts, T5_TOKENS)
+        warn_of_cut(pipeline.tokenizer_2, texts, T5_TOKENS)
         states, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.text_encoder.device,
                                                    max_sequence_length=T5_TOKENS)
         told = {} if not pipeline.transformer.config.guidance_embeds else dict(
             guidance=torch.full((len(texts),), float(pipeline.embedded_guidance)))
         return dict(encoder_hidden_states=states, pooled_projections=pooled, **told)
-    return text.encode(chunk, prompts, batch, null, device)
+    return encode_prompts(chunk, prompts, batch, null, device)
 
 
 def native_size(pipeline):
@@ -102,8 +104,7 @@ def set_native_size(pipeline, size):
 
 
 def as_student(pipeline, schedule):
-    """The pipeline as a student is written: with the shift of its size, which does not change with
-    that of a picture any more."""
+    """The pipeline as a student is written; its shift stays that of its own size."""
     pipeline.scheduler = flow_match_euler(schedule.shift)
     return pipeline
 

@@ -3,9 +3,10 @@ zeros in its place."""
 import torch
 from diffusers import SD3Transformer2DModel
 
-from models import text
 from models.configs import flow_map_euler
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
+from models.text import encode as encode_prompts
+from models.text import warn_of_cut
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", SD3Transformer2DModel
@@ -61,14 +62,14 @@ def encode_text(pipeline, prompts, batch, null, size, device):
     """{"encoder_hidden_states": (N, 77 + 256, D), "pooled_projections": (N, P)}, float32."""
     def chunk(texts):
         if pipeline.text_encoder_3 is None:
-            text.warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
+            warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
         else:
-            text.warn_of_cut(pipeline.tokenizer_3, texts, T5_TOKENS)
+            warn_of_cut(pipeline.tokenizer_3, texts, T5_TOKENS)
         states, _, pooled, _ = pipeline.encode_prompt(texts, None, None, device=pipeline.text_encoder.device,
                                                       do_classifier_free_guidance=False,
                                                       max_sequence_length=T5_TOKENS)
         return dict(encoder_hidden_states=states, pooled_projections=pooled)
-    return text.encode(chunk, prompts, batch, null, device)
+    return encode_prompts(chunk, prompts, batch, null, device)
 
 
 def native_size(pipeline):

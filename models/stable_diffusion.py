@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from models.configs import GIVE, check_fields, trailing_ddim
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
+from models.original import as_single_file, unet_blocks, unet_name
 from runtime.cli import UserError
 from teacher import check_finite
 
@@ -173,6 +174,19 @@ def stock_notes(pipeline, exact, guidance, null):
                  f"(with {n} step{'s' * (n > 1)} {strengths}). Diffusers rounds steps x strength down, and "
                  "fails below 1.")
     return notes
+
+
+def kohya_layers(unet):
+    """layer -> its name in kohya's LoRA files: of 1.x and 2.x diffusers' name, of XL the original
+    one, as kohya trains the former on diffusers' UNet and XL on the original."""
+    if unet.config.addition_embed_type != "text_time":
+        return lambda layer: layer
+    blocks = unet_blocks(unet)
+    return lambda layer: unet_name(blocks, layer)
+
+
+def single_file(pipeline):
+    return as_single_file(pipeline)
 
 
 def meta_condition(unet):

@@ -8,12 +8,11 @@ import warnings
 import torch
 import torch.distributed as dist
 from diffusers.models.embeddings import LabelEmbedding
-from peft import LoraConfig
 from torch.distributed.fsdp import fully_shard
 
 import models
 from runtime import checkpoints
-from runtime.cli import UserError
+from runtime.cli import UserError, extra
 from teacher import PRECISIONS
 
 
@@ -49,7 +48,8 @@ def make_student(c, network, device, dropout=0.0):
 
 
 def lora_config(c, network):
-    return LoraConfig(r=c.lora, lora_alpha=c.lora, target_modules=models.family_of(network).LORA_LAYERS)
+    peft = extra(f"--lora {c.lora}", "peft", "lora")
+    return peft.LoraConfig(r=c.lora, lora_alpha=c.lora, target_modules=models.family_of(network).LORA_LAYERS)
 
 
 def lay_out(c, network, device):

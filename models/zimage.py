@@ -3,9 +3,11 @@ length from a Qwen3."""
 import torch
 from diffusers import ZImageTransformer2DModel
 
-from models import latents, text
 from models.configs import flow_match_euler
+from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
+from models.text import encode as encode_prompts
+from models.text import warn_of_cut
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", ZImageTransformer2DModel
@@ -22,7 +24,7 @@ def required(pipeline):
 
 
 def complete(pipeline, folder, given):
-    latents.complete(pipeline, folder, given)
+    complete_autoencoder(pipeline, folder, given)
     pipeline.native_size = PIXELS
 
 
@@ -67,12 +69,12 @@ def embed_guidance(pipeline, guidance):
 def encode_text(pipeline, prompts, batch, null, size, device):
     """{"cap_feats": (N, 512, D) float32, zeros beyond the prompt, "cap_lengths": (N,) int64}."""
     def chunk(texts):
-        text.warn_of_cut(pipeline.tokenizer, texts, TOKENS)
+        warn_of_cut(pipeline.tokenizer, texts, TOKENS)
         found, _ = pipeline.encode_prompt(list(texts), device=pipeline.text_encoder.device,
                                           do_classifier_free_guidance=False, max_sequence_length=TOKENS)
         padded = [torch.nn.functional.pad(feats, (0, 0, 0, TOKENS - len(feats))) for feats in found]
         return dict(cap_feats=torch.stack(padded), cap_lengths=torch.tensor([len(feats) for feats in found]))
-    return text.encode(chunk, prompts, batch, null, device)
+    return encode_prompts(chunk, prompts, batch, null, device)
 
 
 def native_size(pipeline):

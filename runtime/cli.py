@@ -6,6 +6,7 @@ Each field of the dataclass is an option; the comment behind it in the source is
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import math
 import os
@@ -67,6 +68,20 @@ class UserError(Exception):
     it is printed alone, exit 2."""
 
 
+def check_png(file):
+    """Raises UserError unless `file` (a PNG) can be written; makes its folder."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--out {file}: must end in .png")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        existed = file.exists()
+        file.open("ab").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
+
+
 def parse(config_class, description, argv=None):
     """A config_class from the command line. Types come from the annotations: bool gives --x /
     --no-x, list[str] takes several values. An unknown option is refused with the nearest known one.
@@ -109,6 +124,16 @@ def parse(config_class, description, argv=None):
     if hasattr(c, "seed") and not 0 <= c.seed <= MAX_SEED:
         raise UserError(f"--seed {c.seed}: must be at least 0 and at most {MAX_SEED}")
     return c
+
+
+def extra(option, module, name):
+    """A module that only some options need, and pyproject.toml therefore only lists as an extra.
+    Raises UserError naming the option and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{option}: needs {error.name}, which is not installed; in the folder of this "
+                        f"project: pip install '.[{name}]'") from error
 
 
 def hint(option, options):

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 import time
 
 import torch
@@ -74,9 +75,28 @@ def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, wh
           f"{len(recipe.stages)} students; {size(shutil.disk_usage(c.out).free)} are free in {c.out}")
 
 
-def summary(rows, norm, world, windows, step, lr, clock):
+def print_stopped(step, rank):
+    if rank == 0:
+        print(f"\nstopped at step {step}; the same command goes on from there", file=sys.stderr)
+
+
+def print_end(folder, windows, grid):
+    """Where the last student is and how to sample it."""
+    print(f"{folder}: the last student, a diffusers pipeline; sample it: python sampler.py --model "
+          f"{shlex.quote(str(folder))}{grid.option} --steps {windows}")
+
+
+def row(parts, times):
+    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t.
+    parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5)."""
+    t, t_start, _ = times
+    return torch.stack([parts["loss"].double(), parts["magnitude"].double(), parts["direction"].double(),
+                        t_start, t], 1)
+
+
+def summary(rows, norm, world, windows, step, optimizer, clock):
     """A line of the log: means over the samples of all processes since the last one, at time clock.
-    rows: (N, 5) of loss, magnitude, direction, t_start, t."""
+    rows: (N, 5), from `row`."""
     count = world * len(rows)
     if world > 1:
         everyone = [torch.empty_like(rows) for _ in range(world)]
@@ -84,8 +104,8 @@ def summary(rows, norm, world, windows, step, lr, clock):
         rows = torch.cat(everyone)
     window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
-    return dict(step=step, windows=windows, lr=lr, loss=loss, magnitude=magnitude, direction=direction,
-                grad_norm=norm.item(),
+    return dict(step=step, windows=windows, lr=optimizer.param_groups[0]["lr"], loss=loss,
+                magnitude=magnitude, direction=direction, grad_norm=norm.item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},
                 samples_per_second=count / (time.time() - clock))
 
@@ -122,9 +142,9 @@ def write_log(file, board, line):
             board.add_scalar(key, value, line["step"])
 
 
-def bad_sample(rows, step, share, world, windows):
-    """Where the first loss that is not finite was, on whichever process, in words; "" if all were.
-    rows: (updates * share, 5) of loss, magnitude, direction, t_start, t, the last of them of update
+def bad_sample(rows, norm, step, share, world, windows):
+    """Where the first loss that is not finite was, on whichever process, in words; if all were
+    finite, it was the gradient. rows: (updates * share, 5), from `row`, the last of them of update
     `step`."""
     bad, found = (~torch.isfinite(rows[:, 0])).nonzero(), (math.inf, "")
     if len(bad):
@@ -136,7 +156,7 @@ def bad_sample(rows, step, share, world, windows):
     if world > 1:
         everyone = [None] * world
         dist.all_gather_object(everyone, found)
-    return min(everyone)[1]
+    return min(everyone)[1] or f"gradient norm {norm.item()} at step {step}"
 
 
 class Grid:

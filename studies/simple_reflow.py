@@ -207,9 +207,9 @@ def loss_spread(lab, folder, count=2048, bins=10):
     model = models.as_model(load.load_pipeline(str(folder), **dict.fromkeys(models.BESIDE)).to(device))
     z, t, value = [], [], []
     for first in range(0, count, 64):
-        times, t_start, t_end, *ends, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)
-        _, parts = reflow.student_loss(model, ends, (times, t_start, t_end), cond, reflow.Recipe())
-        z.append(parts["z"]), t.append(times), value.append(parts["loss"])
+        times, ends, cond = pairs.ends(pairs.fetch(range(first, first + 64), 1), None, 1)
+        _, parts = reflow.student_loss(model, ends, times, cond, reflow.Recipe())
+        z.append(parts["z"]), t.append(times[0]), value.append(parts["loss"])
     z, t, value = map(torch.cat, (z, t, value))
     torch.manual_seed(0)
     network = losses.LossNormalizer(z.shape[1]).to(device)

@@ -17,16 +17,12 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from transformers import CLIPTextModel  # noqa: E402
 
 import teacher  # noqa: E402
 from models import architectures  # noqa: E402
 from tools import tiny  # noqa: E402
-
-  # noqa: E402
-  # noqa: E402
-  # noqa: E402
 
 
 def torchrun(processes):
@@ -91,12 +87,14 @@ def schedule():
 
 @pytest.fixture(scope="session")
 def random_sd(tmp_path_factory):
-    """Folder of a StableDiffusionPipeline with the embedded architecture and random weights."""
+    """Folder of a StableDiffusionPipeline with the embedded text tower and autoencoder and a small UNet, random weights."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     text_encoder = CLIPTextModel(tiny.make_clip(tokenizer).config.text_config)
+    unet = UNet2DConditionModel(**{**SMALL_UNET, "in_channels": tiny.LATENT_CHANNELS, "out_channels": tiny.LATENT_CHANNELS,
+                                   "cross_attention_dim": text_encoder.config.hidden_size})
     pipeline = StableDiffusionPipeline(
-        vae=tiny.make_autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, unet=tiny.make_unet(),
+        vae=tiny.make_autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=tiny.make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     folder = tmp_path_factory.mktemp("models") / "random-sd"
     pipeline.save_pretrained(folder)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_teacher import ldm_clip, ldm_unet, ldm_vae
 from test_train import interrupted, small, weights
@@ -45,7 +46,7 @@ def students(teachers, tmp_path_factory):
         key = (family, *sorted(changes.items()))
         if key not in made:
             out = tmp_path_factory.mktemp(family)
-            train.main(small(teachers[family], out, lr=1e-3, updates=8, **changes))
+            train.main(small(teachers[family], out, **{**dict(lr=1e-3, updates=8, windows=[4, 2, 1]), **changes}))
             made[key] = out
         return made[key]
     return run
@@ -232,6 +233,23 @@ def test_the_line_of_a_students_card_gives_what_sampler_gives_in_the_default_dty
     assert (latents(folder, 2, 1.0) - theirs).abs().max() <= 1e-4
 
 
+def test_the_card_begins_with_what_the_hub_reads_and_with_the_call(students, teachers, tmp_path):
+    folder = students("tiny", lora=2, precision="bf16") / "student-2"
+    text = (folder / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert data == dict(library_name="diffusers", pipeline_tag="text-to-image", tags=["reflow", "few-step", "distillation", "lora"])
+    assert text.index("# A reflow student of 2 windows") < text.index("```python")
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace('"FOLDER"', "folder")
+    names = dict(folder=folder)
+    exec(code, names)
+    assert names["image"].size == (32, 32)
+    info, pipeline = json.loads((folder / "reflow.json").read_text()), load.load_pipeline(str(folder))
+    for name, base, license_ in (("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"), ("tiny", None, "cc-by-sa-4.0"),
+                                 ("someone/model", "someone/model", None)):
+        data = export.card_data(pipeline, {**info, "teacher": name})
+        assert (data.base_model, data.license) == (base, license_)
+
+
 # ---- where stock samplers agree -------------------------------------------------------------------------------------
 
 
@@ -328,7 +346,7 @@ MEANING = dict(
 TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalization time_law time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
     cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
-    device""".split())
+    export export_dtype device""".split())
 
 
 def test_every_option_that_changes_what_a_model_means_has_a_reader():

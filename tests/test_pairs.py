@@ -3,6 +3,7 @@ import json
 import shutil
 
 import numpy as np
+import ot
 import pytest
 import scipy
 import torch
@@ -46,7 +47,8 @@ def make(small_models, photos, tmp_path):
 
 
 def ends(pairs, numbers, windows=4, solver=None, steps=2):
-    return pairs.ends(pairs.fetch(range(*numbers), windows), solver, steps)
+    times, both, cond = pairs.ends(pairs.fetch(range(*numbers), windows), solver, steps)
+    return *times, *both, cond
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(pairs="data"), dict(pairs="data", cache_latents=True), dict(pairs="data", reuse=2)],
@@ -161,7 +163,7 @@ def test_guidance_enters_a_chain_of_students_once(make, changes):
     student = models.as_model(pipeline, path=reflow.PATHS[recipe.path], windows=8)
     solver.network, student.network = network(1.0), network(4.0)
     for solving in (solver, student)[:1 if recipe.pairs == "consistency" else 2]:
-        t, t_start, t_end, z_start, z_end, _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
+        (t, t_start, t_end), (z_start, z_end), _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
         _, eps = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
         assert torch.allclose(eps, torch.full_like(eps, 4.0), atol=0.02)
 
@@ -295,7 +297,7 @@ def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
     pairs, recipe, pipeline = make(recipe="lcm", windows=[1], solver_steps=4)
     solver, student = models.as_model(pipeline), models.as_model(pipeline)
     student.network = lambda z, timestep, **cond: 0.3 * z                   # known at once: x_hat = (1 - 0.3 sigma) z / alpha
-    t, t_start, t_end, z_start, z_end, cond = pairs.ends(pairs.fetch(range(8), 1), solver, 4, student)
+    (t, t_start, t_end), (z_start, z_end), cond = pairs.ends(pairs.fetch(range(8), 1), solver, 4, student)
     assert torch.equal(t, t_start) and not t_end.any() and (t < 0.25).any() and (t > 0.25).any()
     nearer = (t - 0.25).clamp_min(0)
     with torch.no_grad():
@@ -348,18 +350,25 @@ def test_joined_rows_are_read_across_their_parts(make):
         rows[[6]]
 
 
-def test_couplings_have_both_marginals_and_tend_to_the_best_assignment():
+def test_couplings_have_both_marginals_and_tend_to_the_best_assignment(monkeypatch):
+    plans, sinkhorn = {}, ot.sinkhorn                       # one plan serves all the draws from it
+
+    def once(a, b, cost, entropy, **options):
+        key = entropy, cost.tobytes()
+        plans[key] = plans[key] if key in plans else sinkhorn(a, b, cost, entropy, **options)
+        return plans[key]
+    monkeypatch.setattr(ot, "sinkhorn", once)
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 3, generator=generator).double(), torch.randn(64, 3, generator=generator).double()
+    a, b = torch.randn(24, 3, generator=generator).double(), torch.randn(24, 3, generator=generator).double()
     cost = torch.cdist(a, b).square()
     best = torch.as_tensor(scipy.optimize.linear_sum_assignment(cost.numpy())[1])
     assert (couple(cost, 0.002, generator) == best).double().mean() > 0.9
-    assert torch.equal(couple(1 - torch.eye(64).double(), 0.001, generator), torch.arange(64))
+    assert torch.equal(couple(1 - torch.eye(24).double(), 0.001, generator), torch.arange(24))
     def mean_cost(entropy):
-        return torch.stack([cost[torch.arange(64), couple(cost, entropy, generator)].mean() for _ in range(20)]).mean()
-    assert mean_cost(0.01) < mean_cost(0.3) < mean_cost(100.0) == pytest.approx(cost.mean().item(), rel=0.05)
-    often = torch.stack([couple(cost, 0.2, generator) for _ in range(400)]).flatten().bincount(minlength=64)
-    assert often.double().std() < 30 and (often / 400 - 1).abs().max() < 0.25              # each partner once, on average
+        return torch.stack([cost[torch.arange(24), couple(cost, entropy, generator)].mean() for _ in range(20)]).mean()
+    assert mean_cost(0.01) < mean_cost(0.3) < mean_cost(100.0) == pytest.approx(cost.mean().item(), rel=0.15)
+    often = torch.stack([couple(cost, 0.2, generator) for _ in range(200)]).flatten().bincount(minlength=24)
+    assert often.double().std() < 30 and (often / 200 - 1).abs().max() < 0.3              # each partner once, on average
 
 
 def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_the_other(make):

@@ -36,8 +36,8 @@ STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", 
 
 # pages whose commands run one after the other in one empty folder, and what they leave there
 GROUPS = {
-    ("README.md", "docs/training.md"): (
-        "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
+    ("README.md", "docs/training.md", "docs/use.md"): (
+        "student-4.safetensors", "student-4-lora.safetensors", "student-4-bf16.safetensors", "heart.png", "zoo.png", "compare.png", "compare-steps.png", "lighthouse.png", "dpm2.png", "results/README.md",
         "runs/sdxl/student-1/pytorch_lora_weights.safetensors", "runs/photos-now/reflow.json", "runs/merged/model_index.json"),
     ("docs/results.md", "docs/costs.md"): ("pixel.png", "reflow-2d.png", "runs/train/grid.png", "runs/pixel/grid.png",
                                            "runs/coco/results.json")}
@@ -91,7 +91,7 @@ def test_every_page_with_commands_is_run():
 def test_the_python_of_the_readme_runs_and_does_what_it_says(tmp_path):
     """The minimal reflow, a tenth of it: one step comes nearer to the teacher's end."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 1 and not any("```python" in text for page, text in PAGES.items() if page != "README.md")
+    assert len(blocks) == 1 and {page for page, text in PAGES.items() if "```python" in text} == {"README.md", "docs/extending.md"}
     code = blocks[0]
     for full, less in (("* 80", "* 10"), ("320", "40"), ("256", "32"), ("range(100)", "range(12)")):
         assert full in code
@@ -101,6 +101,17 @@ def test_the_python_of_the_readme_runs_and_does_what_it_says(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = map(float, re.findall(r"\d\.\d+", done.stdout))
     assert 0.4 < before < 0.8 and after < 0.95 * before
+
+
+def test_the_examples_of_extending_run(tmp_path):
+    """Each is a row added and what it must do, with asserts of its own."""
+    text = PAGES["docs/extending.md"]
+    sections = {part.split("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.S) for part in text.split("\n## ")}
+    assert [name for name, blocks in sections.items() if not blocks] == ["A network family"]
+    assert all("assert" in "".join(blocks) for name, blocks in sections.items() if blocks and name != "# Extending")
+    (tmp_path / "examples.py").write_text("\n".join("".join(blocks) for blocks in sections.values()))
+    done = run_python([str(tmp_path / "examples.py")], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 CARDS = {"README.md": README, **{f"assets/{file.parent.name}": file.read_text() for file in (ROOT / "assets").glob("*/README.md")}}
@@ -125,7 +136,8 @@ def test_every_line_of_a_card_that_samples_runs_in_the_default_dtype(tmp_path, n
 
 def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    bounds = dict(line.split(">=") for line in project["dependencies"] + project["optional-dependencies"]["test"])
+    extras = project["optional-dependencies"]
+    bounds = dict(line.split(">=") for line in sum((extras[name] for name in ("lora", "data", "studies", "test")), project["dependencies"]))
     pins = dict(line.split("==") for line in (ROOT / "requirements-lowest.txt").read_text().splitlines() if not line.startswith("#"))
     assert {name: pins[name] for name in bounds} == bounds and set(pins) - set(bounds) == {"pyarrow"}
 

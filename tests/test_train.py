@@ -28,8 +28,9 @@ from pairs import cache_bytes
 from runtime import checkpoints, cli, progress
 from tools import tiny
 
-SMALL = dict(data="sprites", updates=12, batch=4, trajectories=8, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
-CURVE = dict(updates=20, batch=8, lr=1e-4)
+SMALL = dict(data="sprites", windows=[2, 1], updates=12, batch=4, trajectories=8, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
+SHORT = dict(updates=4)
+CURVE = dict(updates=10, batch=8, lr=1e-4)
 
 
 def weights(folder):
@@ -54,7 +55,8 @@ def small(random_sd, out, **changes):
 
 def command(random_sd, out, **changes):
     options = {**SMALL, "model": random_sd, "out": out, **changes}
-    return [str(part) for key, value in options.items() for part in ([f"--{key.replace('_', '-')}"] + [value] * (value is not True))]
+    return [str(part) for key, value in options.items() for part in
+            (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value] * (value is not True)))]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,13 @@ def trained(random_sd, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def trained_short(random_sd, tmp_path_factory):
+    return train.main(small(random_sd, tmp_path_factory.mktemp("trained-short"), **SHORT))
+
+
+@pytest.fixture(scope="module")
 def trained_tiny(tmp_path_factory):
-    """20 updates of the embedded model: unlike a random one it does not blow rounding up."""
+    """10 updates of the embedded model: unlike a random one it does not blow rounding up."""
     out = tmp_path_factory.mktemp("trained-tiny")
     train.main(small("tiny", out, **CURVE))
     return out
@@ -76,12 +83,12 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
     last = trained / "student-1"
     train.main(small(random_sd, tmp_path / "b"))
     train.main(small(random_sd, tmp_path / "c", seed=1))
-    for windows in (8, 4, 2, 1):
+    for windows in (2, 1):
         info = json.loads((trained / f"student-{windows}" / "reflow.json").read_text())
         assert (info["windows"], info["recipe"], info["path"]) == (windows, "default", "vp")
     assert same_bits(weights(last), weights(tmp_path / "b" / "student-1"))
     assert not same_bits(weights(last), weights(tmp_path / "c" / "student-1"))
-    assert not same_bits(weights(last), weights(trained / "student-8"))
+    assert not same_bits(weights(last), weights(trained / "student-2"))
     assert [line["step"] for line in log(trained)] == list(range(1, 13))
     for line in log(trained):
         assert line["magnitude"] >= -1e-6 and line["direction"] >= -1e-6
@@ -92,14 +99,14 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
 
 @pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(path="linear", space="velocity"),
                                      dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
-                                     dict(guidance_teacher=3.0), dict(windows=[4, 1]), dict(time_law='uniform'), dict(solver_steps=16),
+                                     dict(guidance_teacher=3.0), dict(windows=[4, 2, 1]), dict(time_law='uniform'), dict(solver_steps=16),
                                      dict(loss="high-pass"), dict(normalization="learned"), dict(normalization="per-sample"),
                                      dict(time_law="exponential"), dict(time_inside=True), dict(forward_rate=0.5), dict(dropout=0.2),
                                      dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(text_dropout=1.0), dict(ema=0.0), dict(lr=1e-4)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
-def test_every_column_of_a_recipe_changes_the_student(random_sd, trained, tmp_path, changes):
-    last = train.main(small(random_sd, tmp_path, **changes))
-    assert not same_bits(weights(last), weights(trained / "student-1"))
+def test_every_column_of_a_recipe_changes_the_student(random_sd, trained_short, tmp_path, changes):
+    last = train.main(small(random_sd, tmp_path, **{**SHORT, **changes}))
+    assert not same_bits(weights(last), weights(trained_short))
 
 
 @pytest.mark.parametrize("base, changes", [(dict(loss="high-pass"), dict(high_pass_weight=5.0)), (dict(loss="high-pass"), dict(high_pass_radius=0.6)),
@@ -107,7 +114,8 @@ def test_every_column_of_a_recipe_changes_the_student(random_sd, trained, tmp_pa
                                            (dict(windows=[1], projection=0.05), dict(projection=5.0))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_every_number_of_a_column_changes_the_student(random_sd, tmp_path, base, changes):
-    one, other = (train.main(small(random_sd, tmp_path / name, **options)) for name, options in (("one", base), ("other", {**base, **changes})))
+    one, other = (train.main(small(random_sd, tmp_path / name, **{**SHORT, **options}))
+                  for name, options in (("one", base), ("other", {**base, **changes})))
     assert not same_bits(weights(one), weights(other))
 
 
@@ -157,7 +165,7 @@ def test_the_learnt_normalizer_learns_and_levels_the_loss(tmp_path):
     assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(loss_curve(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
 
 
-@pytest.mark.parametrize("changes", [dict(micro_batch=2), dict(micro_batch=4), dict(gradient_checkpointing=True), dict(shard=True),
+@pytest.mark.parametrize("changes", [dict(micro_batch=2), pytest.param(dict(micro_batch=4), marks=pytest.mark.slow), dict(gradient_checkpointing=True), dict(shard=True),
                                      pytest.param(dict(compile=True), marks=pytest.mark.slow)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_what_saves_memory_changes_nothing_but_rounding(trained_tiny, tmp_path, changes):
@@ -174,8 +182,8 @@ def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddi
     pipeline, model, _ = saved.open_model(str(random_sd))
     dataset = captioned.open_dataset("sprites", "", 0)
     prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4]
-    z = sampler.generate(pipeline, model, prompts, range(4), sampler.time_grid(8))
-    expected = imaging.contact_sheet([[picture] for picture in imaging.to_pil(models.decode(pipeline, z), 4)], ["8 steps"], prompts)
+    z = sampler.generate(pipeline, model, prompts, range(4), sampler.time_grid(2))
+    expected = imaging.contact_sheet([[picture] for picture in imaging.to_pil(models.decode(pipeline, z), 4)], ["2 steps"], prompts)
     found = Image.open(tmp_path / "grids" / "000000.png")
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
@@ -188,7 +196,7 @@ def test_the_loss_falls(random_sd, tmp_path):
 # ---- stopped, killed, resumed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(pairs="student"), dict(lora=2, pairs="student"), dict(normalization="learned", dropout=0.1)],
+@pytest.mark.parametrize("changes", [dict(), pytest.param(dict(pairs="student"), marks=pytest.mark.slow), dict(lora=2, pairs="student"), dict(normalization="learned", dropout=0.1)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     """SIGKILL at an arbitrary moment, then the same command again until it finishes."""
@@ -262,12 +270,22 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     assert [int(file.stem.split("-")[1]) for file in checkpoints.checkpoints(tmp_path)] == sorted(steps, reverse=True)
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text[:text.rindex("\n", 0, -1)], lambda text: text[:-20] + "\0" * 20,
-                                    lambda text: text + '{"step": 1'], ids=["truncated", "no newline", "zeros", "begun"])
-def test_a_log_that_ends_in_the_middle_of_a_line_does_not_stop_a_resume(random_sd, trained, tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize("damage, kept", [(lambda text: text[:-20], 3), (lambda text: text[:-1], 4), (lambda text: text[:-20] + "\0" * 20, 3),
+                                          (lambda text: text + '{"step": 1', 4)], ids=["truncated", "no newline", "zeros", "begun"])
+def test_the_log_keeps_its_whole_lines_up_to_a_step(tmp_path, damage, kept):
+    lines = [json.dumps(dict(step=step, loss=1 / step, samples_per_second=1e3 / 7)) + "\n" for step in range(1, 5)]
+    file = tmp_path / "log.jsonl"
+    file.write_text(damage("".join(lines)))
+    progress.trim_log(file, 9)
+    assert file.read_text() == "".join(lines[:kept])
+    progress.trim_log(file, 2)
+    assert file.read_text() == "".join(lines[:2])
+
+
+def test_a_log_that_ends_in_the_middle_of_a_line_does_not_stop_a_resume(random_sd, trained, tmp_path, monkeypatch):
     interrupted(random_sd, tmp_path, monkeypatch, 10, checkpoint_steps=9)
     file = tmp_path / "log.jsonl"
-    file.write_text(damage(file.read_text()))
+    file.write_text(file.read_text()[:-20] + "\0" * 20)
     train.main(small(random_sd, tmp_path, checkpoint_steps=9))
     assert log(tmp_path)[-1]["step"] == 12 and loss_curve(tmp_path) == loss_curve(trained)
 
@@ -283,7 +301,7 @@ def test_a_run_says_what_it_will_take_and_how_its_student_is_sampled(random_sd, 
     unet = sum(value.nbytes for value in weights(last).values())
     whole = [sum(file.stat().st_size for file in folder.rglob("*.safetensors")) for folder in tmp_path.glob("*/student-*")]
     checkpoint, = (tmp_path / "a run").glob("checkpoint-*")
-    assert said("disk: ") == pytest.approx(checkpoint.stat().st_size, rel=0.02) == pytest.approx(4 * unet, rel=0.02)
+    assert said("disk: ") == pytest.approx(checkpoint.stat().st_size, rel=0.05) == pytest.approx(4 * unet, rel=0.05)
     assert said("checkpoints, ") == pytest.approx(sum(whole), rel=0.02)
     encoders = whole[0] - unet
     # student, gradients, two moments, average; the frozen network; pairs from images encode while they train
@@ -316,7 +334,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(shard=True, normalization="learned", grid_steps=7), dict(micro_batch=2, pairs="student", normalization="learned")],
+@pytest.mark.parametrize("changes", [pytest.param(dict(), marks=pytest.mark.slow), dict(shard=True, normalization="learned", grid_steps=7), dict(micro_batch=2, pairs="student", normalization="learned")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, run_file, changes):
     done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2))

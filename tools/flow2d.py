@@ -58,14 +58,14 @@ def solve(model, count, windows=8):
     return torch.stack([*visited, end], 1)
 
 
-def straighten(network, windows, trajectories, recipe, updates):
+def straighten(network, windows, trajectories, recipe, updates, callback=None):
     """One stage: train the network (in place) to predict the chord of its windows.
-    Returns: the model."""
+    callback: called with (updates done, model) after each.  Returns: the model."""
     model = teacher.Model(network, SCHEDULE, "v_prediction", windows=windows)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     rows = torch.arange(512)
-    for _ in range(updates):
+    for update in range(updates):
         path = trajectories[torch.randint(len(trajectories), (512,))]
         t = reflow.draw_times(recipe, torch.rand(512, dtype=torch.float64), windows, SCHEDULE)
         edges = reflow.window_of(t, windows)
@@ -76,6 +76,8 @@ def straighten(network, windows, trajectories, recipe, updates):
         loss.backward()
         optimizer.step()
         scheduler.step()
+        if callback:
+            callback(update + 1, model)
     return model
 
 

@@ -1,0 +1,74 @@
+// 4. Pictures of the embedded model, prepared by `python -m tools.page`: sprites.js says what is where in sprites.webp.
+"use strict";
+
+{
+  const {tile, columns, rows, steps, models, prompts, model} = SPRITES;
+  const bySlider = [...steps].sort((a, b) => b - a);                // 32 ... 1
+  const offset = Object.fromEntries(steps.map((count, i) => [count, steps.slice(0, i).reduce((sum, each) => sum + each, 0)]));
+
+  /** One tile: what models[m] believes at step `at` of `count`; at = count is its picture. */
+  function picture(item, m, count, at, label, size = 96) {
+    const element = document.createElement("div");
+    element.className = "tile";
+    element.setAttribute("role", "img");
+    element.setAttribute("aria-label", label);
+    const column = offset[count] + at - 1, row = item * models.length + m;
+    element.style.width = element.style.height = `${size}px`;       // whole pixels: a neighbor must not shine through
+    element.style.backgroundPosition = `${-size * column}px ${-size * row}px`;
+    element.style.backgroundSize = `${size * columns}px ${size * rows}px`;
+    return element;
+  }
+
+  const stepsText = count => `${count} step${count > 1 ? "s" : ""}`;
+  const studentText = windows => `${windows}-window student`;
+  const shown = (windows, count) => count >= windows && count % windows === 0;
+
+  /** A picture with two lines below it. */
+  function figure(who, steps, content) {
+    const element = document.createElement("figure"), text = document.createElement("figcaption");
+    text.append(who, document.createElement("br"), steps);
+    element.append(content, text);
+    return element;
+  }
+
+  function drawPictures() {
+    const count = bySlider[document.getElementById("steps").value], grid = document.getElementById("grid");
+    document.getElementById("steps").setAttribute("aria-valuetext", stepsText(count));
+    show("steps-is", stepsText(count));
+    grid.replaceChildren(...prompts.map((item, i) => {
+      const row = document.createElement("button");
+      row.className = "row";
+      row.setAttribute("aria-pressed", i === chosen);
+      row.addEventListener("click", () => { chosen = i; drawPictures(); grid.children[i].focus(); });
+      const text = `${item.prompt}, seed ${item.seed}`;
+      row.append(figure("teacher", stepsText(steps[0]), picture(i, 0, steps[0], steps[0], `${text}: teacher in 32 steps`)),
+        figure("plain DDIM", stepsText(count), picture(i, 0, count, count, `plain DDIM in ${stepsText(count)}`)),
+        ...models.slice(1).map(({windows}, m) => shown(windows, count)
+          ? figure(studentText(windows), stepsText(count), picture(i, m + 1, count, count, `${studentText(windows)} in ${stepsText(count)}`))
+          : figure(studentText(windows), `needs ${windows} steps`, Object.assign(document.createElement("div"), {className: "tile none"}))));
+      const name = document.createElement("span");
+      name.textContent = text;
+      row.prepend(name);
+      return row;
+    }));
+    const beliefs = document.getElementById("beliefs");
+    beliefs.replaceChildren(...models.flatMap(({windows}, m) => {
+      if (!shown(windows, count)) return [];
+      const title = document.createElement("h4"), strip = document.createElement("div");
+      title.textContent = m ? studentText(windows) : "the teacher by plain DDIM";
+      strip.className = "strip";
+      for (let at = 1; at <= count; at++) strip.append(picture(chosen, m, count, at, `step ${at} of ${count}`, 64));
+      return [title, strip];
+    }));
+    show("beliefs-of", `${prompts[chosen].prompt}, seed ${prompts[chosen].seed}, ${stepsText(count)}`);
+  }
+
+  let chosen = 0;
+  const slider = document.getElementById("steps");
+  slider.max = bySlider.length - 1;
+  slider.value = bySlider.indexOf(2) < 0 ? 0 : bySlider.indexOf(2);
+  slider.addEventListener("input", drawPictures);
+  for (const each of [96, 64]) if (each % tile) document.getElementById("section-pictures").classList.add("smooth");
+  show("model-is", model);
+  drawPictures();
+}
