@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from test_house import ARROWS, FILES
 
+import options
 from runtime.cli import UserError, extra
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -38,6 +39,8 @@ def test_an_absent_extra_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"--lora 4: needs peft, which is not installed; in the folder of this project: pip install '.\[lora\]'"):
         extra("--lora 4", "peft", "lora")
+    with pytest.raises(UserError, match="--lora 4: needs peft"):          # before a run begins
+        options.resolve_recipe(options.Config(lora=4))
 
 
 @pytest.mark.slow
