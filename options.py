@@ -141,6 +141,10 @@ def resolve_recipe(c):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
     check_pieces(c, recipe)
+    for option, value, module, name in (("lora", c.lora, "peft", "lora"),
+                                        ("projection", recipe.projection, "ot", "studies")):
+        if value:                                          # now, not after the caches are made
+            cli.extra(f"--{option} {value}", module, name)
     return recipe
 
 

@@ -4,6 +4,7 @@ that one table serves 1.x, 2.x and XL. Diffusers has the way from there to here 
 which the tests run on everything written here.
 """
 import torch
+from diffusers import AutoencoderKL
 
 from models.configs import is_edm
 from runtime.cli import UserError
@@ -127,8 +128,12 @@ def clip_weights(encoder):
 def as_single_file(pipeline):
     """A pipeline as one file of the original layout.  Returns: (name -> tensor, metadata).
     The metadata and the empty tensors v_pred and ztsnr say what it predicts, to whoever reads them.
-    Raises UserError for what these cannot say: EDM's form, and a prediction of x."""
+    Raises UserError for what these cannot say (EDM's form, a prediction of x), and for another
+    autoencoder."""
     xl, c = hasattr(pipeline, "text_encoder_2"), pipeline.scheduler.config
+    if not isinstance(pipeline.vae, AutoencoderKL):
+        raise UserError(f"a single file cannot hold its {type(pipeline.vae).__name__}, only an "
+                        "AutoencoderKL; use the folder")
     if is_edm(pipeline.scheduler) or c.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"a single file cannot say {type(pipeline.scheduler).__name__} with prediction type "
                         f"{c.prediction_type}; use the folder")

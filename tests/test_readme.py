@@ -13,6 +13,7 @@ from conftest import ROOT, run_python, torchrun
 from diffusers import DiffusionPipeline
 from test_eval import parts  # noqa: F401  a fixture
 
+import export
 import models
 import reflow
 from data import imaging, sprites
@@ -261,7 +262,10 @@ def test_every_name_in_the_equations_is_one_of_that_file():
 
 def test_what_a_network_family_has_is_what_extending_says():
     section = PAGES["docs/extending.md"].split("## A network family")[1]
+    optional = {function for _, function, _ in export.FILES.values()}
     named = set(re.findall(r"`(\w\w+)`", section)) - {"FAMILIES"}
+    assert optional <= named and all(any(hasattr(module, name) for module in models.FAMILIES) for name in optional)
+    named -= optional
     shared = set.intersection(*({name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
                                 for module in models.FAMILIES))
     assert shared and named == shared | {"NETWORK", "CLASS", "TEXT_ENCODERS", "LORA_LAYERS"}
