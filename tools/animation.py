@@ -31,13 +31,14 @@ class Config:
 
 def frame(path, windows, steps, distance, untrained):
     """One picture. path: list of (t, z) as of flow2d.fine_path; windows: 0 for the teacher."""
-    figure, (plane, words) = plt.subplots(1, 2, figsize=(7.2, 3.7), dpi=100, width_ratios=(1, 0.85))
+    figure = plt.figure(figsize=(7.2, 3.7), dpi=100)
+    plane, words = figure.add_axes((0.01, 0.01, 0.5, 0.98)), figure.add_axes((0.55, 0.05, 0.42, 0.9))
     seen = [z / sum(v.float() for v in flow2d.SCHEDULE(t))[:, None] for t, z in path]   # chords look straight
     line = torch.stack(seen)
     plane.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.5, linewidth=1.2)
     plane.plot(*line[0].T, ".", color="#999999", markersize=4)
     plane.plot(*line[-1].T, ".", color="#D55E00", markersize=7)
-    plane.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), aspect="equal")
+    plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
     words.set(xlim=(0, 1), ylim=(0, 1))
     title = f"student, {windows} window{'s' * (windows > 1)}" if windows else "teacher"
     words.text(0, 0.86, title, fontsize=17, weight="bold")
@@ -55,7 +56,6 @@ def frame(path, windows, steps, distance, untrained):
         words.text(0, 0.40, "32 steps along curved paths", fontsize=11)
     for axis in (plane, words):
         axis.axis("off")
-    figure.tight_layout()
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     plt.close(figure)

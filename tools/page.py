@@ -8,6 +8,7 @@ Writes docs/page/sprites.webp (a row per prompt and model, a column per step) an
 (what is where). The last step's belief is the picture.
 """
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,9 +56,21 @@ def beliefs(pipeline, model, windows, prompts, seeds):
     return ((pictures + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def credit(model):
+    """Whose pictures the model learned from, and the license: the paragraph under "## Data and license" of
+    its card.  Raises UserError."""
+    card = Path(load.PRESETS.get(model, (model, ""))[0]) / "README.md"
+    found = re.search(r"^## Data and license\n+(.+?)\n(?:\n|\Z)", card.read_text() if card.is_file() else "",
+                      re.M | re.S)
+    if not found:
+        raise UserError(f"--model {model}: {card} says nothing under '## Data and license'; write there whose "
+                        "pictures it learned from, which the page must say")
+    return " ".join(found.group(1).split())
+
+
 def main(c):
     cli.at_least(c, quality=1)
-    out = Path(c.out)
+    out, credits = Path(c.out), credit(c.model)
     if not out.is_dir():
         raise UserError(f"--out {c.out}: no such folder; make it first")
     own = [folder.parent for folder in load.ASSETS.glob("student-*/reflow.json")
@@ -81,7 +94,8 @@ def main(c):
         raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than {LIMIT:,}; give fewer --prompts or "
                         "less --quality")
     table = dict(model=Path(c.model).name, tile=width, columns=sum(STEPS), rows=len(sheet) // height, steps=STEPS,
-                 models=described, prompts=[dict(prompt=p, seed=s) for p, s in zip(c.prompts, seeds)])
+                 credit=credits, models=described,
+                 prompts=[dict(prompt=p, seed=s) for p, s in zip(c.prompts, seeds)])
     (out / "sprites.js").write_text("// Written by `python -m tools.page`: what is where in sprites.webp.\n"
                                     f"const SPRITES = {json.dumps(table, indent=1)};\n")
     print(f"{file}: {file.stat().st_size:,} bytes, {len(sheet) // height} rows of {sum(STEPS)} pictures")
