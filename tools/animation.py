@@ -3,6 +3,7 @@ become straight.
 
     python -m tools.animation                   # a minute or two; writes results/reflow-2d.webp
 """
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,10 +91,11 @@ def main(c):
                 durations.append(1500 if done == c.updates else 120)
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
         flow2d.straighten(network, windows, train, reflow.Recipe(), c.updates, look)
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75,
-                   method=6)
-    if out.stat().st_size > LIMIT:
-        raise cli.UserError(f"{out}: {out.stat().st_size:,} bytes, more than {LIMIT:,}; give fewer --paths")
+    whole = io.BytesIO()                                        # an interrupted run leaves the old file
+    frames[0].save(whole, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75)
+    if whole.tell() > LIMIT:
+        raise cli.UserError(f"{out}: {whole.tell():,} bytes, more than {LIMIT:,}; give fewer --paths")
+    out.write_bytes(whole.getvalue())
     print(f"{out}: {len(frames)} frames, {out.stat().st_size:,} bytes")
 
 
