@@ -92,7 +92,8 @@ def main(c):
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
         flow2d.straighten(network, windows, train, reflow.Recipe(), c.updates, look)
     whole = io.BytesIO()                                        # an interrupted run leaves the old file
-    frames[0].save(whole, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75)
+    frames[0].save(whole, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0,
+                   quality=75)
     if whole.tell() > LIMIT:
         raise cli.UserError(f"{out}: {whole.tell():,} bytes, more than {LIMIT:,}; give fewer --paths")
     out.write_bytes(whole.getvalue())
