@@ -17,7 +17,7 @@ SHORT = {
     "your_own_model": {"import subprocess": "from conftest import run_python",
                        "subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)":
                            "run_python([f'{os.getcwd()}/{command[0]}', *map(str, command[1:])], os.getcwd())",
-                       '"--trajectories", 192, "--updates", 150': '"--trajectories", 8, "--updates", 2', 'f"runs/notebook-': 'f"{folder}/'}}
+                       '"--trajectories", 96, "--updates", 80': '"--trajectories", 8, "--updates", 2', 'f"runs/notebook-': 'f"{folder}/'}}
 
 
 def texts(notebook):

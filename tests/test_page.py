@@ -20,7 +20,8 @@ import sampler
 import teacher
 from data import imaging
 from models import saved
-from tools import flow2d, page
+from runtime.cli import UserError
+from tools import animation, flow2d, page
 
 PAGE = ROOT / "docs" / "page"
 NODE = shutil.which("node")
@@ -254,9 +255,10 @@ def test_point_and_window_are_moved_by_keys_and_by_pointer(browser):
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
     assert re.match(r"Noise at \(.?0\.0\d, .?0\.0\d\) ends", says("curve"))
-    before = says("chord")
-    browser.evaluate("const slider = document.getElementById('window-start'); slider.value = 10; slider.dispatchEvent(new Event('input'))")
-    assert says("chord") != before and "from t = 0.16 to 0.14" in says("chord")            # the end gives way
+    for name, value, window in (("end", 20, "0.63 to 0.31"), ("start", 10, "0.16 to 0.14"), ("end", 32, "0.52 to 0.50")):
+        browser.evaluate(f"(slider => {{slider.value = {value}; slider.dispatchEvent(new Event('input'))}})"
+                         f"(document.getElementById('window-{name}'))")
+        assert f"from t = {window}" in says("chord")                           # the other end gives way
     browser.evaluate("document.querySelector('[data-window=\"64 0\"]').click()")
     assert "from t = 1.00 to 0.00" in says("chord")
 
@@ -292,7 +294,7 @@ def test_the_page_is_small_whole_and_names_no_other_place():
     named = set(re.findall(r'(?:src|href)="page/([^"]+)"', INDEX)) | {"sprites.webp"}
     assert named == {file.name for file in PAGE.iterdir()}
     for file in files:
-        if file.suffix != ".webp":
+        if file.name not in ("sprites.webp", "sprites.js"):                # whose credit names its sources, as text
             addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", file.read_text()))
             assert addresses <= {"http://www.w3.org/2000/svg"}, (file.name, addresses)
 
@@ -336,3 +338,31 @@ def test_the_pictures_are_the_models(tmp_path):
             left = (sum(page.STEPS[:page.STEPS.index(2)]) + at) * tile
             shown = sheet.crop((left, row * tile, left + tile, (row + 1) * tile))
             assert np.abs(np.asarray(shown, float) - np.asarray(picture, float)).mean() < 6
+
+
+def test_pictures_are_made_of_any_model_that_says_whose_they_are(tmp_path, monkeypatch, small_models):
+    monkeypatch.setattr(page, "STEPS", (2, 1))
+    page.main(page.Config(students=["assets/student-2"], prompts=["fox", "red heart on blue"], seed=3, out=str(tmp_path)))
+    table = json.loads(re.search(r"const SPRITES = (.*);", (tmp_path / "sprites.js").read_text(), re.S).group(1))
+    assert table["prompts"] == [dict(prompt="fox", seed=3), dict(prompt="red heart on blue", seed=4)]
+    assert [each["windows"] for each in table["models"]] == [1, 2] and "OpenMoji" in table["credit"] and "CC BY-SA 4.0" in table["credit"]
+    sheet = np.asarray(Image.open(tmp_path / "sprites.webp").convert("RGB"), float)
+    assert sheet.shape == (4 * 32, 3 * 32, 3)
+    assert sheet[32:64, 64:].max() < 40 < sheet[32:64, :64].std()              # a student of two windows has no picture in one step
+    for options, message in ((dict(out=str(tmp_path / "none")), "--out .*none: no such folder"),
+                             (dict(students=["elsewhere"]), "--students elsewhere: no student there"),
+                             (dict(model=str(small_models["sd15"])), "Data and license"),
+                             (dict(model="pixel"), "--students: none given, and pixel has none")):
+        with pytest.raises(UserError, match=message):
+            page.main(page.Config(**{"out": str(tmp_path), **options}))
+
+
+def test_the_animation_shows_every_stage_as_it_trains(tmp_path):
+    file = tmp_path / "flow.webp"
+    animation.main(animation.Config(updates=1, trajectories=64, paths=5, out=str(file)))
+    frames = Image.open(file)
+    assert frames.n_frames == 1 + 4 * 2 and frames.size == (720, 370)            # the teacher; each stage after 0 updates and 1
+    committed = Image.open(ROOT / "results" / "reflow-2d.webp")
+    assert committed.n_frames == 1 + 4 * len(animation.SNAPSHOTS) and (ROOT / "results" / "reflow-2d.webp").stat().st_size <= animation.LIMIT
+    with pytest.raises(UserError, match="--out .*flow.gif"):
+        animation.main(animation.Config(out=str(tmp_path / "flow.gif")))

@@ -3,6 +3,7 @@ become straight.
 
     python -m tools.animation                   # a minute or two; writes results/reflow-2d.webp
 """
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,14 @@ class Config:
 
 def frame(path, windows, steps, distance, untrained):
     """One picture. path: list of (t, z) as of flow2d.fine_path; windows: 0 for the teacher."""
-    figure, (plane, words) = plt.subplots(1, 2, figsize=(7.2, 3.7), dpi=100, width_ratios=(1, 0.85))
+    figure = plt.figure(figsize=(7.2, 3.7), dpi=100)
+    plane, words = figure.add_axes((0.01, 0.01, 0.5, 0.98)), figure.add_axes((0.55, 0.05, 0.42, 0.9))
     seen = [z / sum(v.float() for v in flow2d.SCHEDULE(t))[:, None] for t, z in path]   # chords look straight
     line = torch.stack(seen)
     plane.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.5, linewidth=1.2)
     plane.plot(*line[0].T, ".", color="#999999", markersize=4)
     plane.plot(*line[-1].T, ".", color="#D55E00", markersize=7)
-    plane.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), aspect="equal")
+    plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
     words.set(xlim=(0, 1), ylim=(0, 1))
     title = f"student, {windows} window{'s' * (windows > 1)}" if windows else "teacher"
     words.text(0, 0.86, title, fontsize=17, weight="bold")
@@ -55,7 +57,6 @@ def frame(path, windows, steps, distance, untrained):
         words.text(0, 0.40, "32 steps along curved paths", fontsize=11)
     for axis in (plane, words):
         axis.axis("off")
-    figure.tight_layout()
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
     plt.close(figure)
@@ -90,9 +91,12 @@ def main(c):
                 durations.append(1500 if done == c.updates else 120)
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
         flow2d.straighten(network, windows, train, reflow.Recipe(), c.updates, look)
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=75, method=6)
-    if out.stat().st_size > LIMIT:
-        raise cli.UserError(f"{out}: {out.stat().st_size:,} bytes, more than {LIMIT:,}; give fewer --paths")
+    whole = io.BytesIO()                                        # an interrupted run leaves the old file
+    frames[0].save(whole, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0,
+                   quality=75)
+    if whole.tell() > LIMIT:
+        raise cli.UserError(f"{out}: {whole.tell():,} bytes, more than {LIMIT:,}; give fewer --paths")
+    out.write_bytes(whole.getvalue())
     print(f"{out}: {len(frames)} frames, {out.stat().st_size:,} bytes")
 
 

@@ -8,6 +8,7 @@ Writes docs/page/sprites.webp (a row per prompt and model, a column per step) an
 (what is where). The last step's belief is the picture.
 """
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from PIL import Image
 
 import models
 import sampler
-from data import imaging
 from models import load, saved
 from runtime import cli
 from runtime.cli import UserError
@@ -55,20 +55,34 @@ def beliefs(pipeline, model, windows, prompts, seeds):
     return ((pictures + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def credit(model):
+    """Whose pictures the model learned from, and the license: the paragraph under "## Data and license" of
+    its card.  Raises UserError."""
+    card = Path(load.PRESETS.get(model, (model, ""))[0]) / "README.md"
+    text = card.read_text() if card.is_file() else ""
+    found = re.search(r"^## Data and license\n+(.+?)\n(?:\n|\Z)", text, re.M | re.S)
+    if not found:
+        raise UserError(f"--model {model}: {card} says nothing under '## Data and license'; write there "
+                        "whose pictures it learned from, which the page must say")
+    return " ".join(found.group(1).split())
+
+
 def main(c):
     cli.at_least(c, quality=1)
-    out = Path(c.out)
+    out, credits = Path(c.out), credit(c.model)
     if not out.is_dir():
         raise UserError(f"--out {c.out}: no such folder; make it first")
     own = [folder.parent for folder in load.ASSETS.glob("student-*/reflow.json")
            if saved.read_about(folder.parent, "teacher")["teacher"] == c.model]
     students = [Path(folder) for folder in c.students] or own
     if not students:
-        raise UserError(f"--students: none given, and {c.model} has none in assets/; train one, or name its folder")
+        raise UserError(f"--students: none given, and {c.model} has none in assets/; train one, or name its "
+                        "folder")
     infos = [saved.read_info("--students", folder) for folder in students]
     seeds = [c.seed + i for i in range(len(c.prompts))]
     sheets, described = [], [dict(name="teacher", windows=1)]
-    for name, info in [(c.model, {}), *sorted(zip(map(str, students), infos), key=lambda each: -each[1]["windows"])]:
+    ordered = sorted(zip(map(str, students), infos), key=lambda each: -each[1]["windows"])
+    for name, info in [(c.model, {}), *ordered]:
         pipeline, model, _ = saved.open_model(name)
         sheets.append(beliefs(pipeline, model, info.get("windows", 1), c.prompts, seeds))
         described += [dict(name="student", windows=info["windows"])] if info else []
@@ -78,10 +92,11 @@ def main(c):
     file = out / "sprites.webp"
     Image.fromarray(sheet.numpy()).save(file, quality=c.quality, method=6)
     if file.stat().st_size > LIMIT:
-        raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than {LIMIT:,}; give fewer --prompts or "
-                        "less --quality")
-    table = dict(model=Path(c.model).name, tile=width, columns=sum(STEPS), rows=len(sheet) // height, steps=STEPS,
-                 models=described, prompts=[dict(prompt=p, seed=s) for p, s in zip(c.prompts, seeds)])
+        raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than {LIMIT:,}; give fewer --prompts "
+                        "or less --quality")
+    table = dict(model=Path(c.model).name, tile=width, columns=sum(STEPS), rows=len(sheet) // height,
+                 steps=STEPS, credit=credits, models=described,
+                 prompts=[dict(prompt=p, seed=s) for p, s in zip(c.prompts, seeds)])
     (out / "sprites.js").write_text("// Written by `python -m tools.page`: what is where in sprites.webp.\n"
                                     f"const SPRITES = {json.dumps(table, indent=1)};\n")
     print(f"{file}: {file.stat().st_size:,} bytes, {len(sheet) // height} rows of {sum(STEPS)} pictures")

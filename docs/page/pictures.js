@@ -2,7 +2,7 @@
 "use strict";
 
 {
-  const {tile, columns, rows, steps, models, prompts, model} = SPRITES;
+  const {tile, columns, rows, steps, models, prompts, model, credit} = SPRITES;
   const bySlider = [...steps].sort((a, b) => b - a);                // 32 ... 1
   const offset = Object.fromEntries(steps.map((count, i) => [count, steps.slice(0, i).reduce((sum, each) => sum + each, 0)]));
 
@@ -70,5 +70,6 @@
   slider.addEventListener("input", drawPictures);
   for (const each of [96, 64]) if (each % tile) document.getElementById("section-pictures").classList.add("smooth");
   show("model-is", model);
+  show("credit", credit);
   drawPictures();
 }

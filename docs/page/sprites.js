@@ -12,6 +12,7 @@ const SPRITES = {
   2,
   1
  ],
+ "credit": "All emojis designed by OpenMoji (https://openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changes: selected, rasterized. The weights were trained on these pictures alone and can reproduce them closely; treat them, and pictures made with them, as adaptations under CC BY-SA 4.0: name OpenMoji, and share alike. The code that made them is Apache-2.0.",
  "models": [
   {
    "name": "teacher",
