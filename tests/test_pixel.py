@@ -58,7 +58,7 @@ def students(folders, tmp_path_factory):
     def run(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind)
-            train.main(options(folders[kind], made[kind]))
+            train.main(options(folders[kind], made[kind], windows=[4, 2, 1]))
         return made[kind]
     return run
 
@@ -201,8 +201,8 @@ def test_a_student_keeps_the_labels_says_how_it_is_sampled_and_is_resumed(folder
     assert same_bits(export.trained_weights(named, 0), weights(named))
     shutil.copytree(students("classes"), tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "student-1")        # the last stage begins anew from student-2
-    last = train.main(options(folders["classes"], students("classes"), resume=True))
-    c = options(folders["classes"], tmp_path / "again", cache=str(students("classes") / "cache"))
+    last = train.main(options(folders["classes"], students("classes"), windows=[4, 2, 1], resume=True))
+    c = options(folders["classes"], tmp_path / "again", windows=[4, 2, 1], cache=str(students("classes") / "cache"))
     settings = json.loads((tmp_path / "again" / "config.json").read_text())
     (tmp_path / "again" / "config.json").write_text(json.dumps({**settings, "out": c.out, "cache": c.cache}))
     (tmp_path / "again" / "checkpoint-000008.safetensors").unlink(missing_ok=True)
