@@ -80,6 +80,8 @@ ROWS = {
     "sana": row(published("sana", SANA)),
 }
 
+SIBLINGS = ("sdxl", "sd35 without t5", "flux-schnell", "pixart")     # of a family that another row walks
+
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
@@ -140,7 +142,7 @@ def by_stock(row, stock, call, steps, shape):
     return row.unpack(stock([row.prompts[i % len(row.prompts)] for i in range(2)], latents=given, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in ROWS])
 def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", cache=str(tmp_path / "cache"))
@@ -180,7 +182,7 @@ def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     assert (ours(row, tmp_path / "merged", 1) - ours(row, last, 1)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in ROWS])
 def test_a_lora_goes_back_onto_the_teacher_or_is_refused(families, name, tmp_path):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", windows=[1], updates=2, lora=2, gradient_checkpointing=True)

@@ -65,7 +65,8 @@ def shrunk(line, models, fakes):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("pages", GROUPS, ids=lambda pages: "-".join(re.findall(r"\w+(?=\.md)", " ".join(pages))))
+@pytest.mark.parametrize("pages", [pytest.param(pages, marks=pytest.mark.slow) if "docs/results.md" in pages else pages for pages in GROUPS],
+                         ids=lambda pages: "-".join(re.findall(r"\w+(?=\.md)", " ".join(pages))))
 def test_every_command_runs(tmp_path, small_models, parts, pages):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("fox\nred heart on blue\n")
     (tmp_path / "photos").mkdir()
