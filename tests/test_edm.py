@@ -203,7 +203,7 @@ def test_a_student_keeps_the_edm_scheduler_and_starts_as_its_teacher(tmp_path):
 
 def test_a_student_of_an_edm_teacher_learns(tmp_path):
     folder = save(tmp_path / "m", stock("epsilon", 0.5))
-    last = train.main(options(folder, tmp_path / "out", recipe="reflow", updates=60, batch=16, lr=1e-3, trajectories=16, log_steps=5))
+    last = train.main(options(folder, tmp_path / "out", recipe="reflow", windows=None, updates=60, batch=16, lr=1e-3, trajectories=16, log_steps=5))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert not torch.equal(weights(last)["conv_in.weight"], diffusers.UNet2DModel.from_pretrained(folder / "unet").conv_in.weight)

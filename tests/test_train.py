@@ -189,7 +189,7 @@ def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddi
 
 
 def test_the_loss_falls(random_sd, tmp_path):
-    train.main(small(random_sd, tmp_path, recipe="reflow", updates=60, batch=16, lr=1e-3, trajectories=16))
+    train.main(small(random_sd, tmp_path, recipe="reflow", windows=None, updates=60, batch=16, lr=1e-3, trajectories=16))
     assert np.mean(loss_curve(tmp_path)[-10:]) < 0.8 * np.mean(loss_curve(tmp_path)[:10])
 
 
@@ -521,7 +521,7 @@ def test_one_cache_serves_every_window_count_and_refuses_other_settings(random_s
     cache = str(tmp_path / "cache")
     train.main(small(random_sd, tmp_path / "a", cache=cache))
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.*")}
-    train.main(small(random_sd, tmp_path / "b", cache=cache, recipe="reflow"))
+    train.main(small(random_sd, tmp_path / "b", cache=cache, recipe="reflow", windows=None))
     assert made and made == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.*")}
     with pytest.raises(cli.UserError, match="guidance"):
         train.main(small(random_sd, tmp_path / "c", cache=cache, guidance_teacher=2.0))
