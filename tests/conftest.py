@@ -55,9 +55,9 @@ def begin(command, cwd, environment, out, err):
         runpy.run_path(command[0], run_name="__main__")
 
 
-def start_python(command, cwd, out=os.devnull, err=os.devnull):
+def start_python(command, cwd, out=os.devnull, err=os.devnull, **environment):
     """subprocess.Popen for [FILE, ...], a file of the project with its arguments.  Returns: multiprocessing's Process."""
-    process = FORKS.Process(target=begin, args=(command, cwd, dict(os.environ), out, err))
+    process = FORKS.Process(target=begin, args=(command, cwd, {**os.environ, **environment}, out, err))
     process.start()
     return process
 
@@ -132,6 +132,21 @@ def small_models(tmp_path_factory):
 def small(request, small_models):
     """Folder of each of small_models in turn."""
     return small_models[request.param]
+
+
+def run_two(command, cwd, timeout=300):
+    """What torchrun with two processes makes of the same: one group, ranks 0 and 1.  Returns: CompletedProcess, its status the worse of both."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        free.close()
+        files = [[Path(folder) / f"{name}-{rank}" for name in ("out", "err")] for rank in range(2)]
+        both = [start_python(command, cwd, *files[rank], RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+        for process in both:
+            process.join(timeout)
+            process.kill()
+        texts = ["".join(file.read_text() for file in streams) for streams in zip(*files)]
+        return subprocess.CompletedProcess(command, max(abs(process.exitcode) for process in both), *texts)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ def run(**options):
     return bench.run_training(device="cpu", **options)
 
 
+@pytest.mark.slow
 def test_a_student_update_costs_at_most_five_evaluations_from_the_cache_and_eight_online(capsys):
     rows = bench.evaluations(bench.Config(), "cpu")
     assert set(rows) == set(bench.reflow.RECIPES)

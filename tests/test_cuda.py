@@ -183,7 +183,8 @@ train.main(train.{config!r})
 """
 
 
-@pytest.mark.parametrize("place", ["captioned, 'open_dataset'", "checkpoints, 'save_file'", "export, 'export'"])
+@pytest.mark.parametrize("place", ["captioned, 'open_dataset'", *(pytest.param(place, marks=pytest.mark.slow) for place in
+                                                                  ("checkpoints, 'save_file'", "export, 'export'"))])
 def test_a_process_that_works_alone_for_longer_than_the_timeout_is_waited_for(model, tmp_path, monkeypatch, place):
     script, timeout = tmp_path / "slow.py", 5
     c = options(model, tmp_path / "out", "cpu", windows=[1], updates=2)

@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, torchrun
+from conftest import ROOT, SMALL, run_two
 from PIL import Image
 from test_coco import make_coco
 from transformers import CLIPModel
@@ -301,7 +300,7 @@ def test_rows_are_the_same_on_one_process_and_two(parts, students, tmp_path, mon
     names = ("protocol", "data", "clip", "inception", "size", "n", "real", "batch", "paths")
     arguments = [f"--{name}={getattr(c, name)}" for name in names]
     arguments += ["--steps=2", "--ddim-steps=1", "--teacher-steps=2", "--cache=cache-two"]
-    done = subprocess.run([*torchrun(2), "--", str(script), "two", *arguments], capture_output=True, text=True, timeout=300)
+    done = run_two([str(script), "two", *arguments], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| teacher |") == 1                    # the first process alone prints
     two = json.loads((tmp_path / "two" / "results.json").read_text())

@@ -24,7 +24,7 @@ def texts(notebook):
     return ["".join(part for output in cell.get("outputs", []) for part in output.get("text", [])) for cell in notebook["cells"]]
 
 
-@pytest.fixture(params=SHORT)
+@pytest.fixture(params=["one_training_step", pytest.param("your_own_model", marks=pytest.mark.slow)])
 def executed(request, tmp_path, monkeypatch):
     """(name, the notebook as committed, the same run here, the names it left)."""
     file = ROOT / "notebooks" / f"{request.param}.ipynb"

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python, start_python, torchrun
+from conftest import ROOT, run_python, run_two, start_python, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -324,9 +324,9 @@ def test_a_run_caches_no_more_trajectories_than_it_draws_pairs(random_sd, tmp_pa
                                                                captioned.open_dataset("sprites", "", 0))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch, run_file):
+def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch):
     interrupted("tiny", tmp_path / "out", monkeypatch, 7, checkpoint_steps=5, **CURVE)
-    done = run_file("train.py", *command("tiny", tmp_path / "out", checkpoint_steps=5, **CURVE), launcher=torchrun(2))
+    done = run_two([str(ROOT / "train.py"), *command("tiny", tmp_path / "out", checkpoint_steps=5, **CURVE)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert loss_curve(tmp_path / "out") == pytest.approx(loss_curve(trained_tiny), abs=1e-5)
 
@@ -336,8 +336,8 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, 
 
 @pytest.mark.parametrize("changes", [pytest.param(dict(), marks=pytest.mark.slow), dict(shard=True, normalization="learned", grid_steps=7), dict(micro_batch=2, pairs="student", normalization="learned")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
-def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, run_file, changes):
-    done = run_file("train.py", *command("tiny", tmp_path / "two", **CURVE, **changes), launcher=torchrun(2))
+def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, changes):
+    done = run_two([str(ROOT / "train.py"), *command("tiny", tmp_path / "two", **CURVE, **changes)], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     train.main(small("tiny", tmp_path / "one", **{**CURVE, **changes, "shard": False}))
     assert loss_curve(tmp_path / "two") == pytest.approx(loss_curve(tmp_path / "one"), abs=1e-5)
