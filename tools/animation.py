@@ -35,7 +35,7 @@ def frame(path, windows, steps, distance, untrained):
     figure = plt.figure(figsize=(7.2, 3.7), dpi=100)
     plane, words = figure.add_axes((0.01, 0.01, 0.5, 0.98)), figure.add_axes((0.55, 0.05, 0.42, 0.9))
     seen = [z / sum(v.float() for v in flow2d.SCHEDULE(t))[:, None] for t, z in path]   # chords look straight
-    line = torch.stack(seen)
+    line = torch.stack(seen).numpy()
     plane.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.5, linewidth=1.2)
     plane.plot(*line[0].T, ".", color="#999999", markersize=4)
     plane.plot(*line[-1].T, ".", color="#D55E00", markersize=7)
