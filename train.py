@@ -188,8 +188,7 @@ def main(c):
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
     finished = sum((folder / "reflow.json").exists() for folder in folders)
     if finished == len(folders):
-        if rank == 0:
-            print(f"{folders[-1]}: this run is finished; choose another --out to train again")
+        progress.print_finished(folders[-1], rank)
         return folders[-1]
 
     # teacher and pairs; what has been cached need not stay in memory
@@ -240,13 +239,10 @@ def main(c):
         for step in range(first + done, first + updates):
             # pictures of the running average; before any update, these are plain DDIM by the teacher
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
-                checkpoints.swap_ema_(student, ema)
-                grid.draw(plain, windows, step, rank)
-                checkpoints.swap_ema_(student, ema)
+                grid.draw(plain, windows, step, rank, ema)
 
             optimizer.param_groups[0]["lr"] = learning_rate(c, step - first, updates)
-            # dropout: also a function of the step
-            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)
+            torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout, by the step as well
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window, and the loss of the student between them
                 times, ends, cond = pairs.ends(next(batches), solving, solver_steps // windows, model)
@@ -277,8 +273,7 @@ def main(c):
             if not_finite:
                 bar.close()
                 where = progress.bad_sample(torch.cat(seen), norm, step, share, world, windows)
-                raise UserError(f"{where}, stage {stage} ({windows} windows); the last checkpoint is good; "
-                                f"to train again, lower --lr {c.lr} and give another --out")
+                raise UserError(f"{where}, stage {stage} ({windows} windows); {progress.REMEDY} {c.lr}")
 
             # log: one JSON line and one point of every curve per log_steps
             if logs:

@@ -15,8 +15,10 @@ import sampler
 from data import imaging
 from pairs import cache_bytes, cache_folder, trajectory_count
 from runtime import store
-from runtime.checkpoints import trained
+from runtime.checkpoints import swap_ema_, trained
 from runtime.cli import UserError
+
+REMEDY = "the last checkpoint is good; to train again, give another --out and lower --lr"
 
 
 def size(nbytes):
@@ -73,6 +75,11 @@ def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, wh
           "activations come on top")
     print(f"disk: {size(4 * trainable)} for each of {c.keep} checkpoints, {size(exported)} for "
           f"{len(recipe.stages)} students; {size(shutil.disk_usage(c.out).free)} are free in {c.out}")
+
+
+def print_finished(folder, rank):
+    if rank == 0:
+        print(f"{folder}: this run is finished; choose another --out to train again")
 
 
 def print_stopped(step, rank):
@@ -171,13 +178,18 @@ class Grid:
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()
-    def draw(self, model, windows, step, rank):
-        """One step per window. All processes call; the first one writes FOLDER/STEP.png."""
+    def draw(self, model, windows, step, rank, ema=None):
+        """One step per window, by the running average if it is given. All processes call; the first
+        one writes FOLDER/STEP.png."""
         network = models.network(self.pipeline)
+        if ema:
+            swap_ema_(network, ema)
         z = sampler.noise(range(len(self.prompts)), self.shape).to(network.device)
         network.eval()                                     # no dropout
         images = models.decode(self.pipeline, sampler.ddim(model, z, sampler.time_grid(windows), self.cond))
         network.train()
+        if ema:
+            swap_ema_(network, ema)
         if rank == 0:
             self.folder.mkdir(exist_ok=True)
             pictures = imaging.to_pil(images, max(1, 128 // images.shape[-1]))
