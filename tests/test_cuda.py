@@ -72,7 +72,7 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
                 assert part == "step" and tensor.shape == () or tensor.stride() == p.stride(), (name, part)
         if not changes.get("lora"):
             assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)
-    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=2e-2 if "precision" in changes else 1e-3)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=4e-2 if "precision" in changes else 1e-3)  # bf16 rounds otherwise there
 
 
 @pytest.fixture
