@@ -136,7 +136,8 @@ def by_stock(row, stock, call, steps, shape):
         stock(**{**options, "class_labels": [int(prompt) for prompt in row.prompts]}, generator=sampler.generators(SEEDS))
         return given[0]
     if not call.startswith("prompt"):                      # pixels: pictures, as no call takes noise
-        pictures = stock(2, generator=sampler.generators(SEEDS), output_type="pt", **options).images
+        pictures = stock(2, generator=sampler.generators(SEEDS), output_type="np", **options).images
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         return pictures * 2 - 1
     given = row.pack(sampler.noise(SEEDS, shape))
     return row.unpack(stock([row.prompts[i % len(row.prompts)] for i in range(2)], latents=given, output_type="latent", **options).images)
