@@ -210,13 +210,12 @@ def make_portable(folder):
     """Change what transformers 5 has just written in a model's folder so that transformers 4 reads
     it too, and so that diffusers' plain call runs. In place; what is so already stays.
     - Text encoders: CLIPTextModel's tensors begin with "text_model.", as in every published model.
-    Since 5.6 transformers may leave
-      that out; older ones then fill the encoder with random numbers, in silence.
+      Since 5.6 transformers may leave that out; older ones then fill the encoder with random
+      numbers, in silence.
     - Tokenizers: vocab.json and merges.txt, which transformers 4 wants, beside tokenizer.json.
     - config.json: "dtype" float32. Transformers 5 loads in the dtype named there, diffusers loads
-    its networks in float32 whatever
-      the files hold, and two dtypes in one pipeline fail. Weights stored in half precision stay as
-      small as they are."""
+      its networks in float32 whatever the files hold, and two dtypes in one pipeline fail. Weights
+      stored in half precision stay as small as they are."""
     for file in folder.rglob("config.json"):
         settings = json.loads(file.read_text())
         if "model_type" not in settings:                   # diffusers'

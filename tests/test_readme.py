@@ -22,7 +22,6 @@ from studies import results
 
 README = (ROOT / "README.md").read_text()
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-# names that the pages have already and the code has not yet: delete with the rename
 
 # script or module, with the words that must be there as well -> what makes it short; the last that fits
 SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4",
