@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from data import scenes
+from evaluation import judge
 from tools import tiny
 
 TOKENS = 16                 # text length of make_tokenizer; the longest caption has 12 tokens
@@ -41,9 +42,9 @@ def make_clip(tokenizer):
 
 def make_autoencoder():
     """An AutoencoderTiny of factor 8: 64 x 64 pixels to 8 x 8 latents. AutoencoderKL of the same
-    quality decodes twice as long."""
-    return AutoencoderTiny(encoder_block_out_channels=(48,) * 4, decoder_block_out_channels=(48,) * 4,
-                           num_encoder_blocks=(0, 1, 2, 3), num_decoder_blocks=(3, 2, 1, 0),
+    quality decodes twice as long. The blocks stand where they are cheap, at 8 x 8 and 16 x 16."""
+    return AutoencoderTiny(encoder_block_out_channels=(40,) * 4, decoder_block_out_channels=(40,) * 4,
+                           num_encoder_blocks=(0, 0, 2, 4), num_decoder_blocks=(4, 3, 1, 0),
                            latent_channels=CHANNELS)
 
 
@@ -76,7 +77,7 @@ def cached(path, shape, dtype, make, chunk=2048):
 # ---- the story ---------------------------------------------------------------------------------------------
 
 
-def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_after):
+def build(runs, pictures, autoencoder_updates, clip_updates, judge_updates, unet_updates, stop_after):
     """Train the networks in turn, each once."""
     runs.mkdir(parents=True, exist_ok=True)
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -97,15 +98,18 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
         return torch.randint(pictures, (batch // world,), generator=generator)
 
     def pixels(rows):
-        return torch.from_numpy(images[rows.numpy()]).float() / 127.5 - 1
+        rows = torch.from_numpy(images[rows.numpy()]).contiguous(memory_format=torch.channels_last)
+        return rows.float() / 127.5 - 1
 
-    # autoencoder
-    def autoencoder_batch(generator):
-        rows = rows_of(32, generator)
-        return pixels(rows), torch.randn(len(rows), CHANNELS, 8, 8, generator=generator)
+    # autoencoder, in two cycles of the learning rate; the second with less noise before the decoder
     autoencoder = tiny.Reconstruct(make_autoencoder().to(memory_format=torch.channels_last))
-    tiny.fit("autoencoder", autoencoder, tiny.autoencoder_loss, autoencoder_batch, autoencoder_updates, 2e-3,
-             runs, ema_decay=0.999)
+    for name, updates, lr, noise in (("autoencoder", autoencoder_updates, 3e-3, 1.0),
+                                     ("autoencoder-2", autoencoder_updates, 2e-3, 0.4)):
+        def autoencoder_batch(generator, noise=noise):
+            rows = rows_of(32, generator)
+            return pixels(rows), noise * torch.randn(len(rows), CHANNELS, 8, 8, generator=generator)
+        tiny.fit(name, autoencoder, tiny.autoencoder_loss, autoencoder_batch, updates, lr, runs,
+                 ema_decay=0.999)
     vae = autoencoder.autoencoder.eval()
     with torch.no_grad():
         test = scenes.render(scenes.plan(256, torch.Generator().manual_seed(1)))
@@ -138,6 +142,15 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
     if stop_after == "clip":
         return
 
+    # the judge, for evaluation alone
+    def judge_batch(generator):
+        rows = rows_of(64, generator)
+        return judge.augment(pixels(rows), generator), plans[rows]
+    tiny.fit("judge", judge.Judge().to(memory_format=torch.channels_last), lambda model, batch:
+             judge.loss(model, *batch), judge_batch, judge_updates, 1e-3, runs, ema_decay=0.995)
+    if stop_after == "judge":
+        return
+
     # latents, once; UNet
     @torch.no_grad()
     def encode(first, last):
@@ -155,9 +168,9 @@ def build(runs, pictures, autoencoder_updates, clip_updates, unet_updates, stop_
             text = clip.text_model(tokens_of(rows, generator)).last_hidden_state
         t = torch.randint(1000, (len(rows),), generator=generator)
         return z_0, text, t, torch.randn(z_0.shape, generator=generator)
-    unet = make_unet()
+    unet = make_unet().to(memory_format=torch.channels_last)      # 25% faster on a CPU
     tiny.fit("unet", unet, lambda model, batch: tiny.unet_loss(model, batch, scheduler.alphas_cumprod),
-             unet_batch, unet_updates, 1.5e-3, runs, ema_decay=0.9995)
+             unet_batch, unet_updates, 1.5e-3, runs, ema_decay=0.9995, snapshots=2000)
 
 
 if __name__ == "__main__":
@@ -165,8 +178,9 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/build"), help="checkpoints and caches")
     parser.add_argument("--pictures", type=int, default=131_072, help="training scenes to draw")
-    parser.add_argument("--autoencoder-updates", type=int, default=8000, help="of batch 32")
+    parser.add_argument("--autoencoder-updates", type=int, default=4500, help="of batch 32")
     parser.add_argument("--clip-updates", type=int, default=1500, help="of batch 256")
-    parser.add_argument("--unet-updates", type=int, default=40_000, help="of batch 64")
-    parser.add_argument("--stop-after", choices=("autoencoder", "clip", "unet"), default="unet")
+    parser.add_argument("--judge-updates", type=int, default=2500, help="of batch 64")
+    parser.add_argument("--unet-updates", type=int, default=24_000, help="of batch 64")
+    parser.add_argument("--stop-after", choices=("autoencoder", "clip", "judge", "unet"), default="unet")
     build(**vars(parser.parse_args()))

@@ -125,11 +125,12 @@ def make_scheduler(prediction="epsilon"):
 # ---- one loop trains all three networks --------------------------------------------------------------------
 
 
-def fit(name, model, loss_fn, batches, steps, lr, runs, ema_decay=0.0):
+def fit(name, model, loss_fn, batches, steps, lr, runs, ema_decay=0.0, snapshots=0):
     """Train model in place: AdamW, linear warm-up and cosine decay, EMA, atomic checkpoints,
     resumed when found.
     loss_fn(model, batch) -> scalar; batches(generator) -> one rank's batch. Step i draws from its
-    own generator, so that a resumed run sees the same data as an uninterrupted one."""
+    own generator, so that a resumed run sees the same data as an uninterrupted one.
+    snapshots: updates between copies of the average, kept for a curve over training; 0 = none."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     finished, checkpoint = runs / f"{name}.safetensors", runs / f"{name}-checkpoint.pt"
     if finished.exists():
@@ -171,6 +172,12 @@ def fit(name, model, loss_fn, batches, steps, lr, runs, ema_decay=0.0):
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
             saved = time.time()
+        if rank == 0 and snapshots and (step + 1) % snapshots == 0 and step + 1 < steps:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            save_file({key: value.half().contiguous() for key, value in model.state_dict().items()},
+                      runs / f"{name}-{step + 1:06d}.safetensors")
+            ema.restore(model.parameters())
     ema.copy_to(model.parameters())
     if rank == 0:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, finished)
