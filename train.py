@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -37,9 +39,9 @@ from runtime.cli import UserError
 from teacher import PRECISIONS
 
 # what may differ between two starts of one run
-MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps",
-                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile", "export",
-                        "export_dtype")
+MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "config", "keep", "checkpoint_steps", "log_steps",
+                        "grid_steps", "device", "micro_batch", "gradient_checkpointing", "shard", "compile",
+                        "export", "export_dtype")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -57,6 +59,12 @@ def split_batch(c, recipe, world):
     return share, micro
 
 
+def with_data(c):
+    """The Config with its model's own data, where it names neither data nor prompts."""
+    default = "" if c.prompts else load.PRESETS.get(c.model, ("", ""))[1]
+    return dataclasses.replace(c, data=c.data or default)
+
+
 def check_out(c, out):
     """The settings that OUT/config.json is to hold.  Raises UserError if OUT holds another run, or
     cannot be written."""
@@ -64,9 +72,12 @@ def check_out(c, out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
+            # what an older run does not name was as it is by default
             before = json.loads((out / "config.json").read_text())
-            changed = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in settings.items()
-                                if before.get(key) != value)
+            before = Config(**{key: value for key, value in before.items() if key in settings})
+            now, before = (dataclasses.asdict(with_data(each)) for each in (c, before))
+            changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in settings
+                                if before[key] != now[key])
             if changed or not c.resume:
                 other = f" with other settings ({changed})" * bool(changed)
                 raise UserError(f"--out {out}: holds a run{other}; choose another --out or delete it")
@@ -76,9 +87,12 @@ def check_out(c, out):
     return settings
 
 
-def claim_out(out, settings):
-    """OUT is this run's from here on.  Returns: the writer of its curves."""
-    store.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
+def claim_out(c, out, settings):
+    """OUT is this run's from here on: config.json is what a resume compares, config.yaml what --config
+    takes.  Returns: the writer of its curves."""
+    every = yaml.safe_dump({**dataclasses.asdict(c), "config": ""}, sort_keys=False, allow_unicode=True)
+    for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every)):
+        store.write_atomically(out / name, lambda part: part.write_text(text, encoding="utf-8"))
     return SummaryWriter(out / "tensorboard")
 
 
@@ -86,8 +100,7 @@ def open_pairs(c, recipe, device, processes):
     """The data, the teacher on its device, and their pairs, cached as the Config says.
     Returns: (c with the model's default data filled in, dataset, pipeline, pairs).
     Raises UserError."""
-    default_data = "" if c.prompts else load.PRESETS.get(c.model, ("", ""))[1]
-    c = dataclasses.replace(c, data=c.data or default_data)
+    c = with_data(c)
     rank, _, barrier = processes
     dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
     pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
@@ -163,6 +176,25 @@ def load_weights(student, weights):
         checkpoints.copy_full_(p, weights[name])
 
 
+def backward(loss, network, student, last):
+    """Add to the gradients. network: the student, or DDP around it; DDP and FSDP share gradients once,
+    at the last micro-batch."""
+    if hasattr(student, "set_requires_gradient_sync"):      # FSDP's
+        student.set_requires_gradient_sync(last)
+    with network.no_sync() if network is not student and not last else contextlib.nullcontext():
+        loss.backward()
+
+
+def update(student, optimizer, ema):
+    """One step of the optimizer and the average, and no gradients left.
+    Returns: the norm of the gradient before it was clipped, a tensor on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(checkpoints.trained(student).values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    ema.step(checkpoints.trained(student).values())
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 def export_stage(folder, student, info, rank, barrier):
     """The student as it is becomes a pipeline in `folder`. All processes call;
     the first one writes."""
@@ -199,7 +231,7 @@ def main(c):
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
-    board = claim_out(out, settings) if rank == 0 else None    # only now: a mistake above must not claim it
+    board = claim_out(c, out, settings) if rank == 0 else None  # only now: a mistake above must not claim it
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
@@ -249,20 +281,9 @@ def main(c):
                 values, parts = reflow.student_loss(model, ends, times, cond, recipe, predict,
                                                     pairs.autocast())
 
-                # gradients: DDP and FSDP share theirs once, at the last micro-batch
-                last = i + micro == share
-                if c.shard:
-                    student.set_requires_gradient_sync(last)
-                with network.no_sync() if network is not student and not last else contextlib.nullcontext():
-                    (values.sum() / share).backward()
+                backward(values.sum() / share, network, student, i + micro == share)
                 seen.append(progress.row(parts, times))
-
-            # update
-            norm = torch.nn.utils.clip_grad_norm_(checkpoints.trained(student).values(), 1.0)
-            norm = norm.full_tensor() if c.shard else norm
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.step(checkpoints.trained(student).values())
+            norm = update(student, optimizer, ema)
             bar.update()
 
             # a loss that is not finite, or a signal to stop, on any process
