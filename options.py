@@ -9,6 +9,8 @@ import reflow
 from pairs import SOURCES, cache_windows
 from runtime import cli
 from runtime.cli import UserError
+from runtime.plan import OPTIMIZERS
+from runtime.progress import check_reports
 from teacher import DTYPES, PRECISIONS
 
 # ---- the options, a class for each group of --help; the comment behind a field is its help -----------------
@@ -76,7 +78,10 @@ class Training:
     updates: int = 3000              # optimizer steps over all stages
     batch: int = 64                  # samples per update, over all processes and micro-batches
     lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
-    ema: float = 0.999               # decay of the running average, which is what is kept
+    ema: float = dataclasses.field(default=0.999, metadata=dict(off=0.0))  # decay of the running average,
+                                     # which is what is kept; 0 or --no-ema: none, and the weights
+                                     # themselves are kept
+    optimizer: str = "adamw"         # or adamw8bit: bitsandbytes', a quarter of the memory of its moments
     lora: int = 0                    # rank of LoRA adapters on one shared network; 0 = train every weight
     seed: int = 0                    # of data, noise, times and random weights
     resume: bool = True              # go on from what OUT holds; --no-resume refuses an OUT that holds a run
@@ -85,14 +90,15 @@ class Training:
 @dataclass
 class Memory:
     """memory, speed and devices"""
-    precision: str = "fp32"          # bf16: autocast; what is trained stays fp32, what LoRA leaves frozen is
-                                     # kept in bf16
+    precision: str = "fp32"          # bf16 or fp16: autocast; what is trained stays fp32, what LoRA leaves
+                                     # frozen is kept so; fp16 (cards before bf16) with its loss scaled
+    ema_device: str = ""             # cpu: the running average in main memory; default: the device's
     micro_batch: int | None = None   # samples per forward on one process; gradients accumulate;
                                      # default: all of its share
     gradient_checkpointing: bool = False  # a forward more per update, for much less memory
     shard: bool = False              # FSDP2: weights, gradients and optimizer state spread over the processes
     compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
-    device: str = ""                 # cpu or cuda; default: cuda if there is one
+    device: str = ""                 # cpu, cuda, mps (Apple) or xpu (Intel); default: cuda if there is one
 
 
 @dataclass
@@ -108,6 +114,9 @@ class Output:
     log_steps: int = 20              # updates between lines of OUT/log.jsonl and points of OUT/tensorboard
     grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any
                                      # update; 0 = none
+    validation_prompts: str = ""     # text file, one prompt per line: what these pictures show; default: four
+                                     # captions of the data
+    report_to: list[str] | None = None  # wandb or trackio, beside OUT/tensorboard, which is always there
     config: str = ""                 # a file of these options, .yaml or .json: OUT/config.yaml or config.json
                                      # of another run, or a student's reflow.json; the command line wins
 
@@ -137,6 +146,8 @@ def resolve_recipe(c):
     for name, table in tables.items():
         cli.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
     cli.choose("--precision", c.precision, PRECISIONS)
+    cli.choose("--optimizer", c.optimizer, OPTIMIZERS)
+    cli.choose("--ema-device", c.ema_device or "cpu", ("cpu",))
     cli.choose("--export-dtype", c.export_dtype, DTYPES)
     cli.choose("--null-text", c.null_text, NULL_TEXTS)
     try:
@@ -164,7 +175,10 @@ def resolve_recipe(c):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
     check_pieces(c, recipe)
+    check_reports(c)
     for option, value, module, name in (("lora", c.lora, "peft", "lora"),
+                                        ("optimizer", c.optimizer * (c.optimizer == "adamw8bit"),
+                                         "bitsandbytes", "memory"),
                                         ("projection", recipe.projection, "ot", "studies")):
         if value:                                          # now, not after the caches are made
             cli.extra(f"--{option} {value}", module, name)
@@ -193,7 +207,12 @@ def check_pieces(c, recipe):
                 raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which "
                                 f"runs from its own t straight to the data; use --{option} {remedy}, or "
                                 "other --pairs")
-    for option, read, owner in (("time_base", recipe.time_law == "exponential", "--time-law exponential"),
+    for option, value in (("precision", "fp16"), ("ema_device", "cpu"), ("optimizer", "adamw8bit")):
+        if c.shard and getattr(c, option) == value:
+            raise UserError(f"--{option.replace('_', '-')} {value}: does not go with --shard, which spreads "
+                            "the state over the processes; leave out one of them")
+    for option, read, owner in (("ema_device", c.ema > 0, "--ema above 0"),
+                                ("time_base", recipe.time_law == "exponential", "--time-law exponential"),
                                 ("high_pass_weight", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("direction_space", recipe.direction_weight > 0,

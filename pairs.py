@@ -79,10 +79,10 @@ class Pairs:
                                   null=self.c.null_text, size=self.size, device=device)
 
     def autocast(self):
-        """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their
-        casts are not kept."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16",
-                              cache_enabled=not self.c.shard)
+        """bf16 or fp16 arithmetic around fp32 weights. Sharded weights are gathered anew each time:
+        their casts are not kept."""
+        half = torch.float16 if self.c.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, half, self.c.precision != "fp32", not self.c.shard)
 
     def noises(self, numbers):
         """Noise of these samples, (N, C, h, w)."""

@@ -226,7 +226,7 @@ def check_finite(values, names, meaning):
     if values.device.type == "cpu" and not values.isfinite().all():
         raise UserError(f"{names[(~values.isfinite().flatten(1).all(1)).nonzero()[0].item()]}: {meaning}")
 
-PRECISIONS = {name: DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
+PRECISIONS = DTYPES                                        # of arithmetic in training; fp16 scales its loss
 
 
 # ---- guidance by a weaker model ----------------------------------------------------------------------------

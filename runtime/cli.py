@@ -27,6 +27,7 @@ MAX_SEED = 2 ** 32 - 1
 
 # our option -> what other trainers and samplers call it
 USUAL_NAMES = {
+    "optimizer": "use-8bit-adam optimizer-type",
     "model": "pretrained-model-name-or-path pretrained-teacher-model model-path ckpt",
     "base": "pretrained-model-name-or-path",
     "data": "train-data-dir dataset-name instance-data-dir dataset data-dir",
@@ -50,15 +51,15 @@ USUAL_NAMES = {
     "resume": "resume-from-checkpoint",
     "checkpoint-steps": "checkpointing-steps",
     "keep": "checkpoints-total-limit",
+    "validation-prompts": "validation-prompt sample-prompts",
     "grid-steps": "validation-steps validation-epochs",
 }
 
 # what others choose and we do not: why it needs no option -> their names
 NO_OPTION = {
-    "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out": "report-to logging-dir",
+    "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out": "logging-dir",
     "each stage warms up and decays to a tenth of --lr; leave it out": "lr-scheduler lr-warmup-steps",
     "gradients are clipped at norm 1; leave it out": "max-grad-norm",
-    "the optimizer is AdamW; leave it out": "use-8bit-adam optimizer",
     "attention is PyTorch's own; leave it out": "enable-xformers-memory-efficient-attention xformers",
     "images are read a micro-batch ahead; leave it out": "dataloader-num-workers",
     "torchrun --nproc_per_node=N starts N processes": "num-processes num-gpus",
@@ -128,6 +129,9 @@ def make_parser(config_class, description):
             add(field.name, nargs="?", type=kind, default=default, help=help_text)
         else:
             add(flag, type=kind, default=default, help=help_text)
+        if "off" in field.metadata:
+            add(f"--no-{field.name}", dest=field.name, action="store_const", const=field.metadata["off"],
+                default=argparse.SUPPRESS, help=f"the same as {flag} {field.metadata['off']:g}")
     return parser
 
 

@@ -108,5 +108,6 @@ def fake_cuda():
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (2 ** 30, 2 ** 30))
         with CudaMode():
             yield

@@ -61,7 +61,7 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
     with fake_cuda():
         stopped_after(3, options(model, tmp_path / "cuda", "cuda", **changes))
         train.main(options(model, tmp_path / "cuda", "cuda", **changes))
-        (_, done, network, normalizer, optimizer, ema), = restored
+        (_, done, network, normalizer, optimizer, ema, _), = restored
         states = checkpoints.states(network, normalizer, optimizer, ema)
         assert done > 0 and states and {*map(str, network.buffers())} == set()
         for name, (p, parts) in states.items():
