@@ -298,7 +298,8 @@ def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=Non
     (z_start, z_end), (t, t_start, t_end) = ends, times
 
     def like_z(pair):
-        return [v.float().view(-1, *[1] * (z_start.ndim - 1)) if torch.is_tensor(v) else v for v in pair]
+        return [v.float().to(z_start.device).view(-1, *[1] * (z_start.ndim - 1)) if torch.is_tensor(v) else v
+                for v in pair]
 
     # the chord of the window, and the student's prediction at one point of it
     # (B, ...) each

@@ -246,7 +246,8 @@ def main(c):
 
             # a loss that is not finite, or a signal to stop, on any process
             logs, saves = (step + 1) % c.log_steps == 0, (step + 1) % c.checkpoint_steps == 0
-            latest = torch.stack([norm, *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
+            latest = torch.stack([norm.to(seen[-1].device),
+                                  *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
             stopped, not_finite = flags(bool(stop), ~torch.isfinite(latest).all(),
                                         wait=logs or saves or step + 1 == first + count)
             if not_finite:

@@ -82,8 +82,8 @@ def row(parts, times):
     """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t.
     parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5)."""
     t, t_start, _ = times
-    return torch.stack([parts["loss"].double(), parts["magnitude"].double(), parts["direction"].double(),
-                        t_start, t], 1)
+    values = (parts[name].to(t.device).double() for name in ("loss", "magnitude", "direction"))
+    return torch.stack([*values, t_start, t], 1)
 
 
 def summary(rows, norm, world, windows, step, optimizer, clock):
