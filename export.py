@@ -334,14 +334,15 @@ class ExportConfig:
 
 
 def export_checkpoint(c):
-    """The running average of a checkpoint as a pipeline, complete like the one at the end of a
-    stage."""
+    """The running average of a checkpoint, or where there is none its weights, as a pipeline, complete
+    like the one at the end of a stage."""
     folder = free_folder("--out", c.out)
     metadata, tensors = open_safetensors("--checkpoint", c.checkpoint)
     if "info" not in metadata:
         raise UserError(f"--checkpoint {c.checkpoint}: not one of train.py's checkpoints")
     info = json.loads(metadata["info"])
-    average = {key.removeprefix("ema:"): value for key, value in tensors.items() if key.startswith("ema:")}
+    kind = "ema:" if any(key.startswith("ema:") for key in tensors) else "student:"     # --no-ema
+    average = {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
     export(folder, average, {**info, "updates": int(metadata["step"])})
     print(f"{folder}: student of {info['windows']} windows after {metadata['step']} updates")
 

@@ -31,10 +31,11 @@ import reflow
 import sampler
 from runtime import seeds, store
 from runtime.cli import UserError, extra
+from teacher import clock_device
 
 SOURCES = ("trajectory", "data", "student", "consistency")
 
-LARGE_BATCH = 1024            # trajectories that are projected together
+LARGE_BATCH, HALF = 1024, dict(bf16=torch.bfloat16, fp16=torch.float16)   # projected at once; of autocast
 
 LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # in an autoencoder's config
 
@@ -79,10 +80,9 @@ class Pairs:
                                   null=self.c.null_text, size=self.size, device=device)
 
     def autocast(self):
-        """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their
-        casts are not kept."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16",
-                              cache_enabled=not self.c.shard)
+        """bf16 or fp16 around fp32 weights. Casts of sharded weights, gathered anew, are not kept."""
+        half, cached = HALF.get(self.c.precision), not self.c.shard
+        return torch.autocast(self.device.type, half or torch.bfloat16, bool(half), cached)
 
     def noises(self, numbers):
         """Noise of these samples, (N, C, h, w)."""
@@ -265,10 +265,10 @@ class Pairs:
         trained, which consistency evaluates itself.
         Returns: ((t, t_start, t_end), (z_start, z_end), cond) on the device, float64 times (B,),
         float32 latents (B, C, h, w)."""
-        reuse = self.recipe.reuse
+        reuse, clock, names = self.recipe.reuse, clock_device(self.device), ("t", "t_start", "t_end")
+        t, t_start, t_end = (batch.pop(name).to(clock) for name in names)
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
                  for key, value in batch.items()}
-        t, t_start, t_end = (batch.pop(key) for key in ("t", "t_start", "t_end"))
         if self.recipe.pairs == "trajectory":
             z_start, z_end, cond = batch.pop("z_start"), batch.pop("z_end"), batch
         else:
@@ -279,7 +279,7 @@ class Pairs:
             z_0, cond = batch.pop("z_0"), batch
             starts, stops = t_start[::reuse], t_end[::reuse]
             guidance = self.guidance if solver.path is None else 1.0
-            alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
+            alpha, sigma = (v.float().to(self.device)[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
             with self.autocast():
                 # a window as long as one teacher step, then the student's jump to t = 0
@@ -289,9 +289,9 @@ class Pairs:
                     z_near = sampler.ddim(solver, z_start, step, cond, guidance, self.null_like(cond))
                     jump = torch.stack([nearer.clamp_min(self.schedule.floor), stops])
                     jump = sampler.ddim(student, z_near, jump, cond)
-                    z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
+                    z_end = torch.where((nearer > 0).to(self.device)[:, None, None, None], jump, z_near)
                 else:
-                    share = torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)
+                    share = torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=starts.device)
                     times = torch.lerp(starts, stops, share[:, None])
                     z_end = sampler.ddim(solver, z_start, times, cond, guidance, self.null_like(cond))
         if reuse > 1:

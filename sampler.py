@@ -98,12 +98,12 @@ def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None, genera
     generators: one per image, read only by solvers that draw noise (lcm).
     Returns: z at times[-1]. One network evaluation per step, and nothing else that waits for the
     device."""
-    times = times.to(z.device).reshape(len(times), -1).expand(-1, len(z))          # (S+1, B)
+    times = times.to(teacher.clock_device(z.device)).reshape(len(times), -1).expand(-1, len(z))  # (S+1, B)
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         x_hat, eps_hat = model(z, t, cond, guidance, uncond)
         if callback:
             callback(dict(i=i, t=t, t_next=t_next, z=z, x_hat=x_hat, eps_hat=eps_hat))
-        a, b = (c.to(z.dtype) for c in model.coefficients(t_next, z.ndim))
+        a, b = (c.to(z.dtype).to(z.device) for c in model.coefficients(t_next, z.ndim))
         z = a * x_hat + b * eps_hat
     return z
 
@@ -261,7 +261,7 @@ class Config:
     compare: bool = False       # the teacher beside the student, from the same noise
     save_steps: bool = False    # also OUT-steps.png: the picture that the model predicts, step by step
     scale: int | None = None    # draw each pixel scale x scale; default: enough for 256 pixels
-    device: str = ""            # cpu or cuda; default: cuda if there is one
+    device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
 
 
 def main(c):

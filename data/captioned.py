@@ -61,37 +61,37 @@ class Prompts:
     no images: pairs come from the teacher's own trajectories."""
     images, size, skipped = None, None, []
 
-    def __init__(self, file, seed, caption_column=""):
-        self.seed, path = seed, Path(file)
+    def __init__(self, file, seed, caption_column="", option="--prompts"):
+        self.seed, path, named = seed, Path(file), f"{option} {file}"
         try:
             if path.suffix.lower() in formats.RECORD_SUFFIXES:
-                lines = self._column(file, formats.read_records(path), caption_column)
+                lines = self._column(named, formats.read_records(path), caption_column)
             elif caption_column:
-                raise UserError(f"--caption-column {caption_column}: --prompts {file} has no columns; leave "
+                raise UserError(f"--caption-column {caption_column}: {named} has no columns; leave "
                                 "it out")
             else:  # splitlines() would cut at U+2028, U+0085, form feeds, ...
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
                 lines = [line.strip() for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per "
+            raise UserError(f"{named}: cannot be read ({error}); give a text file, one prompt per "
                             "line, or a .csv") from error
         if not lines:
-            raise UserError(f"--prompts {file}: no prompt in it; write one per line")
+            raise UserError(f"{named}: no prompt in it; write one per line")
         self.captions = list(dict.fromkeys(["", *lines]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.lines = [index[line] for line in lines]
 
     @staticmethod
-    def _column(file, records, wanted):
+    def _column(named, records, wanted):
         try:
-            column = formats.choose_column(f"--prompts {file}", formats.columns_of(records),
+            column = formats.choose_column(named, formats.columns_of(records),
                                            wanted) if records else ""
         except UserError as error:
             raise UserError(f"{error}, or rename the file to .txt if every line of it is a prompt") from error
         lines = [formats.clean(record.get(column)) for record in records]
         if not all(lines):
             number = lines.index("") + 1
-            raise UserError(f"--prompts {file}: entry {number} has no {column}; write one or remove the "
+            raise UserError(f"{named}: entry {number} has no {column}; write one or remove the "
                             "entry")
         return lines
 

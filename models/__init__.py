@@ -10,7 +10,7 @@ docs/extending.md says what each must do.
 from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, zimage
 from models.configs import is_flow, read_schedule
 from runtime.cli import UserError
-from teacher import Model
+from teacher import Model, clock_device
 
 FAMILIES = (stable_diffusion, pixel, sd3, flux, zimage, dit, pixart, sana)
 
@@ -199,5 +199,5 @@ def drop_encoders(pipeline, decoding):
 
 def fingerprint(*modules):
     """A few digits that change with the weights: a cache made by other networks is refused."""
-    return format(sum(p.double().abs().sum().item() for module in modules for p in module.parameters()),
-                  ".10g")
+    return format(sum(p.to(clock_device(p.device)).double().abs().sum().item()
+                      for module in modules for p in module.parameters()), ".10g")

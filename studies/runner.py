@@ -41,7 +41,7 @@ class Config:
     clip: str = ""              # CLIPModel folder: features of FD and CLIP score; default: the embedded one
     workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per
                                 # core
-    device: str = ""            # cpu or cuda; default: cuda if there is one
+    device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
 
 
 # ---- training and measuring --------------------------------------------------------------------------------

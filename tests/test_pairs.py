@@ -17,7 +17,7 @@ import sampler
 import teacher
 import train
 from pairs import check_windows, couple
-from runtime import cli, progress, seeds, store
+from runtime import cli, plan, seeds, store
 
 
 def draw(file, seed):
@@ -408,7 +408,7 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_begun(random_
     train.main(c)
     free[0] = 2 ** 20 + 1000                               # what is there need not be made again
     held = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
-    progress.check_disk(tmp_path / "cache", held + free[0])
+    plan.check_disk(tmp_path / "cache", held + free[0])
     with pytest.raises(cli.UserError, match="will take 1 MiB more"):
-        progress.check_disk(tmp_path / "cache", held + free[0] + 1)
+        plan.check_disk(tmp_path / "cache", held + free[0] + 1)
     train.main(c)

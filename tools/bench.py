@@ -58,7 +58,7 @@ class Config:
     steps: int = 4                   # of sampling
     repeats: int = 5                 # of sampling, alternating with diffusers' own pipeline
     peak_tflops: float = 0.0         # of the GPU, for MFU; default: known for A100, H100, H200, L40S, 4090
-    device: str = ""                 # cpu or cuda; default: cuda if there is one
+    device: str = ""                 # cpu, cuda, mps or xpu; default: cuda if there is one
     out: str = ""                    # also write all figures to this JSON file
 
 
