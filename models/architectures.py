@@ -180,12 +180,13 @@ ARCHITECTURES = {
 }
 
 
-def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), weights=True, **overrides):
+def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), weights=True, empty=(),
+          **overrides):
     """A diffusers pipeline of the architecture `name` with random weights, made on the CPU directly
     in dtype.
     parts: what to make, the rest is None. overrides: per component (unet, text_encoder_2,
     scheduler, ...) a dict of changed config values, or the ready component, or None to leave it
-    out. weights: False leaves all on the meta device.
+    out. weights: False leaves all on the meta device; empty: these components alone.
     Returns: a pipeline of the architecture's class, frozen, in eval mode.
     A part's weights depend on its own config and the seed alone, up to the rounding of dtype.
     Raises KeyError for another name, TypeError for a misspelt override."""
@@ -220,9 +221,10 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), w
             if unknown:
                 raise TypeError(f"{part}: {', '.join(unknown)} is not in its config")
             pieces[part] = random_part(lambda: kind(kind.config_class(**{**special, **config, **override})),
-                                       part, dtype, seed, weights)
+                                       part, dtype, seed, weights and part not in empty)
         else:
-            pieces[part] = random_part(lambda: kind(**{**config, **override}), part, dtype, seed, weights)
+            pieces[part] = random_part(lambda: kind(**{**config, **override}), part, dtype, seed,
+                                       weights and part not in empty)
     # left out and not there anyway
     overrides = {part: value for part, value in overrides.items() if value is not None}
     if overrides:

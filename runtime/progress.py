@@ -13,7 +13,8 @@ import torch.distributed as dist
 import models
 import sampler
 from data import imaging
-from pairs import cache_bytes, cache_folder, trajectory_count
+from models.conditions import shown_captions, trajectory_counts
+from pairs import cache_bytes, cache_folder
 from runtime import store
 from runtime.checkpoints import swap_ema_, trained
 from runtime.cli import UserError
@@ -26,18 +27,19 @@ def size(nbytes):
     return f"{nbytes / 1024 ** unit:.3g} {' KMG'[unit]}iB"
 
 
-def print_inputs(c, recipe, device, world, pipeline, dataset):
-    """What a run starts from, before anything takes time."""
+def print_inputs(c, recipe, device, world, pipeline, dataset, conditions):
+    """What a run starts from, before anything takes time. conditions: of what it caches, or None."""
     name = torch.cuda.get_device_name(
         device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
     weights = sum(p.numel() for p in models.network(pipeline).parameters())
     images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
-    count = (f"{trajectory_count(c, recipe)} trajectories of {recipe.solver_steps} steps"
+    count = (f"{sum(trajectory_counts(c, recipe))} trajectories of {recipe.solver_steps} steps"
              if recipe.pairs == "trajectory" else recipe.pairs)
-    cache = cache_bytes(c, recipe, pipeline, dataset)
+    cache = cache_bytes(c, recipe, pipeline, dataset, conditions)
+    text = f" ({size(conditions.nbytes)} for {len(conditions.captions)} captions)" if conditions else ""
     print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
           f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
-          f"captions; pairs from {count}; cache: {size(cache)} in "
+          f"captions; pairs from {count}; cache: {size(cache)}{text} in "
           f"{cache_folder(c)}")
     check_disk(cache_folder(c), cache)
 
@@ -172,9 +174,8 @@ class Grid:
 
     def __init__(self, pipeline, pairs, dataset, folder):
         self.pipeline, self.shape, self.folder = pipeline, pairs.shape, folder
-        self.prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64)))
-                        if i][:4] or [""]
-        self.cond = {key: value.to(pairs.device) for key, value in pairs.text(self.prompts).items()}
+        self.prompts = [dataset.captions[i] for i in shown_captions(dataset)]
+        self.cond = pairs.text(shown_captions(dataset), pairs.device)
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()
