@@ -4,6 +4,7 @@ without a download. Values that are diffusers' or transformers' defaults are not
 
     python -m models.architectures        # prints the parts and their parameters; allocates nothing
 """
+import inspect
 import zlib
 from pathlib import Path
 
@@ -254,6 +255,16 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
         if hasattr(module, "tie_weights"):
             module.tie_weights()
     return module.requires_grad_(False).eval()
+
+
+def shorten(name, layers):
+    """Give the network of an architecture this many blocks of each kind, at its own width."""
+    parts = ARCHITECTURES[name]
+    part = next(part for part in ("transformer", "unet") if part in parts)
+    kind, config = parts[part]
+    known = inspect.signature(kind.__init__).parameters
+    counts = [key for key in ("num_layers", "num_single_layers", "n_layers") if key in known]
+    ARCHITECTURES[name] = {**parts, part: (kind, {**config, **dict.fromkeys(counts, layers)})}
 
 
 if __name__ == "__main__":

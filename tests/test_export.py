@@ -429,6 +429,7 @@ def test_a_random_teacher_is_opened_again_with_its_seed(teachers, tmp_path):
 
 def test_the_card_says_that_guidance_is_in_the_student(students):
     assert "guidance 3 is in the student already" in (students("tiny", guidance_teacher=3.0, windows=(2,)) / "student-2" / "README.md").read_text()
+    assert saved.guidance_in(dict(config=dict(guidance_range=[4.0, 9.0]))) == "4 to 9" and saved.guidance_in({}) == ""
     assert "already" not in (students("tiny") / "student-2" / "README.md").read_text()
 
 
