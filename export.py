@@ -138,7 +138,7 @@ def card(pipeline, info):
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
     block = BLOCK.format(arguments=call.replace("prompt", '"a prompt"', 1)) if call else ""
     sentences = [agreement(pipeline.scheduler, windows, path),
-                 *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
+                 *module.stock_notes(pipeline, exact, saved.guidance_in(info),
                                      saved.settings(info)["null_text"])]
     return CARD.format(**info, data=card_data(pipeline, info).to_yaml(), block=block,
                        s="s" * (windows > 1), line=line, sentences="\n".join(sentences))

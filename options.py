@@ -29,6 +29,9 @@ class Model:
     guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;
                                      # w puts w into the student; of FLUX.1-dev it is the network's
                                      # input, where 1 means its own 3.5
+    guidance_range: list[float] | None = None  # LOW HIGH: instead, a guidance for each trajectory, uniform
+                                     # between them; the student is then called at 1 (FLUX.1-dev's: at
+                                     # any of it)
     null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the
                                      # model's own pipeline does)
 
@@ -174,6 +177,14 @@ def resolve_recipe(c):
             ("dropout", recipe.dropout, 0 <= recipe.dropout < 1, "in [0, 1)")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
+    if c.guidance_range is not None:
+        between = " ".join(f"{value:g}" for value in c.guidance_range)
+        if len(c.guidance_range) != 2 or not 1 <= c.guidance_range[0] < c.guidance_range[1] < float("inf"):
+            raise UserError(f"--guidance-range {between}: must be two numbers, LOW below HIGH and neither "
+                            "below 1; for one strength use --guidance-teacher")
+        if c.guidance_teacher != 1:
+            raise UserError(f"--guidance-range {between}: does not go with --guidance-teacher "
+                            f"{c.guidance_teacher:g}; leave one of them out")
     check_pieces(c, recipe)
     check_reports(c)
     for option, value, module, name in (("lora", c.lora, "peft", "lora"),

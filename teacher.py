@@ -204,22 +204,25 @@ class Model:
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network
         takes by name.
-        guidance: w in out_uncond + w (out_cond - out_uncond); 1 evaluates only cond, 0 only uncond,
-        anything else both in one batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z.
+        guidance: w in out_uncond + w (out_cond - out_uncond), a number or one of each sample, (B,);
+        the number 1 evaluates only cond, 0 only uncond, anything else both in one batch. uncond: dict
+        like cond.  Returns: (x_hat, eps_hat), like z.
         Nothing here waits for the device."""
         alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)) for c in self.schedule(t))
         timestep, given = self.schedule.timestep(t).to(z.device), self.schedule.network_input(z, alpha, sigma)
-        if guidance == 1:
+        drawn = torch.is_tensor(guidance)
+        if not drawn and guidance == 1:
             output = self.network(given, timestep, **cond)
         elif uncond is None:
             raise ValueError(f"guidance {guidance} needs uncond")
-        elif guidance == 0:
+        elif not drawn and guidance == 0:
             output = self.network(given, timestep, **uncond)
         else:
             both = {key: torch.cat([uncond[key], cond[key]]) for key in cond}
             without, guided = self.network(torch.cat([given, given]), torch.cat([timestep, timestep]),
                                            **both).chunk(2)
-            output = without + guidance * (guided - without)
+            w = guidance.to(z).view(-1, *[1] * (z.ndim - 1)) if drawn else guidance
+            output = without + w * (guided - without)
         prediction = [c.to(z.dtype).to(z.device)
                       for c in self.schedule.output(self.prediction, alpha, sigma)]
         a, b = (c.to(z.dtype).to(z.device) for c in self.coefficients(t, z.ndim))

@@ -25,9 +25,10 @@ import models
 import reflow
 from data import captioned
 from models import load
+from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
 from options import Config, command, fit_prediction, resolve_recipe
-from pairs import Pairs, cache_folder
+from pairs import Pairs, cache_folder, check_images, check_windows
 from runtime import checkpoints, cli, plan, processes, progress, store, updates
 from runtime.cli import UserError
 from teacher import PRECISIONS
@@ -99,12 +100,20 @@ def open_pairs(c, recipe, device, processes):
     c = with_data(c)
     rank, _, barrier = processes
     dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
-    pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
+
+    def opened(**parts):
+        pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config, **parts)
+        if c.size:
+            models.set_native_size(pipeline, c.size)
+        return pipeline
+
+    # what is cached is encoded first, and its encoders leave: T5 never shares memory with a transformer
+    cached = recipe.pairs == "trajectory" or c.cache_latents
+    pipeline = opened(empty=models.NOT_TEXT) if cached else opened().to(device)
     check_lora(c, models.network(pipeline))
-    if c.size:
-        models.set_native_size(pipeline, c.size)
-    guidance = models.embed_guidance(pipeline, c.guidance_teacher)
+    guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
+    check_windows(recipe.stages, models.schedule(pipeline)[0])
     if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,
@@ -118,9 +127,19 @@ def open_pairs(c, recipe, device, processes):
     if rank == 0 and c.data and dataset.size and captions_only:
         print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
               "--pairs data or --forward-rate R uses its pictures")
+    check_images(c, recipe, pipeline, dataset)
+    for part in models.text_encoders(pipeline):
+        part.to(device)
+    conditions = Conditions(c, recipe, pipeline, dataset) if cached else None
+    shown = progress.shown(c, pipeline, dataset)
     if rank == 0:
-        plan.check(c, recipe, device, processes[1], pipeline, dataset)
-    pairs = Pairs(c, recipe, pipeline, dataset, processes)
+        plan.check(c, recipe, device, processes[1], pipeline, dataset, conditions)
+    if cached:
+        conditions.cache(cache_folder(c) / f"{'captions' if c.cache_latents else 'prompts'}", processes)
+        del pipeline
+        pipeline = opened(**dict.fromkeys(models.TEXT_ENCODERS)).to(device)
+    pairs = Pairs(c, recipe, pipeline, dataset, conditions, processes)
+    pairs.shown = shown
     if c.shard:  # FSDP wants one dtype for all it shards together; only now: what is cached must not
         models.network(pipeline).float()    # depend on --shard, which may differ between two starts
     return c, dataset, pipeline, pairs
@@ -186,7 +205,8 @@ def main(c):
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     export.check_files(c, pipeline)
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
-    grid = progress.Grid(c, pipeline, pairs, dataset, out / "grids")
+    whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
+    grid = progress.Grid(pipeline, pairs.shape, pairs.shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()

@@ -46,14 +46,15 @@ PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
            "sana": ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "")}
 
 
-def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):
+def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", empty=(), **parts):
     """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a
     single-file .safetensors checkpoint of SD or SDXL, whose configs and tokenizer come from
     model_config (a diffusers folder), else from the hub: sd15's or sdxl's by its keys, sd21's (768
     px, v) if it says that, too.
     random_init: a preset or a folder with random weights from seed; nothing is downloaded.
     parts: ready components, or None to leave one out: neither is read, and what is given is not
-    touched.
+    touched. empty: networks that are left without memory, on the meta device, but in a single file;
+    only their configs and shapes are true.
     Only safetensors are read, no code comes with a model, safety checkers are not loaded.
     Every network is whole: all of its tensors come from its files, those of variant fp16 where
     there are no others.
@@ -93,12 +94,12 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         if built:
             # late: it brings every class of diffusers and transformers that we name
             from models import architectures
-            pipeline = architectures.build(name, dtype, seed, **parts)
+            pipeline = architectures.build(name, dtype, seed, empty=empty, **parts)
         elif single:
             pipeline = load_single_file(path, dtype, model_config, parts)
         else:
             folder = path if looks_local else download(source, **plain, **parts)
-            parts = load_parts(folder, dtype, random_init, seed, parts)
+            parts = load_parts(folder, dtype, random_init, seed, empty, parts)
             pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{**plain, **parts})
         module = models.family(pipeline)
         missing = [part for part in module.required(pipeline)
@@ -169,9 +170,10 @@ def variant_of(folder):
     return None if None in found else "fp16" if "fp16" in found else min(found)
 
 
-def load_parts(folder, dtype, random_init, seed, parts):
+def load_parts(folder, dtype, random_init, seed, empty, parts):
     """parts, and each network of the folder that is not among them: as its files have it, or the
-    same architecture with random weights.  Raises UserError."""
+    same architecture with random weights, or, where it is among empty, with none.
+    Raises UserError."""
     index = configs.read_json(folder / "model_index.json")
     # diffusers wants to be told of parts that the folder does not have, as T5 of SD3
     parts = {**{part: None for part, named in index.items() if named == [None, None]}, **parts}
@@ -189,10 +191,10 @@ def load_parts(folder, dtype, random_init, seed, parts):
             if library == "diffusers":
                 return kind.from_config(kind.load_config(where))
             return kind(kind.config_class.from_pretrained(where))
-        if random_init:
+        if random_init or part in empty:
             # late: it brings every class of diffusers and transformers that we name
             from models import architectures
-            parts[part] = architectures.random_part(make, part, dtype, seed)
+            parts[part] = architectures.random_part(make, part, dtype, seed, weights=part not in empty)
             continue
         named = "torch_dtype" if library == "diffusers" else "dtype"  # the word that all their versions know
         try:

@@ -14,13 +14,19 @@ from runtime.cli import UserError
 # The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and
 # path, and what they are where reflow.json does not say. They are read here alone.
 SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto",
-                guidance_teacher=1.0)
+                guidance_teacher=1.0, guidance_range=None)
 
 
 def settings(info):
     """These options of a student's run. info: its reflow.json, or {}.  Returns: dict with the keys
     of SETTINGS."""
     return {key: info.get("config", {}).get(key, default) for key, default in SETTINGS.items()}
+
+
+def guidance_in(info):
+    """Which guidance a student has learned, in words; "" for none. info: as for settings."""
+    learned = settings(info)["guidance_range"] or [settings(info)["guidance_teacher"]]
+    return " to ".join(f"{value:g}" for value in learned) if learned != [1] else ""
 
 
 def load_teacher(info, **how):
@@ -38,7 +44,7 @@ def apply_settings(pipeline, info, written=False):
     size, null = settings(info)["size"], settings(info)["null_text"]
     if size:
         models.set_native_size(pipeline, size)
-    models.embed_guidance(pipeline, settings(info)["guidance_teacher"])
+    models.embed_guidance(pipeline, settings(info)["guidance_teacher"], settings(info)["guidance_range"])
     if null != "auto" and ("force_zeros_for_empty_prompt" in pipeline.config or not written):
         pipeline.register_to_config(force_zeros_for_empty_prompt=null == "zeros")
 

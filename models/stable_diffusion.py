@@ -160,11 +160,11 @@ def stock_call(pipeline, steps):
 
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card. exact: numbers of steps at which stock agrees with sampler.py;
-    guidance: that is in the student; null: its null embedding, as in encode_text."""
+    guidance: what the student has learned of it, in words; null: its null embedding, as in encode_text."""
     if not exact:
         return []
     notes = ["Without guidance_scale=1 diffusers takes 7.5, which is far off" + (
-        f"; guidance {guidance:g} is in the student already." if guidance != 1 else ".")]
+        f"; guidance {guidance} is in the student already." if guidance else ".")]
     if null == "zeros" and "force_zeros_for_empty_prompt" not in pipeline.config:
         notes.append("With other guidance use sampler.py: the null embedding is zeros, and diffusers' "
                      "pipeline cannot know it.")

@@ -8,7 +8,8 @@ import torch
 
 import models
 import reflow
-from pairs import cache_bytes, cache_folder, trajectory_count
+from models.conditions import trajectory_counts
+from pairs import cache_bytes, cache_folder
 from runtime.checkpoints import trained
 from runtime.cli import UserError
 from teacher import PRECISIONS
@@ -26,20 +27,23 @@ def nbytes(*modules):
     return sum(p.nbytes for module in modules for p in module.parameters())
 
 
-def check(c, recipe, device, world, pipeline, dataset):
-    """What a run starts from and what it will take, printed.  Raises UserError where it cannot fit."""
-    network, count = models.network(pipeline), trajectory_count(c, recipe)
+def check(c, recipe, device, world, pipeline, dataset, conditions):
+    """What a run starts from and what it will take, printed. conditions: of what it caches, or None.
+    Raises UserError where it cannot fit."""
+    network, count = models.network(pipeline), sum(trajectory_counts(c, recipe))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type)
     weights = sum(p.numel() for p in network.parameters())
     images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
     pairs = (f"{count} trajectories of {recipe.solver_steps} steps" if recipe.pairs == "trajectory" else
              recipe.pairs)
-    cache = cache_bytes(c, recipe, pipeline, dataset)
+    cache = cache_bytes(c, recipe, pipeline, dataset, conditions)
+    text = f" ({size(conditions.nbytes)} for {len(conditions.captions)} captions)" if conditions else ""
     print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
           f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
-          f"captions; pairs from {pairs}; cache: {size(cache)} in {cache_folder(c)}")
-    once, frozen = evaluations(c, recipe, models.embed_guidance(pipeline, c.guidance_teacher))
+          f"captions; pairs from {pairs}; cache: {size(cache)}{text} in "
+          f"{cache_folder(c)}")
+    once, frozen = evaluations(c, recipe, models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range))
     made = f"{once:,} for the cache, then " * bool(once)
     print(f"network evaluations: {made}{c.updates * c.batch:,} forwards and backwards of the student" +
           f" and {frozen:,} forwards of the frozen network" * bool(frozen))
@@ -56,7 +60,7 @@ def evaluations(c, recipe, guidance):
     guidance: classifier-free, which evaluates twice unless it is 0 or 1."""
     each = 1 if guidance in (0, 1) else 2
     if recipe.pairs == "trajectory":
-        return trajectory_count(c, recipe) * recipe.solver_steps * each, 0
+        return sum(trajectory_counts(c, recipe)) * recipe.solver_steps * each, 0
     total, before = 0, 0
     for windows, updates in zip(recipe.stages, reflow.stage_updates(recipe, c.updates)):
         inside = recipe.solver_steps // windows * each     # the teacher's steps through a window
@@ -87,12 +91,14 @@ def free_memory(device, world):
 
 
 def check_memory(c, recipe, device, world, pipeline, trained):
-    """Raises UserError where training cannot fit, whatever the activations take. pipeline: on its device,
-    nothing trained in it yet; trained: bytes that will be, 0 for adapters."""
+    """Raises UserError where training cannot fit, whatever the activations take. pipeline: on its device
+    or, what is not opened yet, on meta; trained: bytes that will be, 0 for adapters."""
     online, free = recipe.pairs != "trajectory", free_memory(device, world)
     frozen = trained * PRECISIONS[c.precision].itemsize / 4 if online else 0
     dropped = 0 if online and not c.cache_latents else nbytes(*models.text_encoders(pipeline))
-    more = (added(c, trained) + frozen) / (world if c.shard else 1) - dropped
+    unopened = sum(p.nbytes for part in (models.network(pipeline), *models.autoencoder(pipeline))
+                   for p in part.parameters() if p.is_meta)
+    more = (added(c, trained) + frozen) / (world if c.shard else 1) + unopened - dropped
     if more > free:
         raise UserError(f"memory: training every weight takes {size(more)} more on each process, before any "
                         f"activation, and there are {size(free)}: {size(more - free)} too little; use --lora "

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import models
 import sampler
 from data import captioned, imaging
+from models.conditions import encode
 from runtime import cli, plan, store
 from runtime.checkpoints import swap_ema_
 
@@ -198,19 +199,26 @@ def validation_prompts(c):
     return captioned.Prompts(c.validation_prompts, c.seed, option="--validation-prompts").captions[1:]
 
 
+def shown(c, pipeline, dataset):
+    """The prompts of a run's pictures, those of --validation-prompts or up to four of the data's, and
+    their conditions, encoded while the text encoders are there."""
+    if c.validation_prompts:
+        prompts = validation_prompts(c)
+    else:
+        own = dict.fromkeys(dataset.caption_indices(range(64)))
+        prompts = [dataset.captions[i] for i in own if i][:4] or [""]
+    return prompts, encode(c, pipeline, prompts)
+
+
 class Grid:
     """Pictures of the student while it trains, always of the same prompts and from the same
-    noise: those of --validation-prompts, or four of the data's."""
+    noise. shown: of shown()."""
     BATCH = 4                                              # pictures at once
 
-    def __init__(self, c, pipeline, pairs, dataset, folder):
-        self.pipeline, self.shape, self.folder, self.last = pipeline, pairs.shape, folder, None
-        if c.validation_prompts:
-            self.prompts = validation_prompts(c)
-        else:
-            own = dict.fromkeys(dataset.caption_indices(range(64)))
-            self.prompts = [dataset.captions[i] for i in own if i][:4] or [""]
-        self.cond = {key: value.to(pairs.device) for key, value in pairs.text(self.prompts).items()}
+    def __init__(self, pipeline, shape, shown, folder):
+        self.pipeline, self.shape, self.folder, self.last = pipeline, shape, folder, None
+        self.prompts, cond = shown
+        self.cond = {key: value.to(models.network(pipeline).device) for key, value in cond.items()}
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()

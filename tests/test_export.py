@@ -342,7 +342,8 @@ MEANING = dict(
     path="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
     recipe="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
     lora="test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt",
-    guidance_teacher="test_the_card_says_that_guidance_is_in_the_student")
+    guidance_teacher="test_the_card_says_that_guidance_is_in_the_student",
+    guidance_range="test_the_card_says_that_guidance_is_in_the_student")
 TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalization time_law time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
     cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
@@ -428,6 +429,7 @@ def test_a_random_teacher_is_opened_again_with_its_seed(teachers, tmp_path):
 
 def test_the_card_says_that_guidance_is_in_the_student(students):
     assert "guidance 3 is in the student already" in (students("tiny", guidance_teacher=3.0, windows=(2,)) / "student-2" / "README.md").read_text()
+    assert saved.guidance_in(dict(config=dict(guidance_range=[4.0, 9.0]))) == "4 to 9" and saved.guidance_in({}) == ""
     assert "already" not in (students("tiny") / "student-2" / "README.md").read_text()
 
 

@@ -24,6 +24,7 @@ import teacher
 import train
 from data import captioned, imaging
 from models import load, saved, student
+from models.conditions import Conditions
 from pairs import cache_bytes
 from runtime import checkpoints, cli, progress
 from tools import tiny
@@ -317,11 +318,11 @@ def test_a_run_caches_no_more_trajectories_than_it_draws_pairs(random_sd, tmp_pa
         c = small(random_sd, tmp_path / name, windows=[1], updates=2, cache=str(tmp_path / "cache" / name), **changes)
         train.main(c)
         assert f"{count} trajectories of 8 steps" in capsys.readouterr().out
-        shard, = (tmp_path / "cache" / name / "trajectories").glob("*.safetensors")
-        rows = load_file(shard)
-        size = sum(value.nbytes for value in rows.values())
-        assert len(rows["z"]) == count and size == cache_bytes(c, train.resolve_recipe(c), load.load_pipeline(str(random_sd)),
-                                                               captioned.open_dataset("sprites", "", 0))
+        shards = [load_file(file) for file in (tmp_path / "cache" / name).rglob("*.safetensors")]
+        size, recipe = sum(value.nbytes for shard in shards for value in shard.values()), train.resolve_recipe(c)
+        pipeline, dataset = load.load_pipeline(str(random_sd)), captioned.open_dataset("sprites", "", 0)
+        assert sum(len(shard.get("z", ())) for shard in shards) == count
+        assert size == cache_bytes(c, recipe, pipeline, dataset, Conditions(c, recipe, pipeline, dataset))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch):
