@@ -56,7 +56,8 @@ def draw(name, opened, prompt, steps, solver, guidance, seed):
                          for images, side in ((image, 256), (believed, 96)))
     count = sampler.evaluations(solver, steps, windows) * (1 if guidance in (0, 1) else 2)
     return (picture, imaging.contact_sheet([strip], [str(i + 1) for i in shown]),
-            f"{steps} step{'s' * (steps > 1)}, {count} network evaluation{'s' * (count > 1)}: {seconds:.2f} s")
+            f"{steps} step{'s' * (steps > 1)}, {count} network evaluation{'s' * (count > 1)}: "
+            f"{seconds:.2f} s")
 
 
 def command(student, prompt, steps, solver, guidance, seed):
@@ -78,18 +79,18 @@ def page(gradio, first, device, dtype):
         info = saved.read_about(student)
         return info.get("teacher", student), info.get("windows", TEACHER_STEPS)
 
-    def compare(student, teacher, prompt, steps, teacher_steps, solver, guidance, seed):
+    def compare(student, teacher, prompt, steps, teacher_steps, *rest):  # solver, guidance, seed
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = lambda message, *_: gradio.Warning(str(message))
             try:
                 sampler.warn_unknown_words(student, opened(student)[0], [prompt])
                 # the teacher first: the time that only a first picture takes is lost among its steps
-                theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, solver, guidance, seed)
-                ours = draw(student, opened(student), prompt, steps, solver, guidance, seed)
+                theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, *rest)
+                ours = draw(student, opened(student), prompt, steps, *rest)
             except UserError as error:
                 raise gradio.Error(str(error), title="Not drawn") from error
-        return *ours, *theirs, command(student, prompt, steps, solver, guidance, seed)
+        return *ours, *theirs, command(student, prompt, steps, *rest)
 
     teacher, windows = goes_with(first)
     with gradio.Blocks(title="Reflow", analytics_enabled=False) as blocks:
@@ -105,24 +106,23 @@ def page(gradio, first, device, dtype):
             other = gradio.Dropdown([teacher, *(name for name in load.PRESETS if name != teacher)],
                                     value=teacher, label="Teacher", allow_custom_value=True, min_width=180)
             steps = gradio.Slider(1, 64, windows, step=1, label="Student's steps", min_width=180)
-            teacher_steps = gradio.Slider(1, 64, TEACHER_STEPS, step=1, label="Teacher's steps",
-                                          min_width=180)
+            other_steps = gradio.Slider(1, 64, TEACHER_STEPS, step=1, label="Teacher's steps", min_width=180)
         with gradio.Row():
             solver = gradio.Dropdown(list(sampler.SOLVERS), value="ddim", label="Solver", min_width=180)
             guidance = gradio.Slider(0, 10, 1, step=0.5, label="Guidance (1 = none)", min_width=180)
             seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=cli.MAX_SEED, min_width=180)
-        shown, plain = [], dict(format="png", show_label=False, buttons=["fullscreen", "download"])
+        shown, plain = [], dict(format="png", show_label=False)
         with gradio.Row():
             for name in "Student", "Teacher":
                 with gradio.Column(min_width=300):
                     gradio.Markdown(f"### {name}")
                     took = gradio.Markdown(min_height=24)
-                    picture = gradio.Image(label=name, **plain)
+                    picture = gradio.Image(label=name, buttons=["fullscreen", "download"], **plain)
                     gradio.Markdown("What it believes the picture to be, at step:")
-                    shown += [picture, gradio.Image(label=f"{name}, step by step", **plain), took]
+                    shown += [picture, gradio.Image(label=f"{name}, step by step", buttons=[], **plain), took]
         again = gradio.Code(label="The student's picture again", language="shell", interactive=False, lines=1,
                             show_line_numbers=False, wrap_lines=True)
-        inputs = [student, other, prompt, steps, teacher_steps, solver, guidance, seed]
+        inputs = [student, other, prompt, steps, other_steps, solver, guidance, seed]
         student.change(goes_with, student, [other, steps])
         for event in (blocks.load, go.click, prompt.submit):
             event(compare, inputs, [*shown, again])
@@ -134,9 +134,9 @@ def main(c):
     device, dtype = processes.pick_device(c.device), cli.choose("--dtype", c.dtype, DTYPES)
     first = c.model or os.path.relpath(load.ASSETS / "student-2")
     blocks = page(gradio, first, device, dtype)
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["monospace"])      # none from the network
+    theme = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])   # none from the network
     try:
-        blocks.launch(server_port=c.port, theme=gradio.themes.Default(**fonts))
+        blocks.launch(server_port=c.port, theme=theme)
     except OSError as error:
         raise UserError(f"--port {c.port}: taken ({error}); give another") from error
 
