@@ -277,7 +277,7 @@ def main(c):
     cli.check_png(out)
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     device = processes.pick_device(c.device)
-    name = c.model or saved.default_model()
+    name = c.model or saved.students()[0]
     pipeline, model, info = saved.open_model(name, device, dtype, c.random_init, c.model_config, c.guide,
                                              c.size)
     models.latent_shape(pipeline, c.size)                         # refused here, before the bar

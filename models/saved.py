@@ -120,8 +120,8 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
     return pipeline, model, info
 
 
-def default_model(runs=Path("runs")):
-    """The newest student under runs/, else the one that comes with the repository.
-    Returns: folder name."""
-    students = sorted(runs.glob("**/student-*/reflow.json"), key=lambda file: file.stat().st_mtime)
-    return str(students[-1].parent if students else load.ASSETS / "student-2")
+def students(runs=Path("runs")):
+    """Folders of students: those under runs/, the newest first, then the one that comes with the
+    repository."""
+    found = sorted(runs.glob("**/student-*/reflow.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [*(str(file.parent) for file in found), str(load.ASSETS / "student-2")]

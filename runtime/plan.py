@@ -43,7 +43,8 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
           f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
           f"captions; pairs from {pairs}; cache: {size(cache)}{text} in "
           f"{cache_folder(c)}")
-    once, frozen = evaluations(c, recipe, models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range))
+    guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
+    once, frozen = evaluations(c, recipe, guidance)
     made = f"{once:,} for the cache, then " * bool(once)
     print(f"network evaluations: {made}{c.updates * c.batch:,} forwards and backwards of the student" +
           f" and {frozen:,} forwards of the frozen network" * bool(frozen))

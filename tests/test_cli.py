@@ -392,9 +392,9 @@ def test_unknown_words_are_named(cli, here, student):
 
 
 def test_the_newest_student_is_the_default(here, student):
-    assert saved.default_model().endswith("student-2") and "assets" in saved.default_model()
+    assert saved.students()[0].endswith("student-2") and "assets" in saved.students()[0]
     shutil.copytree(student, here / "runs" / "x" / "student-2")
-    assert saved.default_model() == "runs/x/student-2"
+    assert saved.students()[0] == "runs/x/student-2"
 
 
 def test_help_lists_every_option_with_its_comment(cli):
