@@ -531,8 +531,8 @@ def write_onnx(file, network, call, example, runtime):
     found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
     if not error <= ONNX_TOLERANCE:
-        raise UserError(f"{file.name}: {error:.1e} from torch's output, more than {ONNX_TOLERANCE:g}; nothing is "
-                        "written")
+        raise UserError(f"{file.name}: {error:.1e} from torch's output, more than {ONNX_TOLERANCE:g}; nothing "
+                        "is written")
     return error
 
 

@@ -201,8 +201,11 @@ def onnx_parts(pipeline):
                          dtype=torch.long)
     height, width = (side // pipeline.vae_scale_factor for side in native_size(pipeline))
     z = torch.zeros(1, pipeline.unet.config.in_channels, height, width)
+
+    def decoded(z):
+        return vae.decode(unscaled(vae, z), return_dict=False)[0].clamp(-1, 1)
     return {"text_encoder": (encoder, lambda input_ids: encoder(input_ids)[0], {"input_ids": tokens}),
-            "decoder": (vae, lambda z: vae.decode(unscaled(vae, z), return_dict=False)[0].clamp(-1, 1), {"z": z})}
+            "decoder": (vae, decoded, {"z": z})}
 
 
 def meta_condition(unet):
