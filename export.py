@@ -506,8 +506,8 @@ def write_onnx(file, network, call, example, runtime):
     difference, as a share of the largest number of the output.  Raises UserError if that is too large."""
     size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     if size > ONNX_LIMIT:
-        raise UserError(f"{file.name}: {size / 1e9:.1f} GB of weights, and one ONNX file holds 2; convert the "
-                        "student's folder with the optimum library, which splits it")
+        raise UserError(f"{file.name}: {size / 1e9:.1f} GB of weights, and one ONNX file holds 2; convert "
+                        "the student's folder with the optimum library, which splits it")
 
     class Traced(torch.nn.Module):
         def __init__(self):
@@ -531,8 +531,8 @@ def write_onnx(file, network, call, example, runtime):
     found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
     if not error <= ONNX_TOLERANCE:
-        raise UserError(f"{file.name}: {error:.1e} from torch's output, more than {ONNX_TOLERANCE:g}; nothing "
-                        "is written")
+        raise UserError(f"{file.name}: {error:.1e} from torch's output, more than {ONNX_TOLERANCE:g}; "
+                        "nothing is written")
     return error
 
 
