@@ -1,10 +1,11 @@
-"""What a run leaves: complete diffusers pipelines, weight differences, LoRA files.
+"""What a run leaves: complete diffusers pipelines, weight differences, LoRA files, ONNX.
 
     python export.py kohya runs/x/student-4 lora.safetensors              # its LoRA, for ComfyUI and web UIs
     python export.py single-file runs/x/student-4 student.safetensors     # all of it in one file, likewise
     python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student
     python export.py delta --student runs/x/student-4 --base sd15 --out delta.safetensors
     python export.py merge --delta delta.safetensors --model dreamshaper/ --out merged
+    python export.py onnx assets/student-2 student-onnx                   # its networks without torch
 
 A checkpoint becomes a pipeline before its run is over; a difference (student minus base) is merged
 into another model of the same architecture.
@@ -13,6 +14,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -450,6 +452,91 @@ def merge(c):
           f"{agreement(pipeline.scheduler, info['windows'], info['path'])}")
 
 
+@dataclass
+class OnnxConfig:
+    model: str = positional("")      # a student's folder, or a teacher: preset or folder
+    out: str = positional("")        # folder to write
+
+
+def export_onnx(c):
+    """A model's networks as ONNX, for runtimes without torch, a browser's among them: unet.onnx,
+    text_encoder.onnx, decoder.onnx, each compared with torch before it counts, and model.json, what
+    a sampler must know besides. Stable Diffusion 1.x and 2.x, in fp32."""
+    runtime, _ = (cli.extra("export.py onnx", name, "onnx") for name in ("onnxruntime", "onnx"))
+    if not c.model:
+        raise UserError("MODEL: name a student's folder or a teacher")
+    folder = free_folder("OUT", c.out)
+    pipeline, model, info = saved.open_model(c.model)
+    if not isinstance(model.schedule, teacher.Schedule):
+        raise UserError(f"MODEL {c.model}: its noise schedule is no table of alphas, which model.json holds")
+    shape, cond = models.latent_shape(pipeline), models.encode_text(pipeline, [""])
+    inputs = dict(z=torch.zeros(1, *shape), timestep=model.schedule.timestep(torch.ones(1)), **cond)
+    parts = {models.family(pipeline).NETWORK: (models.network(pipeline), model.network, inputs),
+             **models.other_tools(pipeline, "onnx_parts")(pipeline)}
+    tokenizer, length = pipeline.tokenizer, parts["text_encoder"][2]["input_ids"].shape[1]
+    tokens = dict(length=length, start=tokenizer.bos_token, end=tokenizer.eos_token, pad=tokenizer.pad_token,
+                  unknown=tokenizer.unk_token)
+    about = dict(windows=model.windows, path=info.get("path", "vp"), prediction=model.prediction,
+                 alpha=model.schedule.alpha.tolist(), latents=shape, tokens=tokens, **versions())
+
+    def write(part):
+        part.mkdir()
+        for name, (network, call, example) in parts.items():
+            error = write_onnx(part / f"{name}.onnx", network, call, example, runtime)
+            print(f"{name}.onnx: within {error:.1e} of torch")
+        tokenizer.save_pretrained(part / "tokenizer")
+        make_portable(part)
+        source = Path(load.PRESETS.get(c.model, (c.model, ""))[0])
+        for name in ("README.md", "vocabulary.json"):          # the card has the license of the weights
+            if (source / name).is_file():
+                shutil.copy(source / name, part)
+        (part / "model.json").write_text(json.dumps(about))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    store.write_atomically(folder, write)
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.onnx')) / 1e6:.0f} MB")
+
+
+ONNX_LIMIT = 2 ** 31 - 2 ** 20  # bytes of one file, less what is not weights
+ONNX_TOLERANCE = 1e-4           # of an output, as a share of its largest number
+
+
+def write_onnx(file, network, call, example, runtime):
+    """One network as ONNX, its output called "output", and the comparison with torch at a batch of
+    two random inputs.
+    call: of the inputs, in the order of `example`, name -> tensor (1, ...).  Returns: the largest
+    difference, as a share of the largest number of the output.  Raises UserError if that is too large."""
+    size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    if size > ONNX_LIMIT:
+        raise UserError(f"{file.name}: {size / 1e9:.1f} GB of weights, and one ONNX file holds 2; convert "
+                        "the student's folder with the optimum library, which splits it")
+
+    class Traced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, *values):
+            return call(**dict(zip(example, values)))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(2, *value.shape[1:], generator=generator) if value.is_floating_point() else
+              torch.randint(2, (2, *value.shape[1:]), generator=generator) for name, value in example.items()}
+    traced = Traced().eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")        # on constants of a trace; what is wrong shows below
+        # dynamo=True traces the same graph in twenty times the time
+        torch.onnx.export(traced, tuple(inputs.values()), str(file), input_names=list(inputs),
+                          output_names=["output"], dynamic_axes={name: {0: "batch"} for name in
+                                                                 (*inputs, "output")}, dynamo=False)
+        expected = traced(*inputs.values())
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
+    if not error <= ONNX_TOLERANCE:
+        raise UserError(f"{file.name}: {error:.1e} from torch's output, more than {ONNX_TOLERANCE:g}; "
+                        "nothing is written")
+    return error
+
+
 def only_network(name):
     return models.network(load.load_pipeline(name, **dict.fromkeys(models.BESIDE)))
 
@@ -465,7 +552,7 @@ def check_same_architecture(one, weights, other, others):
 
 COMMANDS = {"kohya": (export_kohya, FileConfig), "single-file": (export_single_file, FileConfig),
             "checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
-            "merge": (merge, MergeConfig)}
+            "merge": (merge, MergeConfig), "onnx": (export_onnx, OnnxConfig)}
 
 def run():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
