@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import slow
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_teacher import ldm_clip, ldm_unet, ldm_vae
@@ -66,8 +67,8 @@ def stock_latents(pipeline, steps, guidance, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("windows, steps", [(4, 4), (4, 8), (2, 2), (1, 1), (1, 4)])
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("windows, steps, guidance", [(4, 8, 2.5), (1, 1, 1.0), *(slow(*case) for case in (
+    (4, 4, 1.0), (4, 4, 2.5), (4, 8, 1.0), (2, 2, 1.0), (2, 2, 2.5), (1, 1, 2.5), (1, 4, 1.0), (1, 4, 2.5)))])
 def test_a_student_is_sampled_alike_by_stock_diffusers(students, family, windows, steps, guidance):
     folder = students(family) / f"student-{windows}"
     stock = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -105,7 +106,7 @@ def test_img2img_inpainting_and_controlnet_accept_a_student(students):
             assert output.images.shape == (1, size, size, 3) and np.isfinite(output.images).all()
 
 
-@pytest.mark.parametrize("family", ["tiny", "sd15", "sdxl"])
+@pytest.mark.parametrize("family", [slow("tiny"), "sd15", slow("sdxl")])
 def test_a_lora_is_the_whole_student_when_load_lora_weights_puts_it_on_the_teacher(students, teachers, family):
     folder = students(family, lora=3) / "student-2"
     stock = diffusers.DiffusionPipeline.from_pretrained(teachers[family])
@@ -137,7 +138,7 @@ def test_a_checkpoint_is_exported_on_request(random_sd, tmp_path, monkeypatch, c
                            weights(random_sd)["conv_in.weight" if not changes else "mid_block.resnets.0.conv1.weight"])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), ("fp16", 1e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), slow("fp16", 1e-3)])
 def test_a_difference_merged_into_the_base_is_the_student_and_into_another_model_the_difference(students, teachers, tmp_path, dtype, tolerance):
     student = students("sd15") / "student-4"
     file, merged = tmp_path / "delta.safetensors", tmp_path / "merged"
@@ -254,8 +255,8 @@ def test_the_card_begins_with_what_the_hub_reads_and_with_the_call(students, tea
 
 
 @pytest.mark.parametrize("family, changes, windows, exact, others", [
-    ("tiny", {}, 4, [4, 8, 20, 40], [12]), ("tiny", {}, 1, [1, 2, 4, 5], [3, 6]),
-    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), ("tiny", dict(recipe="perflow"), 4, [4], [8])])
+    slow("tiny", {}, 4, [4, 8, 20, 40], [12]), ("tiny", {}, 1, [1, 2, 4, 5], [3, 6]),
+    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), slow("tiny", dict(recipe="perflow"), 4, [4], [8])])
 def test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names(students, tmp_path, family, changes, windows, exact, others):
     folder = students(family, **{key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}) / f"student-{windows}"
     info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
@@ -363,7 +364,7 @@ def opened_by_eval(folder, info):
     return measuring.Evaluator.open(SimpleNamespace(opened=(None, None), c=c, device="cpu", student=info), str(folder))
 
 
-@pytest.mark.parametrize("family", ["tiny", "sdxl"])
+@pytest.mark.parametrize("family", [slow("tiny"), "sdxl"])
 def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, tmp_path, family):
     folder = students(family, size=48, windows=(2,)) / "student-2"
     info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)

@@ -6,6 +6,7 @@ import re
 import diffusers
 import pytest
 import torch
+from conftest import slow
 from diffusers.loaders import lora_conversion_utils as lora_readers
 from diffusers.loaders import single_file_utils as readers
 from safetensors import safe_open
@@ -81,7 +82,7 @@ def test_a_single_file_is_the_layout_that_others_write(small_models, family):
     assert metadata["modelspec.prediction_type"] == ("v" if family == "sd21" else "epsilon")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", slow("sd21"), slow("sdxl")])
 def test_a_single_file_is_read_back_to_the_bit_in_every_precision(students, family, tmp_path):  # noqa: F811
     folder = students(family) / "student-2"
     for word, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):

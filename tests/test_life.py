@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_two
+from conftest import ROOT, SMALL, run_two, slow
 from diffusers import DDPMPipeline, DDPMScheduler, FluxPipeline, UNet2DModel
 
 import export
@@ -144,7 +144,7 @@ def by_stock(row, stock, call, steps, shape):
     return row.unpack(stock([row.prompts[i % len(row.prompts)] for i in range(2)], latents=given, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in ROWS])
+@pytest.mark.parametrize("name", [slow(name) if name in SIBLINGS else name for name in ROWS])
 def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", cache=str(tmp_path / "cache"))
@@ -184,7 +184,7 @@ def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     assert (ours(row, tmp_path / "merged", 1) - ours(row, last, 1)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in ROWS])
+@pytest.mark.parametrize("name", [slow(name) if name in SIBLINGS else name for name in ROWS])
 def test_a_lora_goes_back_onto_the_teacher_or_is_refused(families, name, tmp_path):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", windows=[1], updates=2, lora=2, gradient_checkpointing=True)
@@ -242,8 +242,8 @@ def test_a_range_of_embedded_guidance_is_told_to_teacher_and_student(families, t
     assert "guidance_scale=1.5," in card(tmp_path / "other" / "student-1")[1]
 
 
-@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["sd3", slow("flux")])
+@pytest.mark.parametrize("shard", [slow(False), True], ids=["ddp", "fsdp"])
 def test_two_processes_train_a_transformer_as_one_does(families, name, shard, tmp_path):
     family = families(name)
     options = dict(windows=[2, 1], updates=4, cache=str(tmp_path / "cache"), shard=shard)
