@@ -762,6 +762,23 @@ def test_a_torn_parquet_and_a_dataset_without_train_are_refused(tmp_path):
     assert open_(tmp_path / "both").size == 4
 
 
+def test_shards_on_the_hub_are_asked_of_datasets_by_name_and_read_as_it_leaves_them(tmp_path, monkeypatch):
+    """Up to the call that downloads; from there with what datasets' own reader makes of the same shards."""
+    import datasets
+    write_tars(tmp_path, GOOD, CAPTIONS)
+    load, asked = datasets.load_dataset, []
+
+    def downloaded(name, **options):
+        asked.append((name, options))
+        return load("webdataset", data_files=[str(tmp_path / "00.tar"), str(tmp_path / "01.tar")], **options)
+    monkeypatch.setattr(datasets, "load_dataset", downloaded)
+    dataset = open_("someone/photos.v2")
+    assert asked == [("someone/photos.v2", {"split": "train"})]
+    (tmp_path / "other").mkdir()
+    expected = open_(write_txt(tmp_path / "other", GOOD, CAPTIONS))
+    assert dataset.captions == expected.captions and torch.equal(dataset.decode(range(4), 16), expected.decode(range(4), 16))
+
+
 def test_a_file_that_changes_after_the_check_is_named(tmp_path):
     dataset = open_(write_txt(tmp_path, GOOD, CAPTIONS))
     (tmp_path / "c.png").write_bytes(b"torn")
