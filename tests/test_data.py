@@ -486,6 +486,22 @@ def test_pictures_that_are_given_and_not_used_are_printed(tmp_path, capsys, rand
         assert capsys.readouterr().out.count(text) == times, options
 
 
+def test_a_run_says_what_it_repeats_and_encodes_each_image_once(tmp_path, capsys, random_sd, monkeypatch):
+    """The options reach the data: captions for all, the smallest size, and repeats, of which the cache knows nothing."""
+    (tmp_path / "3_fox").mkdir()
+    write_txt(tmp_path / "3_fox", {"a.png": GOOD["a.png"], "small.png": encoded(picture(1, size=(7, 7)))}, (None, None))
+    write_txt(tmp_path, {"b.png": GOOD["b.png"]}, (None,))
+    encoded_, encode = [], train.models.encode
+    monkeypatch.setattr(train.models, "encode", lambda pipeline, pictures: encoded_.append(len(pictures)) or encode(pipeline, pictures))
+    train.main(train.Config(model=str(random_sd), data=str(tmp_path), pairs="data", cache_only=True, cache=f"{tmp_path}/.cache",
+                            caption="a cat", min_size=8, skip_bad=True))
+    out = capsys.readouterr().out
+    assert f"--data {tmp_path}: each time round 4 samples of 2 images; those of a folder N_name come N times\n" in out
+    assert "--skip-bad: 1 left out (3_fox/small.png)\n" in out and "2 images, 2 captions" in out and sum(encoded_) == 2
+    with pytest.raises(UserError, match="--min-size -1"):
+        train.main(train.Config(model=str(random_sd), data=str(tmp_path), min_size=-1))
+
+
 def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
     endless = open_("sprites")
     assert endless.size is None and endless.rows([5, 3]) == [5, 3] and endless.skipped == []
