@@ -63,6 +63,8 @@ class Data:
     image_column: str = ""           # of a datasets source; default: its first column of images
     caption_column: str = ""         # of a datasets source or metadata file; default: text, caption,
                                      # captions, prompt or txt
+    caption: str = ""                # of images of --data that have none of their own; default: refuse them
+    min_size: int = 0                # pixels of an image's shorter side, or it is refused; 0: any is enlarged
     skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of
                                      # refusing the data
     text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance
@@ -163,7 +165,7 @@ def resolve_recipe(c):
                         f"{cache_windows(recipe)}, the number of windows, so that the teacher stops at every "
                         "boundary")
     cli.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0,
-                 keep=1, lora=0, size=1, guidance_teacher=0, text_dropout=0)
+                 keep=1, lora=0, size=1, min_size=0, guidance_teacher=0, text_dropout=0)
     cli.at_least(recipe, direction_weight=0, reuse=1, projection=0)
     for name, value, good, range_ in (
             ("lr", c.lr, c.lr > 0, "above 0"), ("ema", c.ema, 0 <= c.ema < 1, "in [0, 1)"),

@@ -117,12 +117,16 @@ def open_pairs(c, recipe, device, processes):
     if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,
-                                     checked=cache_folder(c) / "data.json")
+                                     checked=cache_folder(c) / "data.json", caption=c.caption,
+                                     min_size=c.min_size)
     if rank == 0:
         barrier()
     if dataset.skipped and rank == 0:
         print(f"--skip-bad: {len(dataset.skipped)} left out "
               f"({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
+    if rank == 0 and dataset.size and len(dataset.round) > dataset.size:
+        print(f"--data {c.data}: each time round {len(dataset.round)} samples of {dataset.size} images; "
+              "those of a folder N_name come N times")
     captions_only = recipe.pairs == "trajectory" and not recipe.forward_rate and not recipe.projection
     if rank == 0 and c.data and dataset.size and captions_only:
         print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
