@@ -347,7 +347,7 @@ MEANING = dict(
 TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalization time_law time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
     cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
-    export export_dtype device""".split())
+    export export_dtype device validation_prompts config report_to optimizer ema_device""".split())
 
 
 def test_every_option_that_changes_what_a_model_means_has_a_reader():
