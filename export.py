@@ -120,15 +120,51 @@ CARD = """---
 ---
 # A reflow student of {windows} window{s}
 
-{block}Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
+{block}{picture}Distilled from `{teacher}`; the teacher's license covers these weights.
 reflow.json tells the rest. Sample it with `{line}`.
 {sentences}
+
+## How it was made
+
+```bash
+{command}
+```
+
+{cost}
 """
+PICTURE = "samples.png"         # beside the card
 
 
-def card(pipeline, info):
+def cost(info, run):
+    """What a student took, in sentences; "" where that is not known: of older ones, and without a run.
+    info: the contents of reflow.json; run: the folder of its run, whose log has the time."""
+    spent, log = info.get("cost"), run and run / "log.jsonl"
+    if not spent or not run:
+        return ""
+    updates, batch, hours, before = info["updates"], info["config"]["batch"], 0.0, 0
+    for _, entry in store.read_log(log) if log.is_file() else ():
+        if entry["step"] <= updates:
+            hours += (entry["step"] - before) * batch / entry["samples_per_second"] / 3600
+            before = entry["step"]
+    sentences = [f"It took {updates:,} updates of {batch:,} samples: {updates * batch:,} forwards and "
+                 "backwards of the student."]
+    if spent["evaluations"] is not None:
+        sentences.append(f"Its pairs took {spent['evaluations']:,} network evaluations without gradient.")
+    if hours:
+        sentences.append(f"The updates took {hours:.2g} hours, on {spent['processes']} "
+                         f"process{'es' * (spent['processes'] > 1)}: {spent['device']}.")
+    return " ".join([*sentences, f"Code: commit {info['commit']}."])
+
+
+def last_picture(info, run):
+    """The newest picture that the run drew of a student while it trained, or None. info, run: as for cost."""
+    drawn = sorted((run / "grids").glob("*.png")) if run else []
+    return next((file for file in reversed(drawn) if int(file.stem) <= info["updates"]), None)
+
+
+def card(pipeline, info, run=None):
     """The model card of a student, which says how it is sampled. info: the contents of
-    reflow.json."""
+    reflow.json; run: the folder of its run, None for what comes from no run."""
     windows, path = info["windows"], info["path"]
     module, exact = models.family(pipeline), exact_steps(pipeline.scheduler, windows, path)
     word, call = models.prompts(pipeline), module.stock_call(pipeline, windows) if exact else None
@@ -142,8 +178,10 @@ def card(pipeline, info):
     sentences = [agreement(pipeline.scheduler, windows, path),
                  *module.stock_notes(pipeline, exact, saved.guidance_in(info),
                                      saved.settings(info)["null_text"])]
-    return CARD.format(**info, data=card_data(pipeline, info).to_yaml(), block=block,
-                       s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
+    picture = f"![Samples, one step per window]({PICTURE})\n\n" * bool(last_picture(info, run))
+    parts = dict(data=card_data(pipeline, info).to_yaml(), block=block, picture=picture,
+                 s="s" * (windows > 1), line=line, sentences="\n".join(sentences), cost=cost(info, run))
+    return CARD.format(**{**info, **parts}).rstrip() + "\n"
 
 
 # of presets whose folder is not at hand; others say it in their own card
@@ -165,12 +203,13 @@ def card_data(pipeline, info):
                          tags=["reflow", "few-step", "distillation", *["lora"] * lora])
 
 
-def export(folder, trained, info):
+def export(folder, trained, info, run):
     """Write a student as a complete diffusers pipeline in fp32 with the stock scheduler that samples
     it (a network in EDM's form keeps its own), reflow.json beside it, and a LoRA file if it is one.
     trained: name -> whole CPU tensor, as the network's state_dict names them;
     of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they
-    are added to the teacher as it is stored. info: the contents of reflow.json (train.describe)."""
+    are added to the teacher as it is stored. info: the contents of reflow.json (train.describe);
+    run: the folder of the run."""
     layers, pipeline = adapters(trained), saved.load_teacher(info)
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
@@ -186,10 +225,10 @@ def export(folder, trained, info):
             write, _, ending = FILES[kind]
             dtype = teacher.DTYPES[info["config"]["export_dtype"]]
             write(folder.with_name(folder.name + ending), pipeline, layers, info, dtype)
-    write_pipeline(folder, pipeline, info, lora)
+    write_pipeline(folder, pipeline, info, lora, run)
 
 
-def write_pipeline(folder, pipeline, info, lora=None):
+def write_pipeline(folder, pipeline, info, lora=None, run=None):
     saved.apply_settings(pipeline, info, written=True)
     pipeline = models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0])
 
@@ -202,7 +241,9 @@ def write_pipeline(folder, pipeline, info, lora=None):
         for name in ("vocabulary.json", "labels.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, part)
-        (part / "README.md").write_text(card(pipeline, info))
+        (part / "README.md").write_text(card(pipeline, info, run))
+        if picture := last_picture(info, run):
+            shutil.copy(picture, part / PICTURE)
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
     folder.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomically(folder, write)
@@ -345,7 +386,10 @@ def export_checkpoint(c):
     info = json.loads(metadata["info"])
     kind = "ema:" if any(key.startswith("ema:") for key in tensors) else "student:"     # --no-ema
     average = {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
-    export(folder, average, {**info, "updates": int(metadata["step"])})
+    info["updates"] = int(metadata["step"])
+    if info["columns"]["pairs"] != "trajectory" and "cost" in info:
+        info["cost"]["evaluations"] = None                 # what is there counts the stage to its end
+    export(folder, average, info, Path(c.checkpoint).parent)
     print(f"{folder}: student of {info['windows']} windows after {metadata['step']} updates")
 
 

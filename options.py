@@ -1,6 +1,7 @@
 """The options of train.py, and the recipe that they make: checked, so that pieces which do not fit
 are refused before anything runs."""
 import dataclasses
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -249,8 +250,12 @@ def fit_prediction(c, recipe, prediction):
                                           if getattr(recipe, option) != "end"})
 
 
-def command(c):
-    """The command line that gives this Config: every option that is not its default."""
+def command(c, world=1):
+    """The command line that gives this Config: every option that is not its default. world: processes,
+    which torchrun starts, LOCAL_WORLD_SIZE of them on each machine."""
     given = (cli.arguments(key, value) for key, value in dataclasses.asdict(c).items()
              if value != getattr(Config, key))
-    return shlex.join(["python", "train.py", *(word for words in given for word in words)])
+    local, start = int(os.environ.get("LOCAL_WORLD_SIZE", world)), ["python"]
+    if world > 1:
+        start = ["torchrun", *[f"--nnodes={world // local}"] * (world > local), f"--nproc_per_node={local}"]
+    return shlex.join([*start, "train.py", *(word for words in given for word in words)])

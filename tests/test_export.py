@@ -250,6 +250,48 @@ def test_the_card_begins_with_what_the_hub_reads_and_with_the_call(students, tea
         assert (data.base_model, data.license) == (base, license_)
 
 
+def test_the_card_shows_a_picture_and_says_by_which_command_and_at_what_cost_it_was_made(teachers, tmp_path, monkeypatch):
+    """Two stages of 2 and 6 updates of 4 samples; 6 trajectories of 8 steps at guidance 3, which evaluates twice."""
+    run = tmp_path / "run"
+    train.main(small(teachers["tiny"], run, windows=[2, 1], updates=8, batch=4, trajectories=6, solver_steps=8, guidance_teacher=3.0, grid_steps=3,
+                     checkpoint_steps=7, log_steps=1, recipe="default"))
+    stages = {windows: sum(json.loads((run / f"student-{windows}" / "reflow.json").read_text())[key] for key in ("updates",)) for windows in (2, 1)}
+    assert stages[1] == 8 and 0 < stages[2] < 8
+    for windows, updates in stages.items():
+        text = (run / f"student-{windows}" / "README.md").read_text()
+        assert f"It took {updates} updates of 4 samples: {4 * updates} forwards and backwards of the student." in text
+        assert "Its pairs took 96 network evaluations without gradient." in text and f"Code: commit {export.versions()['commit']}." in text
+        assert f"```bash\npython train.py --model {teachers['tiny']} " in text and "](samples.png)" in text
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][:updates]
+        hours = sum(4 / line["samples_per_second"] for line in log) / 3600
+        assert f"The updates took {hours:.2g} hours, on 1 process: CPU" in text
+    last = run / "student-1" / export.PICTURE
+    assert last.read_bytes() == (run / "grids" / "000008.png").read_bytes() != (run / "student-2" / export.PICTURE).read_bytes()
+    # a checkpoint of before: its own updates, the picture of that time
+    export.export_checkpoint(export.ExportConfig(str(run / "checkpoint-000007.safetensors"), str(tmp_path / "now")))
+    assert "It took 7 updates" in (tmp_path / "now" / "README.md").read_text()
+    assert (tmp_path / "now" / export.PICTURE).read_bytes() == (run / "grids" / "000006.png").read_bytes() != last.read_bytes()
+
+
+def test_the_command_of_a_card_starts_as_many_processes():
+    c = train.Config(updates=5)
+    assert train.command(c) == "python train.py --updates 5"
+    assert train.command(c, 8) == "torchrun --nproc_per_node=8 train.py --updates 5"
+
+
+def test_the_command_of_several_machines(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert train.command(train.Config(updates=5), 16) == "torchrun --nnodes=2 --nproc_per_node=8 train.py --updates 5"
+
+
+def test_pairs_solved_while_training_are_counted_to_the_end_of_a_stage():
+    """The teacher's 8 steps through 2 windows; then the student of 2 windows, a step for each, through one."""
+    c = train.Config(recipe="proreflow", windows=[2, 1], solver_steps=8, updates=10, batch=4)
+    recipe = train.resolve_recipe(c)
+    assert train.plan.evaluations(c, recipe, 1.0, 1) == (0, 5 * 4 * 4)
+    assert train.plan.evaluations(c, recipe, 1.0, 2) == train.plan.evaluations(c, recipe, 1.0) == (0, 5 * 4 * 4 + 5 * 4 * 2)
+
+
 # ---- where stock samplers agree -------------------------------------------------------------------------------------
 
 
