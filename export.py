@@ -6,6 +6,7 @@
     python export.py delta --student runs/x/student-4 --base sd15 --out delta.safetensors
     python export.py merge --delta delta.safetensors --model dreamshaper/ --out merged
     python export.py onnx assets/student-2 student-onnx                   # its networks without torch
+    python export.py push runs/x/student-4 USER/NAME --dry-run            # what would go to the hub
 
 A checkpoint becomes a pipeline before its run is over; a difference (student minus base) is merged
 into another model of the same architecture.
@@ -19,9 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -581,6 +585,87 @@ def write_onnx(file, network, call, example, runtime):
     return error
 
 
+# ---- to the hub --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PushConfig:
+    folder: str = positional("")     # a student's folder
+    repo: str = positional("")       # USER/NAME on the Hugging Face hub; made if it is not there
+    private: bool = False            # make it private
+    dry_run: bool = False            # list what would go, and send nothing
+
+
+def check_repo(option, repo, send=True):
+    """Raises UserError unless a student could go there. send: False asks for no log-in."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{option} {repo}: no name of a repository ({error}); give USER/NAME") from error
+    if "/" not in repo:
+        raise UserError(f"{option} {repo or '(missing)'}: whose? Give USER/NAME")
+    if send and not huggingface_hub.get_token():
+        raise UserError(f"{option} {repo}: not logged in to the hub; run hf auth login, or set HF_TOKEN")
+
+
+MEASURED = "\n## Measured\n"
+
+
+def measured(folder, windows):
+    """The section of a card with what eval.py measured of this student, from results.json of its run;
+    "" where that is not there or does not have it."""
+    file = folder.absolute().parent / "results.json"
+    result = configs.read_json(file) if file.is_file() else dict(rows=[])
+    # without a run: of the run that was measured alone, not of one among several
+    own = [row for row in result["rows"] if row["windows"] == windows and not row.get("run")]
+    rows = [row for row in result["rows"] if row["windows"] is None] + own
+    if not own:
+        return ""
+    about = result["protocol"]
+    name, key = about.get("distance", "FD"), "fd_corrected" if "fd_corrected" in own[0] else "fd"
+    lines = [f"| | steps | evaluations | {name} (95%) | CLIP score |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["fd_interval"]
+        kind = "this student" if row in own else row["method"] if row["method"] == "teacher" else \
+            f"teacher, {row['method']}"
+        lines.append(f"| {kind} | {row['steps']} | {row['nfe']} | {row[key]:.2f} ({low:.2f} to {high:.2f}) | "
+                     f"{row['clip']:.1f} |")
+    lines += ["", f"{name}: on {about['features']}; N = {about['n']} against {about['real']} real images; "
+                  f"guidance {about['guidance']:g}. Commit {about['commit']}."]
+    return MEASURED + "\n" + "\n".join(lines) + "\n"
+
+
+def push(c):
+    """A student's folder to the Hugging Face hub, its card with what eval.py has measured since. What
+    else stands in the card stays as it is, changes by hand among it."""
+    info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
+    check_repo("USER/NAME", c.repo, not c.dry_run)
+    card, figures = folder / "README.md", measured(folder, info["windows"])
+    if figures and not c.dry_run:
+        text, _, old = card.read_text().partition(MEASURED)
+        text += figures + old[old.find("\n## "):] * ("\n## " in old)
+        store.write_atomically(card, lambda part: part.write_text(text))
+    files = sorted(file for file in folder.rglob("*") if file.is_file()
+                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    for file in files:
+        print(f"{file.stat().st_size / 1e6:12.3f} MB  {file.relative_to(folder).as_posix()}")
+    size = f"{sum(file.stat().st_size for file in files) / 1e6:.3f} MB in {len(files)} files"
+    if not ModelCard.load(card, ignore_metadata_errors=True).data.get("license"):
+        print(f"{card}: names no license; add the teacher's at its head, as `license: NAME`")
+    if c.dry_run:
+        print(f"{c.repo}: would get {size}" + ", the card with figures from results.json" * bool(figures))
+        return
+    try:
+        huggingface_hub.create_repo(c.repo, private=c.private or None, exist_ok=True)
+        message = f"A reflow student of {info['windows']} window{'s' * (info['windows'] > 1)}"
+        huggingface_hub.upload_folder(repo_id=c.repo, folder_path=folder, commit_message=message,
+                                      allow_patterns=[file.relative_to(folder).as_posix() for file in files])
+    except Exception as error:     # networks fail, and hubs refuse, in more ways than can be listed
+        raise UserError(f"USER/NAME {c.repo}: not sent ({type(error).__name__}: {error}); {folder} is whole, "
+                        f"try again: python export.py push {folder} {c.repo}") from error
+    print(f"https://huggingface.co/{c.repo}: {size}")
+
+
 def only_network(name):
     return models.network(load.load_pipeline(name, **dict.fromkeys(models.BESIDE)))
 
@@ -596,7 +681,7 @@ def check_same_architecture(one, weights, other, others):
 
 COMMANDS = {"kohya": (export_kohya, FileConfig), "single-file": (export_single_file, FileConfig),
             "checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
-            "merge": (merge, MergeConfig), "onnx": (export_onnx, OnnxConfig)}
+            "merge": (merge, MergeConfig), "onnx": (export_onnx, OnnxConfig), "push": (push, PushConfig)}
 
 def run():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:

@@ -121,6 +121,7 @@ class Output:
     validation_prompts: str = ""     # text file, one prompt per line: what these pictures show; default: four
                                      # captions of the data
     report_to: list[str] | None = None  # wandb or trackio, beside OUT/tensorboard, which is always there
+    push_to_hub: str = ""            # USER/NAME on the Hugging Face hub: where the last student goes
     config: str = ""                 # a file of these options, .yaml or .json: OUT/config.yaml or config.json
                                      # of another run, or a student's reflow.json; the command line wins
 

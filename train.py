@@ -36,7 +36,8 @@ from teacher import PRECISIONS
 # what may differ between two starts of one run
 MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "config", "keep", "checkpoint_steps", "log_steps",
                         "grid_steps", "validation_prompts", "report_to", "device", "micro_batch",
-                        "gradient_checkpointing", "shard", "compile", "ema_device", "export", "export_dtype")
+                        "gradient_checkpointing", "shard", "compile", "ema_device", "export", "export_dtype",
+                        "push_to_hub")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -194,6 +195,8 @@ def main(c):
     if c.cache_only:
         return make_cache(c, recipe, device, (rank, world, barrier))
     share, micro = split_batch(c, recipe, world)
+    if c.push_to_hub:                                      # now, not after hours
+        export.check_repo("--push-to-hub", c.push_to_hub)
     out = Path(c.out)
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
     finished = sum((folder / "reflow.json").exists() for folder in folders)
@@ -305,6 +308,8 @@ def main(c):
     if rank == 0:
         board.close()
         progress.print_end(folders[-1], recipe.stages[-1], grid)
+        if c.push_to_hub:
+            export.push(export.PushConfig(str(folders[-1]), c.push_to_hub))
     return folders[-1]
 
 

@@ -273,6 +273,79 @@ def test_the_card_shows_a_picture_and_says_by_which_command_and_at_what_cost_it_
     assert (tmp_path / "now" / export.PICTURE).read_bytes() == (run / "grids" / "000006.png").read_bytes() != last.read_bytes()
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """huggingface_hub up to the network.  Returns: what it was called with."""
+    calls = []
+    monkeypatch.setattr(export.huggingface_hub, "get_token", lambda: "token")
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(export.huggingface_hub, name, lambda *args, name=name, **options: calls.append((name, args, options)))
+    return calls
+
+
+def results(folder):
+    """results.json of a run that eval.py has measured."""
+    row = dict(steps=2, nfe=2, fd=3.5, fd_corrected=3.25, fd_interval=[3.0, 3.5], clip=21.04)
+    rows = [dict(row, method="teacher", windows=None, steps=32, nfe=32), dict(row, method="ddim", windows=None),
+            dict(row, method="default", windows=4, run=""), dict(row, method="default", windows=2, run="", fd_corrected=1.75)]
+    about = dict(distance="FD", features="tiny-clip", n=9, real=8, guidance=1.0, commit="abc")
+    (folder / "results.json").write_text(json.dumps(dict(protocol=about, rows=rows)))
+
+
+def test_a_push_sends_what_its_dry_run_lists_and_the_card_has_what_was_measured(students, tmp_path, hub, capsys):
+    folder = shutil.copytree(students("tiny", lora=2, precision="bf16") / "student-2", tmp_path / "run" / "student-2")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("not sent")
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nby hand\n")
+    results(tmp_path / "run")
+    before = card.read_text()
+    export.push(export.PushConfig(str(folder), "me/student", dry_run=True))
+    said = capsys.readouterr().out
+    listed = dict(reversed(line.split(" MB  ")) for line in said.splitlines() if " MB  " in line)
+    found = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    del found[".cache/x"]
+    assert {name: float(size) for name, size in listed.items()} == {name: pytest.approx(size / 1e6, abs=6e-4) for name, size in found.items()}
+    assert {"README.md", "reflow.json", export.LORA_FILE, "model_index.json"} <= found.keys()
+    assert f"me/student: would get {sum(found.values()) / 1e6:.3f} MB in {len(found)} files, the card with figures" in said
+    assert "names no license" in said and not hub and card.read_text() == before
+    for private in (False, True):                          # twice: the figures are replaced
+        export.push(export.PushConfig(str(folder), "me/student", private=private))
+    text = card.read_text()
+    assert text.startswith(before) and text.count("## Measured") == 1 == text.count("this student")
+    assert "| this student | 2 | 2 | 1.75 (3.00 to 3.50) | 21.0 |" in text and "| teacher, ddim | 2 | 2 | 3.25 " in text
+    made, sent = hub[2:]
+    assert made == ("create_repo", ("me/student",), dict(private=True, exist_ok=True)) and hub[0][2]["private"] is None
+    assert sent[0] == "upload_folder" and sent[2]["repo_id"] == "me/student" and sent[2]["folder_path"] == folder
+    assert set(sent[2]["allow_patterns"]) == found.keys()
+
+
+def test_a_push_that_cannot_be_is_one_line(students, tmp_path, hub, monkeypatch):
+    folder = str(students("tiny") / "student-2")
+
+    def refuse(*_, **__):
+        raise ConnectionError("no route")
+    for given, message in ((("nowhere", "me/x"), "FOLDER nowhere: no student there"), ((folder, ""), "USER/NAME .*: .*[Gg]ive USER/NAME"),
+                           ((folder, "x"), "USER/NAME x: whose"), ((folder, "a/b/c"), "USER/NAME a/b/c: no name of a repository")):
+        with pytest.raises(UserError, match=message):
+            export.push(export.PushConfig(*given))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"me/x: not sent \(ConnectionError: no route\); .* is whole, try again"):
+        patch.setattr(export.huggingface_hub, "create_repo", refuse)
+        export.push(export.PushConfig(folder, "me/x"))
+    monkeypatch.setattr(export.huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="USER/NAME me/x: not logged in to the hub; run hf auth login"):
+        export.push(export.PushConfig(folder, "me/x"))
+    export.push(export.PushConfig(folder, "me/x", dry_run=True))
+    with pytest.raises(UserError, match="--push-to-hub me/x: not logged in"):
+        train.main(small("nowhere", tmp_path / "run", push_to_hub="me/x"))
+    assert not hub and not (tmp_path / "run").exists()
+
+
+def test_a_run_pushes_its_last_student(teachers, tmp_path, hub):
+    folder = train.main(small(teachers["tiny"], tmp_path / "run", updates=2, push_to_hub="me/x"))
+    assert [name for name, *_ in hub] == ["create_repo", "upload_folder"] and hub[1][2]["folder_path"] == folder
+
+
 def test_the_command_of_a_card_starts_as_many_processes():
     c = train.Config(updates=5)
     assert train.command(c) == "python train.py --updates 5"
@@ -389,7 +462,7 @@ MEANING = dict(
 TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalization time_law time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
     cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
-    export export_dtype device validation_prompts config report_to optimizer ema_device""".split())
+    export export_dtype device push_to_hub validation_prompts config report_to optimizer ema_device""".split())
 
 
 def test_every_option_that_changes_what_a_model_means_has_a_reader():
