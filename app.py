@@ -84,7 +84,8 @@ def page(gradio, first, device, dtype):
             warnings.simplefilter("always")
             warnings.showwarning = lambda message, *_: gradio.Warning(str(message))
             try:
-                sampler.warn_unknown_words(student, opened(student)[0], [prompt])
+                for doubt in saved.doubts(student, saved.read_about(student), [prompt], steps, rest[1]):
+                    gradio.Warning(doubt)
                 # the teacher first: the time that only a first picture takes is lost among its steps
                 theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, *rest)
                 ours = draw(student, opened(student), prompt, steps, *rest)

@@ -1,6 +1,7 @@
 """The options of train.py, and the recipe that they make: checked, so that pieces which do not fit
 are refused before anything runs."""
 import dataclasses
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -122,6 +123,7 @@ class Output:
     validation_prompts: str = ""     # text file, one prompt per line: what these pictures show; default: four
                                      # captions of the data
     report_to: list[str] | None = None  # wandb or trackio, beside OUT/tensorboard, which is always there
+    push_to_hub: str = ""            # USER/NAME on the Hugging Face hub: where the last student goes
     config: str = ""                 # a file of these options, .yaml or .json: OUT/config.yaml or config.json
                                      # of another run, or a student's reflow.json; the command line wins
 
@@ -251,8 +253,12 @@ def fit_prediction(c, recipe, prediction):
                                           if getattr(recipe, option) != "end"})
 
 
-def command(c):
-    """The command line that gives this Config: every option that is not its default."""
+def command(c, world=1):
+    """The command line that gives this Config: every option that is not its default. world: processes,
+    which torchrun starts, LOCAL_WORLD_SIZE of them on each machine."""
     given = (cli.arguments(key, value) for key, value in dataclasses.asdict(c).items()
              if value != getattr(Config, key))
-    return shlex.join(["python", "train.py", *(word for words in given for word in words)])
+    local, start = int(os.environ.get("LOCAL_WORLD_SIZE", world)), ["python"]
+    if world > 1:
+        start = ["torchrun", *[f"--nnodes={world // local}"] * (world > local), f"--nproc_per_node={local}"]
+    return shlex.join([*start, "train.py", *(word for words in given for word in words)])

@@ -33,7 +33,7 @@ import reflow
 import solvers
 import teacher
 from data import imaging
-from models import configs, load, saved
+from models import saved
 from runtime import cli, processes
 from runtime.cli import UserError
 
@@ -219,18 +219,6 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
     return torch.cat(results)
 
 
-def warn_unknown_words(name, pipeline, prompts):
-    """Warn of words of the prompts that the folder's vocabulary.json does not list."""
-    file = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
-    if not file.is_file():
-        return
-    known = set(configs.read_json(file))
-    unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
-    if unknown:
-        warnings.warn(f"this model has never seen: {', '.join(unknown)}. It knows: {' '.join(sorted(known))}",
-                      stacklevel=2)
-
-
 # ---- python sampler.py -------------------------------------------------------------------------------------
 
 
@@ -312,10 +300,10 @@ def main(c):
     with warnings.catch_warnings(), tqdm(total=len(prompts), desc=f"{steps} steps", unit="image",
                                          leave=False) as bar:
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
-        warn_unknown_words(name, pipeline, c.prompt)
+        for doubt in saved.doubts(name, info, c.prompt, steps, 1 if c.guide else c.guidance):
+            warnings.warn(doubt, stacklevel=1)
         z = generate(pipeline, model, prompts, seeds, times, c.guidance, progress=bar, size=c.size,
-                     solver=solver,
-                     callback=keep if c.save_steps else None)
+                     solver=solver, callback=keep if c.save_steps else None)
         images = models.decode(pipeline, z)
     seconds = time.perf_counter() - start
     scale = c.scale if c.scale is not None else max(1, 256 // images.shape[-1])

@@ -36,7 +36,8 @@ from teacher import PRECISIONS
 # what may differ between two starts of one run
 MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "config", "keep", "checkpoint_steps", "log_steps",
                         "grid_steps", "validation_prompts", "report_to", "device", "micro_batch",
-                        "gradient_checkpointing", "shard", "compile", "ema_device", "export", "export_dtype")
+                        "gradient_checkpointing", "shard", "compile", "ema_device", "export", "export_dtype",
+                        "push_to_hub")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ def export_stage(folder, student, info, rank, barrier):
     the first one writes."""
     weights = checkpoints.gather_full(checkpoints.trained(student), rank)
     if rank == 0:
-        export.export(folder, weights, info)
+        export.export(folder, weights, info, folder.parent)
     barrier()
 
 
@@ -198,6 +199,8 @@ def main(c):
     if c.cache_only:
         return make_cache(c, recipe, device, (rank, world, barrier))
     share, micro = split_batch(c, recipe, world)
+    if c.push_to_hub:                                      # now, not after hours
+        export.check_repo("--push-to-hub", c.push_to_hub)
     out = Path(c.out)
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
     finished = sum((folder / "reflow.json").exists() for folder in folders)
@@ -235,7 +238,7 @@ def main(c):
         load_weights(student, export.trained_weights(folders[finished - 1], c.lora))
     for stage in range(finished, len(folders)):
         windows, count, first = recipe.stages[stage], per_stage[stage], sum(per_stage[:stage])
-        info, done = describe(c, recipe, windows), 0
+        info, done = describe(c, recipe, windows, world, device, pairs.guidance), 0
         if stage and recipe.pairs == "student":  # the previous stage's student solves the windows of this one
             solver.become(checkpoints.trained(student), c)
             solver_steps = recipe.stages[stage - 1]
@@ -301,21 +304,28 @@ def main(c):
         if ema:
             checkpoints.swap_ema_(student, ema)
         del optimizer, ema                                 # room for the export
+        if c.grid_steps:                                   # the picture of its card
+            grid.draw(plain, windows, first + count, board)
         export_stage(folders[stage], student, info, rank, barrier)
     bar.close()
-    if c.grid_steps:
-        grid.draw(plain, windows, c.updates, board)
     release()
     if rank == 0:
         board.close()
         progress.print_end(folders[-1], recipe.stages[-1], grid)
+        if c.push_to_hub:
+            export.push(export.PushConfig(str(folders[-1]), c.push_to_hub))
     return folders[-1]
 
 
-def describe(c, recipe, windows):
-    """reflow.json of a student: what it is and how it was made."""
-    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=recipe.stages.index(windows),
-                windows=windows, path=recipe.path, teacher=c.model, command=command(c),
+def describe(c, recipe, windows, world, device, guidance):
+    """reflow.json of a student: what it is, how it was made, what that took. guidance: classifier-free,
+    of the pairs."""
+    stage = recipe.stages.index(windows)
+    updates = sum(reflow.stage_updates(recipe, c.updates)[:stage + 1])
+    cached, solved = plan.evaluations(c, recipe, guidance, stage + 1)
+    cost = dict(evaluations=cached + solved, processes=world, device=plan.device_name(device))
+    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=stage, windows=windows, path=recipe.path,
+                teacher=c.model, command=command(c, world), updates=updates, cost=cost,
                 columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 

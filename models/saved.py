@@ -8,7 +8,7 @@ import torch
 import models
 import reflow
 import teacher
-from models import load
+from models import configs, load
 from runtime.cli import UserError
 
 # The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and
@@ -27,6 +27,33 @@ def guidance_in(info):
     """Which guidance a student has learned, in words; "" for none. info: as for settings."""
     learned = settings(info)["guidance_range"] or [settings(info)["guidance_teacher"]]
     return " to ".join(f"{value:g}" for value in learned) if learned != [1] else ""
+
+
+USEFUL_GUIDANCE = 2                # the most for a student without guidance in it: the table of docs/use.md
+
+
+def doubts(name, info, prompts, steps, guidance):
+    """Why a model's pictures may be worse than they need be, for its user to read: list of str.
+    name: as for open_model; info: as for settings; guidance: classifier-free."""
+    found, windows, learned = [], info.get("windows", 1), guidance_in(info)
+    if steps > windows and steps % windows:                # fewer cannot cross them at all
+        low = steps // windows * windows
+        found.append(f"{steps} steps: {name} has {windows} windows, and some get a step more than others; "
+                     f"use {low} or {low + windows}")
+    if learned and guidance not in (0, 1):
+        found.append(f"guidance {guidance:g}: guidance {learned} is in {name} already, and this comes on top "
+                     "of it; use 1")
+    elif info and guidance > USEFUL_GUIDANCE:
+        found.append(f"guidance {guidance:g}: {name} has learned none, and so much burns its pictures; "
+                     f"use 1, or up to {USEFUL_GUIDANCE}")
+    vocabulary = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
+    if vocabulary.is_file():
+        known = set(configs.read_json(vocabulary))
+        unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
+        if unknown:
+            found.append(f"this model has never seen: {', '.join(unknown)}. It knows: "
+                         f"{' '.join(sorted(known))}")
+    return found
 
 
 def load_teacher(info, **how):

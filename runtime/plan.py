@@ -31,8 +31,6 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
     """What a run starts from and what it will take, printed. conditions: of what it caches, or None.
     Raises UserError where it cannot fit."""
     network, count = models.network(pipeline), sum(trajectory_counts(c, recipe))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-        f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type)
     weights = sum(p.numel() for p in network.parameters())
     images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
     pairs = (f"{count} trajectories of {recipe.solver_steps} steps" if recipe.pairs == "trajectory" else
@@ -40,8 +38,8 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
     cache = cache_bytes(c, recipe, pipeline, dataset, conditions)
     text = f" ({size(conditions.nbytes)} for {len(conditions.captions)} captions)" if conditions else ""
     print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
-          f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
-          f"captions; pairs from {pairs}; cache: {size(cache)}{text} in "
+          f"{device_name(device)}, {c.precision}\ndata: {c.data or c.prompts}, {images}, "
+          f"{len(dataset.captions) - 1} captions; pairs from {pairs}; cache: {size(cache)}{text} in "
           f"{cache_folder(c)}")
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     once, frozen = evaluations(c, recipe, guidance)
@@ -56,14 +54,21 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
         check_memory(c, recipe, device, world, pipeline, trained)
 
 
-def evaluations(c, recipe, guidance):
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def evaluations(c, recipe, guidance, stages=None):
     """Forwards of one sample through the frozen network: (all at once for the cache, while training).
-    guidance: classifier-free, which evaluates twice unless it is 0 or 1."""
+    guidance: classifier-free, which evaluates twice unless it is 0 or 1; stages: how many of the first,
+    default all."""
     each = 1 if guidance in (0, 1) else 2
     if recipe.pairs == "trajectory":
         return sum(trajectory_counts(c, recipe)) * recipe.solver_steps * each, 0
     total, before = 0, 0
-    for windows, updates in zip(recipe.stages, reflow.stage_updates(recipe, c.updates)):
+    for windows, updates in list(zip(recipe.stages, reflow.stage_updates(recipe, c.updates)))[:stages]:
         inside = recipe.solver_steps // windows * each     # the teacher's steps through a window
         if recipe.pairs == "consistency":
             inside = each + 1                              # one of the teacher, one of the student itself

@@ -1,5 +1,4 @@
 """What a run prints, logs and draws while it trains."""
-import contextlib
 import dataclasses
 import json
 import math
@@ -103,20 +102,10 @@ def summary(rows, norm, world, windows, step, optimizer, clock):
                 samples_per_second=count / (time.time() - clock))
 
 
-def read_log(file):
-    """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves
-    zeros in its place."""
-    found = []
-    for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append((line + "\n", json.loads(line)))
-    return found
-
-
 def trim_log(file, step):
     """Drop what was logged after this step, and what a power cut has left half written."""
     if file.exists():
-        kept = [line for line, entry in read_log(file) if entry["step"] <= step]
+        kept = [line for line, entry in store.read_log(file) if entry["step"] <= step]
         store.write_atomically(file, lambda part: part.write_text("".join(kept)))
 
 

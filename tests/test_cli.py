@@ -391,6 +391,22 @@ def test_unknown_words_are_named(cli, here, student):
     assert "never seen" not in cli("sampler.py --model s --out a.png --prompt", "Fox on blue")[1]
 
 
+def test_steps_and_guidance_that_a_student_was_not_made_for_are_doubted_in_one_line(cli, here, student):
+    line = f"sampler.py --model {student} --prompt fox --scale 1 --out a.png"
+    for given, doubt in (("--steps 5", f"warning: 5 steps: {student} has 2 windows, and some get a step more than others; use 4 or 6"),
+                         ("--guidance 2.5", f"warning: guidance 2.5: {student} has learned none, and so much burns its pictures; use 1, or up to 2")):
+        said = [each for each in "".join(cli(f"{line} {given}")[1:]).splitlines() if "warning" in each]
+        assert [each.strip() for each in said] == [doubt]
+    for given in ("", "--steps 4 --guidance 2", "--steps 6 --guidance 0", f"--guidance 3 --guide {student}"):
+        assert "warning" not in "".join(cli(f"{line} {given}")[1:]), given
+    info = dict(windows=4, config=dict(guidance_teacher=3.0))
+    assert saved.doubts("s", info, (), 8, 1.5) == ["guidance 1.5: guidance 3 is in s already, and this comes on top of it; use 1"]
+    assert not saved.doubts("s", info, (), 4, 1.0) and not saved.doubts("s", info, (), 3, 1.0)      # 3 are refused
+    assert not saved.doubts("sd15", {}, (), 7, 7.5)                                                # a teacher
+    page = (ROOT / "docs" / "use.md").read_text()
+    assert f"| guidance {saved.USEFUL_GUIDANCE} |" in page and "the most that is useful" in page
+
+
 def test_the_newest_student_is_the_default(here, student):
     assert saved.students()[0].endswith("student-2") and "assets" in saved.students()[0]
     shutil.copytree(student, here / "runs" / "x" / "student-2")

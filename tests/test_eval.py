@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -527,6 +528,26 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
         (tmp_path / "a" / "student-2" / "reflow.json").write_text(broken)
         with pytest.raises(UserError, match=rf"student-2/reflow.json: broken \({reason}.*\); train the student again or restore the file"):
             evaluation.main(dataclasses.replace(c, run=str(tmp_path / "a")))
+
+
+def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted(tmp_path, monkeypatch, capsys):
+    for windows in (3, 2):
+        folder = tmp_path / f"student-{windows}"
+        folder.mkdir()
+        info = dict(teacher="tiny", windows=windows, method="reflow", config=dict(guidance_teacher=float(windows)))
+        (folder / "reflow.json").write_text(json.dumps(info))
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_):
+        raise Begun
+    monkeypatch.setattr(measuring, "Evaluator", lambda *_: SimpleNamespace(features=begin))
+    for guidance, doubts in ((1.0, 1), (1.5, 4)):
+        with pytest.raises(Begun):
+            evaluation.main(protocols.Config(run=str(tmp_path), steps=[2, 4], guidance=guidance, device="cpu"))
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == doubts and f"warning: 4 steps: {tmp_path}/student-3 has 3 windows" in said[0]
 
 
 def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):
