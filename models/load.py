@@ -207,6 +207,9 @@ def load_parts(folder, dtype, random_init, seed, empty, parts):
             from models import architectures
             parts[part] = architectures.random_part(make, part, dtype, seed, weights=part not in empty)
             continue
+        if not any(where.glob("*.safetensors")):
+            raise UserError(f"its {part} is missing: no .safetensors file in {folder / part}; download or "
+                            "export it again, whole")
         named = "torch_dtype" if library == "diffusers" else "dtype"  # the word that all their versions know
         try:
             parts[part] = load_whole(kind, where, use_safetensors=True, variant=variant_of(where),

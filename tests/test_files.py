@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import diffusers
 import pytest
@@ -258,3 +259,17 @@ def test_a_single_file_of_a_transformer_is_whole_and_its_configs_or_refused(tran
     refused("not the SD3Transformer2DModel of ", z_original, sd3)
     refused("quantized .*joint_blocks.0.x.scale_weight.*bf16", {**original, "joint_blocks.0.x.scale_weight": torch.ones(1)}, sd3)
     refused("diffusers reads none for the PixArt.*Pipeline of --model-config", third, pixart)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_a_missing_text_encoder_is_named_in_one_line(transformers, tmp_path, name):
+    whole, folder = transformers(name)[0], tmp_path / "m"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(UserError, match="its text_encoder is missing: no .safetensors file in .*m/text_encoder; download") as caught:
+        load.load_pipeline(str(folder))
+    assert "\n" not in str(caught.value)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
+    with pytest.raises(UserError, match="Pipeline lacks its text_encoder; download it again, whole$"):
+        load.load_pipeline(str(folder))
