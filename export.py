@@ -474,7 +474,7 @@ class MergeConfig:
                                      # architecture
     out: str = ""                    # folder to write: a complete pipeline
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
-                                     # default: from the hub
+                                     # default, of SD and SDXL alone: from the hub
     scale: float = 1.0               # how much of the difference to add
 
 

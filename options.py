@@ -24,7 +24,7 @@ class Model:
                                      # sd35-medium, flux, flux-schnell, zimage, dit, pixart, pixart-sigma,
                                      # sana), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
-                                     # default: from the hub
+                                     # default, of SD and SDXL alone: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but
                                      # quality, downloads nothing
     guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;

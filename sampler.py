@@ -228,7 +228,7 @@ class Config:
     model: str = ""             # folder, hub id, preset or .safetensors; default: the newest student under
                                 # runs/, else assets/student-2
     model_config: str = ""      # diffusers folder with the configs and tokenizer of a single-file
-                                # .safetensors; default: from the hub
+                                # .safetensors; default, of SD and SDXL alone: from the hub
     random_init: bool = False   # random weights instead of trained ones: any preset without a download
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     size: int | None = None     # pixels, square; default: what the model was made for
