@@ -510,10 +510,10 @@ def export_onnx(c):
     """A model's networks as ONNX, for runtimes without torch, a browser's among them: unet.onnx,
     text_encoder.onnx, decoder.onnx, each compared with torch before it counts, and model.json, what
     a sampler must know besides. Stable Diffusion 1.x and 2.x, in fp32."""
-    runtime, _ = (cli.extra("export.py onnx", name, "onnx") for name in ("onnxruntime", "onnx"))
     if not c.model:
         raise UserError("MODEL: name a student's folder or a teacher")
     folder = free_folder("OUT", c.out)
+    runtime, _ = (cli.extra("export.py onnx", name, "onnx") for name in ("onnxruntime", "onnx"))
     pipeline, model, info = saved.open_model(c.model)
     if not isinstance(model.schedule, teacher.Schedule):
         raise UserError(f"MODEL {c.model}: its noise schedule is no table of alphas, which model.json holds")

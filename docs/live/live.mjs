@@ -120,6 +120,7 @@ async function start() {
   const {about} = await request({open: "student"});
   await request({open: "teacher"});
   element("words").textContent = [...words].join(" ");
+  element("knows").hidden = false;
   Object.assign(element("steps"), {min: about.windows, step: about.windows, value: about.windows});
   const student = `student of ${about.windows} window${about.windows > 1 ? "s" : ""}`;
   const rows = [makeRow("teacher", "teacher", () => TEACHER_STEPS), makeRow("teacher", "teacher by plain DDIM", each => each.steps),
