@@ -67,6 +67,8 @@ def check_out(c, out):
     settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in MAY_CHANGE_ON_RESUME}
     if c.validation_prompts:                               # now, not after the caches are made
         progress.validation_prompts(c)
+    if c.push_to_hub:
+        export.check_repo("--push-to-hub", c.push_to_hub)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
@@ -112,6 +114,7 @@ def open_pairs(c, recipe, device, processes):
     cached = recipe.pairs == "trajectory" or c.cache_latents
     pipeline = opened(empty=models.NOT_TEXT) if cached else opened().to(device)
     check_lora(c, models.network(pipeline))
+    export.check_files(c, pipeline)
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
     check_windows(recipe.stages, models.schedule(pipeline)[0])
@@ -199,8 +202,6 @@ def main(c):
     if c.cache_only:
         return make_cache(c, recipe, device, (rank, world, barrier))
     share, micro = split_batch(c, recipe, world)
-    if c.push_to_hub:                                      # now, not after hours
-        export.check_repo("--push-to-hub", c.push_to_hub)
     out = Path(c.out)
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
     finished = sum((folder / "reflow.json").exists() for folder in folders)
@@ -210,7 +211,6 @@ def main(c):
 
     # teacher and pairs; what has been cached need not stay in memory
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
-    export.check_files(c, pipeline)
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
     whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
     grid = progress.Grid(pipeline, pairs.shape, pairs.shown, out / "grids")
