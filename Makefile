@@ -20,6 +20,28 @@ demo: $(VENV)/ready
 	$(DEMO) --recipe reflow --out runs/demo/reflow
 	$(RUN) eval.py runs/demo
 
+# a page on which prompts are typed, on this machine alone: the embedded models as ONNX, and their runtime from npm
+LIVE = docs/live
+PORT = 8000
+page: $(LIVE)/runtime $(LIVE)/models/teacher $(LIVE)/models/student
+	@echo "open http://localhost:$(PORT)/live.html (Ctrl-C ends it)"
+	@$(RUN) -m http.server $(PORT) --bind 127.0.0.1 --directory docs
+
+$(LIVE)/runtime:
+	rm -rf $@.part
+	mkdir -p $@.part
+	cd $@.part && npm pack --silent onnxruntime-web@1.30.0 && tar xzf *.tgz --strip-components 2 package/dist/ort.wasm.min.mjs \
+	    package/dist/ort-wasm-simd-threaded.mjs package/dist/ort-wasm-simd-threaded.wasm && rm *.tgz
+	mv $@.part $@
+
+$(LIVE)/models/teacher: assets/tiny-sd/unet/diffusion_pytorch_model.safetensors $(VENV)/ready
+	rm -rf $@
+	$(RUN) export.py onnx tiny $@
+
+$(LIVE)/models/student: assets/student-2/unet/diffusion_pytorch_model.safetensors $(VENV)/ready
+	rm -rf $@
+	$(RUN) export.py onnx assets/student-2 $@
+
 # every table and figure of the studies, and the pages made of them: some five hours on two cores, resumable
 study: $(VENV)/ready
 	$(RUN) -m studies all
@@ -43,6 +65,6 @@ tiny: $(VENV)/ready
 	$(VENV)/bin/torchrun --nproc_per_node=2 -m tools.tiny
 
 clean:
-	rm -rf $(VENV) .venv-lowest runs .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) .venv-lowest runs $(LIVE)/runtime $(LIVE)/models .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: all demo study test test-slow test-lowest lint tiny clean
+.PHONY: all demo page study test test-slow test-lowest lint tiny clean

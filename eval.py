@@ -19,6 +19,7 @@ compares with no published number. Either is too high on average, by c / N: the 
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,11 @@ def main(c):
              for file, info in zip(students, infos) for steps in c.steps if steps >= info["windows"]]
     # one step per window first; stable otherwise
     plan += sorted(found, key=lambda row: row[1] not in (1, row[2]))
+    if rank == 0:
+        about = {str(file.parent): info for file, info in zip(students, infos)}
+        for _, _, steps, folder, _, _ in found:
+            for doubt in saved.doubts(folder, about[folder], (), steps, 1 if c.guide else c.guidance):
+                print(f"warning: {doubt}", file=sys.stderr)
     for _, _, steps, folder, solver, _ in plan:
         evaluator.features(folder, steps, solver)
         evaluator.trajectories(folder, steps, solver)

@@ -1,10 +1,12 @@
-"""What a run leaves: complete diffusers pipelines, weight differences, LoRA files.
+"""What a run leaves: complete diffusers pipelines, weight differences, LoRA files, ONNX.
 
     python export.py kohya runs/x/student-4 lora.safetensors              # its LoRA, for ComfyUI and web UIs
     python export.py single-file runs/x/student-4 student.safetensors     # all of it in one file, likewise
     python export.py checkpoint --checkpoint runs/x/checkpoint-000400.safetensors --out student
     python export.py delta --student runs/x/student-4 --base sd15 --out delta.safetensors
     python export.py merge --delta delta.safetensors --model dreamshaper/ --out merged
+    python export.py onnx assets/student-2 student-onnx                   # its networks without torch
+    python export.py push runs/x/student-4 USER/NAME --dry-run            # what would go to the hub
 
 A checkpoint becomes a pipeline before its run is over; a difference (student minus base) is merged
 into another model of the same architecture.
@@ -13,13 +15,17 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -118,15 +124,51 @@ CARD = """---
 ---
 # A reflow student of {windows} window{s}
 
-{block}Distilled from `{teacher}` by `{command}`; the teacher's license covers these weights.
+{block}{picture}Distilled from `{teacher}`; the teacher's license covers these weights.
 reflow.json tells the rest. Sample it with `{line}`.
 {sentences}
+
+## How it was made
+
+```bash
+{command}
+```
+
+{cost}
 """
+PICTURE = "samples.png"         # beside the card
 
 
-def card(pipeline, info):
+def cost(info, run):
+    """What a student took, in sentences; "" where that is not known: of older ones, and without a run.
+    info: the contents of reflow.json; run: the folder of its run, whose log has the time."""
+    spent, log = info.get("cost"), run and run / "log.jsonl"
+    if not spent or not run:
+        return ""
+    updates, batch, hours, before = info["updates"], info["config"]["batch"], 0.0, 0
+    for _, entry in store.read_log(log) if log.is_file() else ():
+        if entry["step"] <= updates:
+            hours += (entry["step"] - before) * batch / entry["samples_per_second"] / 3600
+            before = entry["step"]
+    sentences = [f"It took {updates:,} updates of {batch:,} samples: {updates * batch:,} forwards and "
+                 "backwards of the student."]
+    if spent["evaluations"] is not None:
+        sentences.append(f"Its pairs took {spent['evaluations']:,} network evaluations without gradient.")
+    if hours:
+        sentences.append(f"The updates took {hours:.2g} hours, on {spent['processes']} "
+                         f"process{'es' * (spent['processes'] > 1)}: {spent['device']}.")
+    return " ".join([*sentences, f"Code: commit {info['commit']}."])
+
+
+def last_picture(info, run):
+    """The newest picture that the run drew of a student while it trained, or None. info, run: as for cost."""
+    drawn = sorted((run / "grids").glob("*.png")) if run else []
+    return next((file for file in reversed(drawn) if int(file.stem) <= info["updates"]), None)
+
+
+def card(pipeline, info, run=None):
     """The model card of a student, which says how it is sampled. info: the contents of
-    reflow.json."""
+    reflow.json; run: the folder of its run, None for what comes from no run."""
     windows, path = info["windows"], info["path"]
     module, exact = models.family(pipeline), exact_steps(pipeline.scheduler, windows, path)
     word, call = models.prompts(pipeline), module.stock_call(pipeline, windows) if exact else None
@@ -138,10 +180,12 @@ def card(pipeline, info):
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
     block = BLOCK.format(arguments=call.replace("prompt", '"a prompt"', 1)) if call else ""
     sentences = [agreement(pipeline.scheduler, windows, path),
-                 *module.stock_notes(pipeline, exact, info["config"].get("guidance_teacher", 1),
+                 *module.stock_notes(pipeline, exact, saved.guidance_in(info),
                                      saved.settings(info)["null_text"])]
-    return CARD.format(**info, data=card_data(pipeline, info).to_yaml(), block=block,
-                       s="s" * (windows > 1), line=line, sentences="\n".join(sentences))
+    picture = f"![Samples, one step per window]({PICTURE})\n\n" * bool(last_picture(info, run))
+    parts = dict(data=card_data(pipeline, info).to_yaml(), block=block, picture=picture,
+                 s="s" * (windows > 1), line=line, sentences="\n".join(sentences), cost=cost(info, run))
+    return CARD.format(**{**info, **parts}).rstrip() + "\n"
 
 
 # of presets whose folder is not at hand; others say it in their own card
@@ -163,12 +207,13 @@ def card_data(pipeline, info):
                          tags=["reflow", "few-step", "distillation", *["lora"] * lora])
 
 
-def export(folder, trained, info):
+def export(folder, trained, info, run):
     """Write a student as a complete diffusers pipeline in fp32 with the stock scheduler that samples
     it (a network in EDM's form keeps its own), reflow.json beside it, and a LoRA file if it is one.
     trained: name -> whole CPU tensor, as the network's state_dict names them;
     of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they
-    are added to the teacher as it is stored. info: the contents of reflow.json (train.describe)."""
+    are added to the teacher as it is stored. info: the contents of reflow.json (train.describe);
+    run: the folder of the run."""
     layers, pipeline = adapters(trained), saved.load_teacher(info)
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
@@ -184,10 +229,10 @@ def export(folder, trained, info):
             write, _, ending = FILES[kind]
             dtype = teacher.DTYPES[info["config"]["export_dtype"]]
             write(folder.with_name(folder.name + ending), pipeline, layers, info, dtype)
-    write_pipeline(folder, pipeline, info, lora)
+    write_pipeline(folder, pipeline, info, lora, run)
 
 
-def write_pipeline(folder, pipeline, info, lora=None):
+def write_pipeline(folder, pipeline, info, lora=None, run=None):
     saved.apply_settings(pipeline, info, written=True)
     pipeline = models.family(pipeline).as_student(pipeline, models.schedule(pipeline)[0])
 
@@ -200,7 +245,9 @@ def write_pipeline(folder, pipeline, info, lora=None):
         for name in ("vocabulary.json", "labels.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, part)
-        (part / "README.md").write_text(card(pipeline, info))
+        (part / "README.md").write_text(card(pipeline, info, run))
+        if picture := last_picture(info, run):
+            shutil.copy(picture, part / PICTURE)
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
     folder.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomically(folder, write)
@@ -334,15 +381,19 @@ class ExportConfig:
 
 
 def export_checkpoint(c):
-    """The running average of a checkpoint as a pipeline, complete like the one at the end of a
-    stage."""
+    """The running average of a checkpoint, or where there is none its weights, as a pipeline, complete
+    like the one at the end of a stage."""
     folder = free_folder("--out", c.out)
     metadata, tensors = open_safetensors("--checkpoint", c.checkpoint)
     if "info" not in metadata:
         raise UserError(f"--checkpoint {c.checkpoint}: not one of train.py's checkpoints")
     info = json.loads(metadata["info"])
-    average = {key.removeprefix("ema:"): value for key, value in tensors.items() if key.startswith("ema:")}
-    export(folder, average, {**info, "updates": int(metadata["step"])})
+    kind = "ema:" if any(key.startswith("ema:") for key in tensors) else "student:"     # --no-ema
+    average = {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
+    info["updates"] = int(metadata["step"])
+    if info["columns"]["pairs"] != "trajectory" and "cost" in info:
+        info["cost"]["evaluations"] = None                 # what is there counts the stage to its end
+    export(folder, average, info, Path(c.checkpoint).parent)
     print(f"{folder}: student of {info['windows']} windows after {metadata['step']} updates")
 
 
@@ -423,7 +474,7 @@ class MergeConfig:
                                      # architecture
     out: str = ""                    # folder to write: a complete pipeline
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
-                                     # default: from the hub
+                                     # default, of SD and SDXL alone: from the hub
     scale: float = 1.0               # how much of the difference to add
 
 
@@ -449,6 +500,172 @@ def merge(c):
           f"{agreement(pipeline.scheduler, info['windows'], info['path'])}")
 
 
+@dataclass
+class OnnxConfig:
+    model: str = positional("")      # a student's folder, or a teacher: preset or folder
+    out: str = positional("")        # folder to write
+
+
+def export_onnx(c):
+    """A model's networks as ONNX, for runtimes without torch, a browser's among them: unet.onnx,
+    text_encoder.onnx, decoder.onnx, each compared with torch before it counts, and model.json, what
+    a sampler must know besides. Stable Diffusion 1.x and 2.x, in fp32."""
+    if not c.model:
+        raise UserError("MODEL: name a student's folder or a teacher")
+    folder = free_folder("OUT", c.out)
+    runtime, _ = (cli.extra("export.py onnx", name, "onnx") for name in ("onnxruntime", "onnx"))
+    pipeline, model, info = saved.open_model(c.model)
+    if not isinstance(model.schedule, teacher.Schedule):
+        raise UserError(f"MODEL {c.model}: its noise schedule is no table of alphas, which model.json holds")
+    shape, cond = models.latent_shape(pipeline), models.encode_text(pipeline, [""])
+    inputs = dict(z=torch.zeros(1, *shape), timestep=model.schedule.timestep(torch.ones(1)), **cond)
+    parts = {models.family(pipeline).NETWORK: (models.network(pipeline), model.network, inputs),
+             **models.other_tools(pipeline, "onnx_parts")(pipeline)}
+    tokenizer, length = pipeline.tokenizer, parts["text_encoder"][2]["input_ids"].shape[1]
+    tokens = dict(length=length, start=tokenizer.bos_token, end=tokenizer.eos_token, pad=tokenizer.pad_token,
+                  unknown=tokenizer.unk_token)
+    about = dict(windows=model.windows, path=info.get("path", "vp"), prediction=model.prediction,
+                 alpha=model.schedule.alpha.tolist(), latents=shape, tokens=tokens, **versions())
+
+    def write(part):
+        part.mkdir()
+        for name, (network, call, example) in parts.items():
+            error = write_onnx(part / f"{name}.onnx", network, call, example, runtime)
+            print(f"{name}.onnx: within {error:.1e} of torch")
+        tokenizer.save_pretrained(part / "tokenizer")
+        make_portable(part)
+        source = Path(load.PRESETS.get(c.model, (c.model, ""))[0])
+        for name in ("README.md", "vocabulary.json"):          # the card has the license of the weights
+            if (source / name).is_file():
+                shutil.copy(source / name, part)
+        (part / "model.json").write_text(json.dumps(about))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    store.write_atomically(folder, write)
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.onnx')) / 1e6:.0f} MB")
+
+
+ONNX_LIMIT = 2 ** 31 - 2 ** 20  # bytes of one file, less what is not weights
+ONNX_TOLERANCE = 1e-4           # of an output, as a share of its largest number
+
+
+def write_onnx(file, network, call, example, runtime):
+    """One network as ONNX, its output called "output", and the comparison with torch at a batch of
+    two random inputs.
+    call: of the inputs, in the order of `example`, name -> tensor (1, ...).  Returns: the largest
+    difference, as a share of the largest number of the output.  Raises UserError if that is too large."""
+    size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    if size > ONNX_LIMIT:
+        raise UserError(f"{file.name}: {size / 1e9:.1f} GB of weights, and one ONNX file holds 2; convert "
+                        "the student's folder with the optimum library, which splits it")
+
+    class Traced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, *values):
+            return call(**dict(zip(example, values)))
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(2, *value.shape[1:], generator=generator) if value.is_floating_point() else
+              torch.randint(2, (2, *value.shape[1:]), generator=generator) for name, value in example.items()}
+    traced = Traced().eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")        # on constants of a trace; what is wrong shows below
+        # dynamo=True traces the same graph in twenty times the time
+        torch.onnx.export(traced, tuple(inputs.values()), str(file), input_names=list(inputs),
+                          output_names=["output"], dynamic_axes={name: {0: "batch"} for name in
+                                                                 (*inputs, "output")}, dynamo=False)
+        expected = traced(*inputs.values())
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found, = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    error = ((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()).item()
+    if not error <= ONNX_TOLERANCE:
+        raise UserError(f"{file.name}: {error:.1e} from torch's output, more than {ONNX_TOLERANCE:g}; "
+                        "nothing is written")
+    return error
+
+
+# ---- to the hub --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PushConfig:
+    folder: str = positional("")     # a student's folder
+    repo: str = positional("")       # USER/NAME on the Hugging Face hub; made if it is not there
+    private: bool = False            # make it private
+    dry_run: bool = False            # list what would go, and send nothing
+
+
+def check_repo(option, repo, send=True):
+    """Raises UserError unless a student could go there. send: False asks for no log-in."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{option} {repo}: no name of a repository ({error}); give USER/NAME") from error
+    if "/" not in repo:
+        raise UserError(f"{option} {repo or '(missing)'}: whose? Give USER/NAME")
+    if send and not huggingface_hub.get_token():
+        raise UserError(f"{option} {repo}: not logged in to the hub; run hf auth login, or set HF_TOKEN")
+
+
+MEASURED = "\n## Measured\n"
+
+
+def measured(folder, windows):
+    """The section of a card with what eval.py measured of this student, from results.json of its run;
+    "" where that is not there or does not have it."""
+    file = folder.absolute().parent / "results.json"
+    result = configs.read_json(file) if file.is_file() else dict(rows=[])
+    # without a run: of the run that was measured alone, not of one among several
+    own = [row for row in result["rows"] if row["windows"] == windows and not row.get("run")]
+    rows = [row for row in result["rows"] if row["windows"] is None] + own
+    if not own:
+        return ""
+    about = result["protocol"]
+    name, key = about.get("distance", "FD"), "fd_corrected" if "fd_corrected" in own[0] else "fd"
+    lines = [f"| | steps | evaluations | {name} (95%) | CLIP score |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["fd_interval"]
+        kind = "this student" if row in own else row["method"] if row["method"] == "teacher" else \
+            f"teacher, {row['method']}"
+        lines.append(f"| {kind} | {row['steps']} | {row['nfe']} | {row[key]:.2f} ({low:.2f} to {high:.2f}) | "
+                     f"{row['clip']:.1f} |")
+    lines += ["", f"{name}: on {about['features']}; N = {about['n']} against {about['real']} real images; "
+                  f"guidance {about['guidance']:g}. Commit {about['commit']}."]
+    return MEASURED + "\n" + "\n".join(lines) + "\n"
+
+
+def push(c):
+    """A student's folder to the Hugging Face hub, its card with what eval.py has measured since. What
+    else stands in the card stays as it is, changes by hand among it."""
+    info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
+    check_repo("USER/NAME", c.repo, not c.dry_run)
+    card, figures = folder / "README.md", measured(folder, info["windows"])
+    if figures and not c.dry_run:
+        text, _, old = card.read_text().partition(MEASURED)
+        text += figures + old[old.find("\n## "):] * ("\n## " in old)
+        store.write_atomically(card, lambda part: part.write_text(text))
+    files = sorted(file for file in folder.rglob("*") if file.is_file()
+                   and not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    for file in files:
+        print(f"{file.stat().st_size / 1e6:12.3f} MB  {file.relative_to(folder).as_posix()}")
+    size = f"{sum(file.stat().st_size for file in files) / 1e6:.3f} MB in {len(files)} files"
+    if not ModelCard.load(card, ignore_metadata_errors=True).data.get("license"):
+        print(f"{card}: names no license; add the teacher's at its head, as `license: NAME`")
+    if c.dry_run:
+        print(f"{c.repo}: would get {size}" + ", the card with figures from results.json" * bool(figures))
+        return
+    try:
+        huggingface_hub.create_repo(c.repo, private=c.private or None, exist_ok=True)
+        message = f"A reflow student of {info['windows']} window{'s' * (info['windows'] > 1)}"
+        huggingface_hub.upload_folder(repo_id=c.repo, folder_path=folder, commit_message=message,
+                                      allow_patterns=[file.relative_to(folder).as_posix() for file in files])
+    except Exception as error:     # networks fail, and hubs refuse, in more ways than can be listed
+        raise UserError(f"USER/NAME {c.repo}: not sent ({type(error).__name__}: {error}); {folder} is whole, "
+                        f"try again: python export.py push {folder} {c.repo}") from error
+    print(f"https://huggingface.co/{c.repo}: {size}")
+
+
 def only_network(name):
     return models.network(load.load_pipeline(name, **dict.fromkeys(models.BESIDE)))
 
@@ -464,7 +681,7 @@ def check_same_architecture(one, weights, other, others):
 
 COMMANDS = {"kohya": (export_kohya, FileConfig), "single-file": (export_single_file, FileConfig),
             "checkpoint": (export_checkpoint, ExportConfig), "delta": (export_delta, DeltaConfig),
-            "merge": (merge, MergeConfig)}
+            "merge": (merge, MergeConfig), "onnx": (export_onnx, OnnxConfig), "push": (push, PushConfig)}
 
 def run():
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:

@@ -152,7 +152,7 @@ class LossNormalizer(nn.Module):
         nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, z, t):
-        z, time = z.float(), self.embed(1000 * t.float())                       # sinusoids made for timesteps
+        z, time = z.float(), self.embed(1000 * t.float().to(z.device))          # sinusoids made for timesteps
         for stage, shift in zip(self.stages, self.times):
             z = nn.functional.leaky_relu(stage(z) + shift(time)[:, :, None, None], 0.2)
         return self.head(z.mean((2, 3)))[:, 0]

@@ -1,6 +1,7 @@
 """The options of train.py, and the recipe that they make: checked, so that pieces which do not fit
 are refused before anything runs."""
 import dataclasses
+import os
 import shlex
 from dataclasses import dataclass
 
@@ -9,91 +10,129 @@ import reflow
 from pairs import SOURCES, cache_windows
 from runtime import cli
 from runtime.cli import UserError
+from runtime.plan import OPTIMIZERS
+from runtime.progress import check_reports
 from teacher import DTYPES, PRECISIONS
+
+# ---- the options, a class for each group of --help; the comment behind a field is its help -----------------
 
 
 @dataclass
-class Config:
+class Model:
+    """the teacher"""
     model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl, sd3, sd35,
                                      # sd35-medium, flux, flux-schnell, zimage, dit, pixart, pixart-sigma,
                                      # sana), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
-                                     # default: from the hub
+                                     # default, of SD and SDXL alone: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but
                                      # quality, downloads nothing
-    recipe: str = "default"          # a row of reflow.RECIPES; the options down to --dropout override its
-                                     # columns
-    windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
-    pairs: str | None = None         # trajectory, data, student or consistency
-    path: str | None = None          # vp or linear
-    space: str | None = None         # eps, u, x, velocity or end; of a teacher that predicts x: x or end
-    loss: str | None = None          # mse, pseudo-huber or high-pass
-    high_pass_weight: float | None = None  # lambda of the high-pass loss, above -1; 0 is mse
-    high_pass_radius: float | None = None  # where its high frequencies begin, as a share of the highest
-    normalization: str | None = None  # of each sample's loss: none, learned or per-sample
-    time_law: str | None = None      # uniform, starts, exponential, cosh or log-normal
-    time_base: float | None = None   # of the exponential law; above 0 and not 1
-    time_inside: bool | None = None  # the law inside each window, all windows equally often, instead of on
-                                     # the whole axis
-    direction_weight: float | None = None  # alpha of alpha (1 - cos)
-    direction_space: str | None = None  # of that cosine: eps, u, x, velocity or end
-    solver_steps: int | None = None  # teacher's DDIM steps from noise to data
-    reuse: int | None = None         # times t drawn for each pair, in the same update
-    forward_rate: float | None = None  # rho: share of trajectories that run from real images to noise
-    projection: float | None = None  # entropy of the optimal transport that brings pairs back on their
-                                     # marginals; 0 = none
-    dropout: float | None = None     # of the student while it trains
-    name: str = ""                   # what tables call this method; default: the recipe's name
-    data: str = ""                   # images with captions: folder, shards, datasets name, sprites (tiny's)
-                                     # or sprites-by-group (pixel's)
-    image_column: str = ""           # of a datasets source; default: its first column of images
-    caption_column: str = ""         # of a datasets source or metadata file; default: text, caption,
-                                     # captions, prompt or txt
-    skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of
-                                     # refusing the data
-    prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
-    size: int | None = None          # pixels, square; default: what the model was made for
-    out: str = "runs/train"          # students, checkpoints and log go here
-    cache: str = ""                  # teacher trajectories and latents, shared by runs; default OUT/cache
-    trajectories: int = 6144         # how many to cache, at most one per pair; each costs solver_steps
-                                     # evaluations
-    cache_only: bool = False         # make the caches of this run and stop, to share them with other runs
-    cache_latents: bool = False      # for pairs from images: encode every image and caption once, before
-                                     # training
-    updates: int = 3000              # optimizer steps over all stages
-    batch: int = 64                  # samples per update, over all processes and micro-batches
-    micro_batch: int | None = None   # samples per forward on one process; gradients accumulate;
-                                     # default: all of its share
-    lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
-    ema: float = 0.999               # decay of the running average, which is what is kept
-    lora: int = 0                    # rank of LoRA adapters on one shared network; 0 = train every weight
-    precision: str = "fp32"          # bf16: autocast; what is trained stays fp32, what LoRA leaves frozen is
-                                     # kept in bf16
-    gradient_checkpointing: bool = False  # a forward more per update, for much less memory
-    shard: bool = False              # FSDP2: weights, gradients and optimizer state spread over the processes
-    compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
     guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;
                                      # w puts w into the student; of FLUX.1-dev it is the network's
                                      # input, where 1 means its own 3.5
-    text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance
-                                     # works at sampling
+    guidance_range: list[float] | None = None  # LOW HIGH: instead, a guidance for each trajectory, uniform
+                                     # between them; the student is then called at 1 (FLUX.1-dev's: at
+                                     # any of it)
     null_text: str = "auto"          # null embedding: empty (the encoded ""), zeros, or auto (what the
                                      # model's own pipeline does)
+
+
+@dataclass
+class Named:
+    recipe: str = "default"          # a row of reflow.RECIPES; the options from --windows to --reuse
+                                     # override its columns
+    windows: list[int] | None = None  # windows of each stage, e.g. 8 4 2 1
+
+
+RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe)
+                       if field.name not in ("stages", "shares"))
+
+Method = dataclasses.make_dataclass("Method", [
+    (field.name, field.type | None,
+     dataclasses.field(default=None, metadata=dict(help=cli.comments(reflow.Recipe)[field.name])))
+    for field in dataclasses.fields(reflow.Recipe) if field.name in RECIPE_COLUMNS], bases=(Named,),
+    namespace=dict(__doc__="a row of reflow.RECIPES, and what overrides its columns"))
+
+
+@dataclass
+class Data:
+    """what it learns from"""
+    data: str = ""                   # images with captions: folder, shards, datasets name, sprites (tiny's)
+                                     # or sprites-by-group (pixel's)
+    prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
+    size: int | None = None          # pixels, square; default: what the model was made for
+    image_column: str = ""           # of a datasets source; default: its first column of images
+    caption_column: str = ""         # of a datasets source or metadata file; default: text, caption,
+                                     # captions, prompt or txt
+    caption: str = ""                # of images of --data that have none of their own; default: refuse them
+    min_size: int = 0                # pixels of an image's shorter side, or it is refused; 0: any is enlarged
+    skip_bad: bool = False           # leave out images that cannot be used, and say how many, instead of
+                                     # refusing the data
+    text_dropout: float = 0.1        # share of captions replaced by the null embedding, so that guidance
+                                     # works at sampling
+    trajectories: int = 6144         # how many to cache, at most one per pair; each costs solver_steps
+                                     # evaluations
+    cache: str = ""                  # teacher trajectories and latents, shared by runs; default OUT/cache
+    cache_only: bool = False         # make the caches of this run and stop, to share them with other runs
+    cache_latents: bool = False      # for pairs from images: encode every image and caption once, before
+                                     # training
+
+
+@dataclass
+class Training:
+    """the optimizer and its budget"""
+    updates: int = 3000              # optimizer steps over all stages
+    batch: int = 64                  # samples per update, over all processes and micro-batches
+    lr: float = 2e-4                 # peak, per stage; warm-up and cosine decay to a tenth
+    ema: float = dataclasses.field(default=0.999, metadata=dict(off=0.0))  # decay of the running average,
+                                     # which is what is kept; 0 or --no-ema: none, and the weights
+                                     # themselves are kept
+    optimizer: str = "adamw"         # or adamw8bit: bitsandbytes', a quarter of the memory of its moments
+    lora: int = 0                    # rank of LoRA adapters on one shared network; 0 = train every weight
     seed: int = 0                    # of data, noise, times and random weights
     resume: bool = True              # go on from what OUT holds; --no-resume refuses an OUT that holds a run
+
+
+@dataclass
+class Memory:
+    """memory, speed and devices"""
+    precision: str = "fp32"          # bf16 or fp16: autocast; what is trained stays fp32, what LoRA leaves
+                                     # frozen is kept so; fp16 (cards before bf16) with its loss scaled
+    ema_device: str = ""             # cpu: the running average in main memory; default: the device's
+    micro_batch: int | None = None   # samples per forward on one process; gradients accumulate;
+                                     # default: all of its share
+    gradient_checkpointing: bool = False  # a forward more per update, for much less memory
+    shard: bool = False              # FSDP2: weights, gradients and optimizer state spread over the processes
+    compile: bool = False            # torch.compile the network: minutes at first, then faster on GPUs
+    device: str = ""                 # cpu, cuda, mps (Apple) or xpu (Intel); default: cuda if there is one
+
+
+@dataclass
+class Output:
+    """what it leaves"""
+    out: str = "runs/train"          # students, checkpoints and log go here
+    name: str = ""                   # what tables call this method; default: the recipe's name
+    export: list[str] | None = None  # files beside each student: kohya (its LoRA) and single-file, for
+                                     # ComfyUI and web UIs; the diffusers folder is always there
+    export_dtype: str = "fp16"       # of these files: fp16, bf16 or fp32
     keep: int = 2                    # checkpoints kept
     checkpoint_steps: int = 200      # updates between checkpoints
     log_steps: int = 20              # updates between lines of OUT/log.jsonl and points of OUT/tensorboard
     grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any
                                      # update; 0 = none
-    export: list[str] | None = None  # files beside each student: kohya (its LoRA) and single-file, for
-                                     # ComfyUI and web UIs; the diffusers folder is always there
-    export_dtype: str = "fp16"       # of these files: fp16, bf16 or fp32
-    device: str = ""                 # cpu or cuda; default: cuda if there is one
+    validation_prompts: str = ""     # text file, one prompt per line: what these pictures show; default: four
+                                     # captions of the data
+    report_to: list[str] | None = None  # wandb or trackio, beside OUT/tensorboard, which is always there
+    push_to_hub: str = ""            # USER/NAME on the Hugging Face hub: where the last student goes
+    config: str = ""                 # a file of these options, .yaml or .json: OUT/config.yaml or config.json
+                                     # of another run, or a student's reflow.json; the command line wins
 
 
-RECIPE_COLUMNS = tuple(field.name for field in dataclasses.fields(reflow.Recipe)
-                       if field.name not in ("stages", "shares"))
+@dataclass
+class Config(Output, Memory, Training, Data, Method, Model):
+    """Every option of train.py. Its fields come in the order of the groups, the teacher first."""
+    FIRST = ("model", "prompts", "data", "recipe", "updates", "batch", "lr", "lora", "precision", "out")
+
 
 NULL_TEXTS = ("auto", "empty", "zeros")
 
@@ -114,6 +153,8 @@ def resolve_recipe(c):
     for name, table in tables.items():
         cli.choose(f"--{name.replace('_', '-')}", getattr(recipe, name), table)
     cli.choose("--precision", c.precision, PRECISIONS)
+    cli.choose("--optimizer", c.optimizer, OPTIMIZERS)
+    cli.choose("--ema-device", c.ema_device or "cpu", ("cpu",))
     cli.choose("--export-dtype", c.export_dtype, DTYPES)
     cli.choose("--null-text", c.null_text, NULL_TEXTS)
     try:
@@ -126,7 +167,7 @@ def resolve_recipe(c):
                         f"{cache_windows(recipe)}, the number of windows, so that the teacher stops at every "
                         "boundary")
     cli.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0,
-                 keep=1, lora=0, size=1, guidance_teacher=0, text_dropout=0)
+                 keep=1, lora=0, size=1, min_size=0, guidance_teacher=0, text_dropout=0)
     cli.at_least(recipe, direction_weight=0, reuse=1, projection=0)
     for name, value, good, range_ in (
             ("lr", c.lr, c.lr > 0, "above 0"), ("ema", c.ema, 0 <= c.ema < 1, "in [0, 1)"),
@@ -140,8 +181,19 @@ def resolve_recipe(c):
             ("dropout", recipe.dropout, 0 <= recipe.dropout < 1, "in [0, 1)")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")
+    if c.guidance_range is not None:
+        between = " ".join(f"{value:g}" for value in c.guidance_range)
+        if len(c.guidance_range) != 2 or not 1 <= c.guidance_range[0] < c.guidance_range[1] < float("inf"):
+            raise UserError(f"--guidance-range {between}: must be two numbers, LOW below HIGH and neither "
+                            "below 1; for one strength use --guidance-teacher")
+        if c.guidance_teacher != 1:
+            raise UserError(f"--guidance-range {between}: does not go with --guidance-teacher "
+                            f"{c.guidance_teacher:g}; leave one of them out")
     check_pieces(c, recipe)
+    check_reports(c)
     for option, value, module, name in (("lora", c.lora, "peft", "lora"),
+                                        ("optimizer", c.optimizer * (c.optimizer == "adamw8bit"),
+                                         "bitsandbytes", "memory"),
                                         ("projection", recipe.projection, "ot", "studies")):
         if value:                                          # now, not after the caches are made
             cli.extra(f"--{option} {value}", module, name)
@@ -170,7 +222,12 @@ def check_pieces(c, recipe):
                 raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which "
                                 f"runs from its own t straight to the data; use --{option} {remedy}, or "
                                 "other --pairs")
-    for option, read, owner in (("time_base", recipe.time_law == "exponential", "--time-law exponential"),
+    for option, value in (("precision", "fp16"), ("ema_device", "cpu"), ("optimizer", "adamw8bit")):
+        if c.shard and getattr(c, option) == value:
+            raise UserError(f"--{option.replace('_', '-')} {value}: does not go with --shard, which spreads "
+                            "the state over the processes; leave out one of them")
+    for option, read, owner in (("ema_device", c.ema > 0, "--ema above 0"),
+                                ("time_base", recipe.time_law == "exponential", "--time-law exponential"),
                                 ("high_pass_weight", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("direction_space", recipe.direction_weight > 0,
@@ -196,13 +253,12 @@ def fit_prediction(c, recipe, prediction):
                                           if getattr(recipe, option) != "end"})
 
 
-def command(c):
-    """The command line that gives this Config: every option that is not its default."""
-    options = {key: value for key, value in dataclasses.asdict(c).items() if value != getattr(Config(), key)}
-
-    def option(key, value):
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            return f"--{'no-' * (not value)}{name}"
-        return f"--{name} {shlex.join(map(str, value if isinstance(value, list) else [value]))}"
-    return " ".join(["python train.py", *(option(*item) for item in options.items())])
+def command(c, world=1):
+    """The command line that gives this Config: every option that is not its default. world: processes,
+    which torchrun starts, LOCAL_WORLD_SIZE of them on each machine."""
+    given = (cli.arguments(key, value) for key, value in dataclasses.asdict(c).items()
+             if value != getattr(Config, key))
+    local, start = int(os.environ.get("LOCAL_WORLD_SIZE", world)), ["python"]
+    if world > 1:
+        start = ["torchrun", *[f"--nnodes={world // local}"] * (world > local), f"--nproc_per_node={local}"]
+    return shlex.join([*start, "train.py", *(word for words in given for word in words)])

@@ -29,60 +29,53 @@ import torch
 import models
 import reflow
 import sampler
+from models.conditions import LAYOUT, drawn_captions, encode, sample_settings, trajectory_counts
 from runtime import seeds, store
 from runtime.cli import UserError, extra
+from teacher import clock_device
 
 SOURCES = ("trajectory", "data", "student", "consistency")
 
-LARGE_BATCH = 1024            # trajectories that are projected together
+LARGE_BATCH, HALF = 1024, dict(bf16=torch.bfloat16, fp16=torch.float16)   # projected at once; of autocast
 
 LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # in an autoencoder's config
 
 
 class Pairs:
     """The pairs of one run, and its caches.  c: train.Config; recipe: reflow.Recipe; pipeline: the
-    teacher's, frozen, on its device; dataset: from data.open_dataset; processes: (rank, world size,
-    barrier)."""
+    teacher's, frozen, on its device; dataset: from data.open_dataset; conditions:
+    Conditions of all samples that are cached, or None where none are, and text is encoded while it
+    trains; processes: (rank, world size, barrier)."""
 
-    def __init__(self, c, recipe, pipeline, dataset, processes=(0, 1, lambda: None)):
+    def __init__(self, c, recipe, pipeline, dataset, conditions, processes=(0, 1, lambda: None)):
         self.c, self.recipe, self.pipeline, self.dataset = c, recipe, pipeline, dataset
-        self.processes, self.device = processes, models.network(pipeline).device
+        self.conditions, self.processes = conditions, processes
+        self.device = models.network(pipeline).device
         self.shape = models.latent_shape(pipeline, c.size)
         self.size = [side * pipeline.vae_scale_factor for side in self.shape[1:]]         # (H, W) in pixels
         self.schedule, self.prediction = models.schedule(pipeline)
-        check_windows(recipe.stages, self.schedule)
-        self.guidance = models.embed_guidance(pipeline, c.guidance_teacher)         # classifier-free
-        models.check_null(pipeline, self.guidance, c.text_dropout)
-        self.null, self.null_there = ((self.text([""]), self.text([""], self.device))
-                                      if models.has_null(pipeline) else ({}, {}))
-        if recipe.pairs != "trajectory" and dataset.images is None:
-            raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start "
-                            "from images; give --data FOLDER instead, or --pairs trajectory")
-        from_images = recipe.pairs != "trajectory" or recipe.forward_rate or recipe.projection
-        if from_images and self.size[0] != self.size[1]:
-            raise UserError(f"--model {c.model}: made for {self.size[0]} x {self.size[1]} pixels, and "
-                            f"pictures are cropped to squares; give --size {min(self.size)}, or --pairs "
-                            "trajectory without --forward-rate")
+        self.guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
+        self.online = conditions is None                  # text encoders and VAE run at every step
+        self.null = self.text([0], self.device) if models.has_null(pipeline) else {}
         self.rows = None
         if recipe.pairs == "trajectory":
             self.rows = self.cache_trajectories()
-        elif c.cache_latents:
+        elif not self.online:
             self.rows = self.cache_latents()
-        self.online = self.rows is None                   # text encoders and VAE run at every step
 
     # ---- caches ----
 
     def text(self, captions, device="cpu"):
-        """Text conditions of captions, "" being the null embedding (what guidance and dropped
-        captions use)."""
-        return models.encode_text(self.pipeline, [caption or None for caption in captions],
-                                  null=self.c.null_text, size=self.size, device=device)
+        """Conditions of captions, indices into dataset.captions, of which 0 is the null embedding (what
+        guidance and dropped captions use)."""
+        if self.online:
+            return encode(self.c, self.pipeline, [self.dataset.captions[i] for i in captions], device)
+        return {key: value.to(device) for key, value in self.conditions[captions].items()}
 
     def autocast(self):
-        """bf16 arithmetic around fp32 weights. Sharded weights are gathered anew each time: their
-        casts are not kept."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.c.precision == "bf16",
-                              cache_enabled=not self.c.shard)
+        """bf16 or fp16 around fp32 weights. Casts of sharded weights, gathered anew, are not kept."""
+        half, cached = HALF.get(self.c.precision), not self.c.shard
+        return torch.autocast(self.device.type, half or torch.bfloat16, bool(half), cached)
 
     def noises(self, numbers):
         """Noise of these samples, (N, C, h, w)."""
@@ -96,37 +89,32 @@ class Pairs:
     @torch.no_grad()
     def cache_trajectories(self):
         """Latents at every boundary of the teacher's trajectories, noise first, (9, C, h, w) each
-        for 8 windows, and the text they were made with: the backward ones, then the forward ones.
-        Returns: data.Joined."""
+        for 8 windows, and which caption they were made with: the backward ones, then the forward
+        ones.  Returns: store.Joined."""
         c, recipe, model = self.c, self.recipe, models.as_model(self.pipeline)
         windows = cache_windows(recipe)
         times, keep = sampler.time_grid(recipe.solver_steps), recipe.solver_steps // windows
 
         def solve_rows(solve, initial, numbers):
-            visited = []
-            cond = self.text([self.dataset.captions[i] for i in self.captions(numbers, "trajectory")],
-                             self.device)
+            visited, captions = [], drawn_captions(c, self.dataset, numbers, "trajectory")
+            drawn, cond = self.drawn_guidance(numbers), self.text(captions, self.device)
+            cond, guidance = self.guide(cond, drawn)
             z = initial(numbers)
             with self.autocast():
-                end = solve(model, z, times, cond, self.guidance, self.null_like(cond),
+                end = solve(model, z, times, cond, guidance, self.null_like(cond),
                             lambda state: visited.append(state["z"]) if state["i"] % keep == 0 else None)
             path = torch.stack([*visited, end], 1)
             path = path if solve is sampler.ddim else path.flip(1)         # noise first, both ways
-            return {key: value.cpu() for key, value in {"z": path, **cond}.items()}
+            told = {"guidance": drawn} if drawn is not None and "guidance" in cond else {}
+            return {"z": path.cpu(), "caption": torch.tensor(captions), **told}
 
-        settings = dict(teacher=models.fingerprint(models.network(self.pipeline),
-                                                   *models.text_encoders(self.pipeline)),
+        settings = dict(**sample_settings(c, self.pipeline, self.dataset), text=self.conditions.key,
+                        teacher=models.fingerprint(models.network(self.pipeline)),
                         prediction=self.prediction, schedule=store.digest(self.schedule.key),
-                        solver_steps=recipe.solver_steps, windows=windows, guidance=c.guidance_teacher,
-                        text_dropout=c.text_dropout, null_text=c.null_text, size=self.size, seed=c.seed,
-                        precision=c.precision, data=c.data or c.prompts,
-                        # and which captions the first samples draw
-                        captions=store.digest(self.dataset.captions,
-                                              self.dataset.caption_indices(range(256))))
-        total = trajectory_count(c, recipe)
-        stores, forward = [], round(recipe.forward_rate * total)
+                        solver_steps=recipe.solver_steps, windows=windows)
+        stores, (backward, forward) = [], trajectory_counts(c, recipe)
         for name, count, solve, initial, true_samples, generated_end in (
-                ("trajectories", total - forward, sampler.ddim, self.noises, self.latents, -1),
+                ("trajectories", backward, sampler.ddim, self.noises, self.latents, -1),
                 ("inversions", forward, sampler.invert, self.latents, self.noises, 0)):
             if not count:
                 continue
@@ -149,11 +137,11 @@ class Pairs:
         (classes: equal or not). Only the two ends are kept.
         Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is
         not public; this one is ours."""
-        cond, cost = rows[numbers], 0
-        path = cond.pop("z")
+        row, cost = rows[numbers], 0
+        path = row.pop("z")
         true = torch.cat([true_samples(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
         comparable = (value if value.is_floating_point() else torch.nn.functional.one_hot(value)
-                      for value in cond.values())
+                      for value in self.text(row["caption"].tolist()).values())
         for a, b in ((path[:, generated_end], true), *((value, value) for value in comparable)):
             distance = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square()
             cost = cost + distance / distance.mean().clamp_min(1e-12)
@@ -162,8 +150,8 @@ class Pairs:
         ends = [path[:, 0], path[:, -1]]
         ends[generated_end] = true[partner]
         if generated_end == -1:                            # a picture brings its own caption
-            cond = {key: value[partner] for key, value in cond.items()}
-        return {"z": torch.stack(ends, 1), **cond}
+            row = {key: value[partner] for key, value in row.items()}
+        return {"z": torch.stack(ends, 1), **row}
 
     def pictures(self):
         """What the latents of the dataset's images depend on, for the settings of a cache: the
@@ -180,35 +168,40 @@ class Pairs:
 
     @torch.no_grad()
     def cache_latents(self):
-        """The latent of every image of a finite dataset, and its caption's text."""
-        c, dataset = self.c, self.dataset
-        if dataset.size is None:
-            raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
-
+        """The latent of every image of a finite dataset."""
         def solve(rows):
-            latents = models.encode(self.pipeline, dataset.decode(rows, self.size[0]).to(self.device))
-            return {"z_0": latents.cpu(),
-                    **self.text([dataset.captions[dataset.row_captions[row]] for row in rows])}
-        settings = dict(text=models.fingerprint(*models.text_encoders(self.pipeline)), size=self.size,
-                        null_text=c.null_text, data=c.data, **self.pictures())
-        return store.cached(cache_folder(c) / "latents", dataset.size, settings, solve, 64, *self.processes,
-                            desc="latents")
+            pictures = self.dataset.decode(rows, self.size[0]).to(self.device)
+            return {"z_0": models.encode(self.pipeline, pictures).cpu()}
+        settings = dict(layout=LAYOUT, size=self.size, data=self.c.data, **self.pictures())
+        return store.cached(cache_folder(self.c) / "latents", self.dataset.size, settings, solve, 64,
+                            *self.processes, desc="latents")
+
+    # ---- guidance ----
 
     def null_like(self, cond):
         """The null embedding, as often as cond has rows; {} where the model has none, or takes no
         condition."""
         return {key: value.expand(len(cond[key]), *[-1] * (value.ndim - 1))
-                for key, value in self.null_there.items()}
+                for key, value in self.null.items()}
+
+    def drawn_guidance(self, numbers):
+        """The teacher's guidance of each sample, (N,), uniform in --guidance-range from a stream of its
+        own; None without it."""
+        if self.c.guidance_range is None:
+            return None
+        low, high = self.c.guidance_range
+        u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "guidance", k)) for k in numbers])
+        return low + (high - low) * u
+
+    def guide(self, cond, drawn):
+        """(conditions, classifier-free guidance) of the teacher. drawn: from drawn_guidance; a network
+        that takes guidance as an input is told it, and so is its student."""
+        if drawn is None:
+            return cond, self.guidance
+        told = drawn.to(self.device)
+        return ({**cond, "guidance": told}, 1.0) if "guidance" in cond else (cond, told)
 
     # ---- one micro-batch: first on the host, then on the device ----
-
-    def captions(self, numbers, purpose):
-        """The caption of each sample as an index into dataset.captions; dropped (index 0, "") at
-        the rate text_dropout."""
-        draws = [torch.rand(1, generator=seeds.generator(self.c.seed, purpose, "drop", k)).item()
-                 for k in numbers]
-        return [0 if draw < self.c.text_dropout else index
-                for draw, index in zip(draws, self.dataset.caption_indices(numbers))]
 
     def times(self, numbers, windows):
         u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "time", k), dtype=torch.float64)
@@ -245,17 +238,14 @@ class Pairs:
             for name, edge in (("z_start", t_start), ("z_end", t_end)):
                 place = ((1 - edge[::reuse]) * (path.shape[1] - 1)).round().long()    # time -> index
                 batch[name] = path[every, place]
-            return batch | rows
-        captions = self.captions(pair, "data")
+            return batch | self.text(rows.pop("caption").tolist()) | rows
+        captions, drawn = drawn_captions(self.c, self.dataset, pair, "data"), self.drawn_guidance(pair)
+        batch |= {} if drawn is None else {"drawn": drawn}
         batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p))
                                     for p in pair])
-        if self.rows is None:
-            return batch | {"images": self.dataset.images(pair, self.size[0]),
-                            "captions": [self.dataset.captions[i] for i in captions]}
-        rows = self.rows[self.dataset.rows(pair)]
-        for key, null in self.null.items():
-            rows[key][[caption == 0 for caption in captions]] = null
-        return batch | rows
+        if self.online:
+            return batch | {"images": self.dataset.images(pair, self.size[0]), "captions": captions}
+        return batch | self.rows[self.dataset.rows(pair)] | self.text(captions)
 
     @torch.no_grad()
     def ends(self, batch, solver, steps, student=None):
@@ -265,10 +255,10 @@ class Pairs:
         trained, which consistency evaluates itself.
         Returns: ((t, t_start, t_end), (z_start, z_end), cond) on the device, float64 times (B,),
         float32 latents (B, C, h, w)."""
-        reuse = self.recipe.reuse
+        reuse, clock, names = self.recipe.reuse, clock_device(self.device), ("t", "t_start", "t_end")
+        t, t_start, t_end = (batch.pop(name).to(clock) for name in names)
         batch = {key: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
                  for key, value in batch.items()}
-        t, t_start, t_end = (batch.pop(key) for key in ("t", "t_start", "t_end"))
         if self.recipe.pairs == "trajectory":
             z_start, z_end, cond = batch.pop("z_start"), batch.pop("z_end"), batch
         else:
@@ -276,10 +266,11 @@ class Pairs:
             if "images" in batch:
                 batch["z_0"] = models.encode(self.pipeline, batch.pop("images"))
                 batch |= self.text(batch.pop("captions"), self.device)
-            z_0, cond = batch.pop("z_0"), batch
+            z_0, drawn = batch.pop("z_0"), batch.pop("drawn", None)
             starts, stops = t_start[::reuse], t_end[::reuse]
-            guidance = self.guidance if solver.path is None else 1.0
-            alpha, sigma = (v.float()[:, None, None, None] for v in self.schedule(starts))
+            cond, guidance = self.guide(batch, drawn)
+            guidance = guidance if solver.path is None else 1.0
+            alpha, sigma = (v.float().to(self.device)[:, None, None, None] for v in self.schedule(starts))
             z_start = alpha * z_0 + sigma * eps
             with self.autocast():
                 # a window as long as one teacher step, then the student's jump to t = 0
@@ -289,9 +280,9 @@ class Pairs:
                     z_near = sampler.ddim(solver, z_start, step, cond, guidance, self.null_like(cond))
                     jump = torch.stack([nearer.clamp_min(self.schedule.floor), stops])
                     jump = sampler.ddim(student, z_near, jump, cond)
-                    z_end = torch.where((nearer > 0)[:, None, None, None], jump, z_near)
+                    z_end = torch.where((nearer > 0).to(self.device)[:, None, None, None], jump, z_near)
                 else:
-                    share = torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=self.device)
+                    share = torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=starts.device)
                     times = torch.lerp(starts, stops, share[:, None])
                     z_end = sampler.ddim(solver, z_start, times, cond, guidance, self.null_like(cond))
         if reuse > 1:
@@ -329,29 +320,37 @@ def check_windows(stages, schedule):
                             f"{above}")
 
 
+def check_images(c, recipe, pipeline, dataset):
+    """Raises UserError where pairs start from images that are not there, not square, or not to be
+    cached."""
+    height, width = models.native_size(pipeline) if c.size is None else (c.size, c.size)
+    if recipe.pairs != "trajectory" and dataset.images is None:
+        raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start "
+                        "from images; give --data FOLDER instead, or --pairs trajectory")
+    from_images = recipe.pairs != "trajectory" or recipe.forward_rate or recipe.projection
+    if from_images and height != width:
+        raise UserError(f"--model {c.model}: made for {height} x {width} pixels, and pictures are cropped to "
+                        f"squares; give --size {min(height, width)}, or --pairs trajectory without "
+                        "--forward-rate")
+    if c.cache_latents and recipe.pairs != "trajectory" and dataset.size is None:
+        raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
+
+
 def cache_folder(c):
     return Path(c.cache or Path(c.out) / "cache")
 
 
-def trajectory_count(c, recipe):
-    """Trajectories to cache, of which each pair draws one at random: --trajectories, yet no more
-    than there are pairs."""
-    return min(c.trajectories, math.ceil(c.updates * c.batch / recipe.reuse))
-
-
-def cache_bytes(c, recipe, pipeline, dataset):
-    """What the rows that a run caches will take on disk: latents and one text each, all in
-    float32."""
-    shape = models.latent_shape(pipeline, c.size)
-    pixels = shape[-1] * pipeline.vae_scale_factor
-    text = models.encode_text(pipeline, [dataset.captions[-1] or None], null=c.null_text,
-                              size=(pixels, pixels))
-    text = sum(value.nbytes for value in text.values())
+def cache_bytes(c, recipe, pipeline, dataset, conditions):
+    """What a run caches will take on disk: latents in float32, and each distinct caption's
+    conditions."""
+    if conditions is None:
+        return 0
+    latent = 4 * math.prod(models.latent_shape(pipeline, c.size))
     if recipe.pairs == "trajectory":
-        ends = 2 * math.prod(shape) * 4 + text  # projected ones are kept beside those they were made of
-        row = (cache_windows(recipe) + 1) * math.prod(shape) * 4 + text + ends * (recipe.projection > 0)
-        return trajectory_count(c, recipe) * row
-    return (dataset.size or 0) * (math.prod(shape) * 4 + text) * c.cache_latents
+        ends = (2 * latent + 8) * (recipe.projection > 0)   # kept beside those they were made of
+        row = (cache_windows(recipe) + 1) * latent + 8 + ends           # 8: the number of a caption
+        return sum(trajectory_counts(c, recipe)) * row + conditions.nbytes
+    return dataset.size * latent + conditions.nbytes
 
 
 def cache_windows(recipe):

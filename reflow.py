@@ -220,20 +220,23 @@ class Recipe:
     """One way to train. What a paper leaves unknown is our value, and docs/equations.md says so."""
     stages: tuple = (8, 4, 2, 1)         # windows of each stage, trained in this order
     shares: tuple = (1, 1, 1, 1)         # share of the updates that each stage gets
-    pairs: str = "trajectory"            # where (z_start, z_end) come from, one of pairs.SOURCES
-    path: str = "vp"                     # how the student meets the chord, a row of PATHS
-    space: str = "u"                     # what the loss compares, a row of SPACES
-    loss: str = "mse"                    # a row of losses.LOSSES
-    high_pass_weight: float = 1.0        # lambda of the high-pass loss
+    pairs: str = "trajectory"            # where (z_start, z_end) come from: trajectory, data, student or
+                                         # consistency, as pairs.py says
+    path: str = "vp"                     # how the student meets the chord, a row of PATHS: vp or linear
+    space: str = "u"                     # what the loss compares, a row of SPACES: eps, u, x, velocity or
+                                         # end; of a teacher that predicts x: x or end
+    loss: str = "mse"                    # a row of losses.LOSSES: mse, pseudo-huber or high-pass
+    high_pass_weight: float = 1.0        # lambda of the high-pass loss, above -1; 0 is mse
     high_pass_radius: float = 0.1        # where its high frequencies begin, as a share of the highest
     normalization: str = "none"          # of each sample's loss: none, learned or per-sample
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
-    direction_space: str = "u"           # what that cosine compares, a row of SPACES
-    time_law: str = "starts"             # a row of TIME_LAWS
-    time_base: float = 10.0              # of the exponential law
+    direction_space: str = "u"           # what that cosine compares, a row of SPACES, as space
+    time_law: str = "starts"             # a row of TIME_LAWS: uniform, starts, exponential, cosh or
+                                         # log-normal
+    time_base: float = 10.0              # of the exponential law; above 0 and not 1
     time_inside: bool = False            # the law inside each window, all windows equally often, instead of
                                          # on the whole axis
-    solver_steps: int = 32               # teacher's DDIM steps from t = 1 to t = 0
+    solver_steps: int = 32               # teacher's DDIM steps from t = 1, noise, to t = 0, data
     forward_rate: float = 0.0            # rho: share of trajectories that run from real data to noise
     projection: float = 0.0              # entropy of the optimal transport that brings the pairs back on
                                          # their marginals; 0 = leave them
@@ -295,7 +298,8 @@ def student_loss(model, ends, times, cond, recipe, normalizer=None, autocast=Non
     (z_start, z_end), (t, t_start, t_end) = ends, times
 
     def like_z(pair):
-        return [v.float().view(-1, *[1] * (z_start.ndim - 1)) if torch.is_tensor(v) else v for v in pair]
+        return [v.float().to(z_start.device).view(-1, *[1] * (z_start.ndim - 1)) if torch.is_tensor(v) else v
+                for v in pair]
 
     # the chord of the window, and the student's prediction at one point of it
     # (B, ...) each

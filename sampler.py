@@ -33,7 +33,7 @@ import reflow
 import solvers
 import teacher
 from data import imaging
-from models import configs, load, saved
+from models import saved
 from runtime import cli, processes
 from runtime.cli import UserError
 
@@ -98,12 +98,12 @@ def ddim(model, z, times, cond, guidance=1.0, uncond=None, callback=None, genera
     generators: one per image, read only by solvers that draw noise (lcm).
     Returns: z at times[-1]. One network evaluation per step, and nothing else that waits for the
     device."""
-    times = times.to(z.device).reshape(len(times), -1).expand(-1, len(z))          # (S+1, B)
+    times = times.to(teacher.clock_device(z.device)).reshape(len(times), -1).expand(-1, len(z))  # (S+1, B)
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         x_hat, eps_hat = model(z, t, cond, guidance, uncond)
         if callback:
             callback(dict(i=i, t=t, t_next=t_next, z=z, x_hat=x_hat, eps_hat=eps_hat))
-        a, b = (c.to(z.dtype) for c in model.coefficients(t_next, z.ndim))
+        a, b = (c.to(z.dtype).to(z.device) for c in model.coefficients(t_next, z.ndim))
         z = a * x_hat + b * eps_hat
     return z
 
@@ -219,18 +219,6 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
     return torch.cat(results)
 
 
-def warn_unknown_words(name, pipeline, prompts):
-    """Warn of words of the prompts that the folder's vocabulary.json does not list."""
-    file = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
-    if not file.is_file():
-        return
-    known = set(configs.read_json(file))
-    unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
-    if unknown:
-        warnings.warn(f"this model has never seen: {', '.join(unknown)}. It knows: {' '.join(sorted(known))}",
-                      stacklevel=2)
-
-
 # ---- python sampler.py -------------------------------------------------------------------------------------
 
 
@@ -240,7 +228,7 @@ class Config:
     model: str = ""             # folder, hub id, preset or .safetensors; default: the newest student under
                                 # runs/, else assets/student-2
     model_config: str = ""      # diffusers folder with the configs and tokenizer of a single-file
-                                # .safetensors; default: from the hub
+                                # .safetensors; default, of SD and SDXL alone: from the hub
     random_init: bool = False   # random weights instead of trained ones: any preset without a download
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
     size: int | None = None     # pixels, square; default: what the model was made for
@@ -261,7 +249,7 @@ class Config:
     compare: bool = False       # the teacher beside the student, from the same noise
     save_steps: bool = False    # also OUT-steps.png: the picture that the model predicts, step by step
     scale: int | None = None    # draw each pixel scale x scale; default: enough for 256 pixels
-    device: str = ""            # cpu or cuda; default: cuda if there is one
+    device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
 
 
 def main(c):
@@ -277,7 +265,7 @@ def main(c):
     cli.check_png(out)
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     device = processes.pick_device(c.device)
-    name = c.model or saved.default_model()
+    name = c.model or saved.students()[0]
     pipeline, model, info = saved.open_model(name, device, dtype, c.random_init, c.model_config, c.guide,
                                              c.size)
     models.latent_shape(pipeline, c.size)                         # refused here, before the bar
@@ -312,10 +300,10 @@ def main(c):
     with warnings.catch_warnings(), tqdm(total=len(prompts), desc=f"{steps} steps", unit="image",
                                          leave=False) as bar:
         warnings.showwarning = lambda message, *_: tqdm.write(f"warning: {message}")
-        warn_unknown_words(name, pipeline, c.prompt)
+        for doubt in saved.doubts(name, info, c.prompt, steps, 1 if c.guide else c.guidance):
+            warnings.warn(doubt, stacklevel=1)
         z = generate(pipeline, model, prompts, seeds, times, c.guidance, progress=bar, size=c.size,
-                     solver=solver,
-                     callback=keep if c.save_steps else None)
+                     solver=solver, callback=keep if c.save_steps else None)
         images = models.decode(pipeline, z)
     seconds = time.perf_counter() - start
     scale = c.scale if c.scale is not None else max(1, 256 // images.shape[-1])

@@ -28,6 +28,12 @@ PREDICTIONS = {
 }
 
 
+def clock_device(device):
+    """Where the times (float64) of a network on this device are kept: there, or on the host if it has
+    no float64, as Apple's and some of Intel's."""
+    return torch.device("cpu") if torch.device(device).type in ("mps", "xpu") else device
+
+
 def check_times(t):
     """Raises ValueError unless all of t lies in [0, 1]; on a GPU, looking would stop it, and
     nothing is checked."""
@@ -122,7 +128,7 @@ class EDMSchedule:
 
     def network_input(self, z, alpha, sigma):
         """c_in (x + s eps) = z / sqrt(alpha^2 sigma_data^2 + sigma^2)."""
-        return z / (alpha.square() * self.sigma_data ** 2 + sigma.square()).sqrt().to(z.dtype)
+        return z / (alpha.square() * self.sigma_data ** 2 + sigma.square()).sqrt().to(z.dtype).to(z.device)
 
     def output(self, prediction, alpha, sigma):
         """EDM's x = c_skip (x + s eps) + c_out F, solved for F = p x + q eps;
@@ -198,24 +204,28 @@ class Model:
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network
         takes by name.
-        guidance: w in out_uncond + w (out_cond - out_uncond); 1 evaluates only cond, 0 only uncond,
-        anything else both in one batch. uncond: dict like cond.  Returns: (x_hat, eps_hat), like z.
+        guidance: w in out_uncond + w (out_cond - out_uncond), a number or one of each sample, (B,);
+        the number 1 evaluates only cond, 0 only uncond, anything else both in one batch. uncond: dict
+        like cond.  Returns: (x_hat, eps_hat), like z.
         Nothing here waits for the device."""
         alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)) for c in self.schedule(t))
-        timestep, given = self.schedule.timestep(t), self.schedule.network_input(z, alpha, sigma)
-        if guidance == 1:
+        timestep, given = self.schedule.timestep(t).to(z.device), self.schedule.network_input(z, alpha, sigma)
+        drawn = torch.is_tensor(guidance)
+        if not drawn and guidance == 1:
             output = self.network(given, timestep, **cond)
         elif uncond is None:
             raise ValueError(f"guidance {guidance} needs uncond")
-        elif guidance == 0:
+        elif not drawn and guidance == 0:
             output = self.network(given, timestep, **uncond)
         else:
             both = {key: torch.cat([uncond[key], cond[key]]) for key in cond}
             without, guided = self.network(torch.cat([given, given]), torch.cat([timestep, timestep]),
                                            **both).chunk(2)
-            output = without + guidance * (guided - without)
-        prediction = [c.to(z.dtype) for c in self.schedule.output(self.prediction, alpha, sigma)]
-        a, b = (c.to(z.dtype) for c in self.coefficients(t, z.ndim))
+            w = guidance.to(z).view(-1, *[1] * (z.ndim - 1)) if drawn else guidance
+            output = without + w * (guided - without)
+        prediction = [c.to(z.dtype).to(z.device)
+                      for c in self.schedule.output(self.prediction, alpha, sigma)]
+        a, b = (c.to(z.dtype).to(z.device) for c in self.coefficients(t, z.ndim))
         return to_pair(output, z, prediction, a, b)
 
 
@@ -226,7 +236,7 @@ def check_finite(values, names, meaning):
     if values.device.type == "cpu" and not values.isfinite().all():
         raise UserError(f"{names[(~values.isfinite().flatten(1).all(1)).nonzero()[0].item()]}: {meaning}")
 
-PRECISIONS = {name: DTYPES[name] for name in ("fp32", "bf16")}      # fp16 would need its losses scaled
+PRECISIONS = DTYPES                                        # of arithmetic in training; fp16 scales its loss
 
 
 # ---- guidance by a weaker model ----------------------------------------------------------------------------

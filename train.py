@@ -8,7 +8,6 @@ Each finished stage leaves a complete diffusers pipeline, OUT/student-K. Stopped
 moment, the same command goes on from the last checkpoint, on the same number of processes or
 another.
 """
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,28 +17,27 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import EMAModel
+import yaml
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import export
-import losses
 import models
 import reflow
 from data import captioned
 from models import load
+from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
 from options import Config, command, fit_prediction, resolve_recipe
-from pairs import Pairs, cache_folder
-from runtime import checkpoints, cli, processes, progress, store
+from pairs import Pairs, cache_folder, check_images, check_windows
+from runtime import checkpoints, cli, plan, processes, progress, store, updates
 from runtime.cli import UserError
 from teacher import PRECISIONS
 
 # what may differ between two starts of one run
-MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "keep", "checkpoint_steps", "log_steps", "grid_steps",
-                        "device", "micro_batch", "gradient_checkpointing", "shard", "compile", "export",
-                        "export_dtype")
+MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "config", "keep", "checkpoint_steps", "log_steps",
+                        "grid_steps", "validation_prompts", "report_to", "device", "micro_batch",
+                        "gradient_checkpointing", "shard", "compile", "ema_device", "export", "export_dtype",
+                        "push_to_hub")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -57,16 +55,29 @@ def split_batch(c, recipe, world):
     return share, micro
 
 
+def with_data(c):
+    """The Config with its model's own data, where it names neither data nor prompts."""
+    default = "" if c.prompts else load.PRESETS.get(c.model, ("", ""))[1]
+    return dataclasses.replace(c, data=c.data or default)
+
+
 def check_out(c, out):
     """The settings that OUT/config.json is to hold.  Raises UserError if OUT holds another run, or
     cannot be written."""
     settings = {key: value for key, value in dataclasses.asdict(c).items() if key not in MAY_CHANGE_ON_RESUME}
+    if c.validation_prompts:                               # now, not after the caches are made
+        progress.validation_prompts(c)
+    if c.push_to_hub:
+        export.check_repo("--push-to-hub", c.push_to_hub)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
+            # what an older run does not name was as it is by default
             before = json.loads((out / "config.json").read_text())
-            changed = ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in settings.items()
-                                if before.get(key) != value)
+            before = Config(**{key: value for key, value in before.items() if key in settings})
+            now, before = (dataclasses.asdict(with_data(each)) for each in (c, before))
+            changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in settings
+                                if before[key] != now[key])
             if changed or not c.resume:
                 other = f" with other settings ({changed})" * bool(changed)
                 raise UserError(f"--out {out}: holds a run{other}; choose another --out or delete it")
@@ -76,42 +87,67 @@ def check_out(c, out):
     return settings
 
 
-def claim_out(out, settings):
-    """OUT is this run's from here on.  Returns: the writer of its curves."""
-    store.write_atomically(out / "config.json", lambda part: part.write_text(json.dumps(settings, indent=1)))
-    return SummaryWriter(out / "tensorboard")
+def claim_out(c, out, settings):
+    """OUT is this run's from here on: config.json is what a resume compares, config.yaml what --config
+    takes.  Returns: progress.Board, of its curves."""
+    every = yaml.safe_dump({**dataclasses.asdict(c), "config": ""}, sort_keys=False, allow_unicode=True)
+    for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every)):
+        store.write_atomically(out / name, lambda part: part.write_text(text, encoding="utf-8"))
+    return progress.Board(c, out)
 
 
 def open_pairs(c, recipe, device, processes):
     """The data, the teacher on its device, and their pairs, cached as the Config says.
     Returns: (c with the model's default data filled in, dataset, pipeline, pairs).
     Raises UserError."""
-    default_data = "" if c.prompts else load.PRESETS.get(c.model, ("", ""))[1]
-    c = dataclasses.replace(c, data=c.data or default_data)
+    c = with_data(c)
     rank, _, barrier = processes
     dtype = PRECISIONS[c.precision] if c.lora else torch.float32  # LoRA never changes the network it sits on
-    pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config).to(device)
+
+    def opened(**parts):
+        pipeline = load.load_pipeline(c.model, dtype, c.random_init, c.seed, c.model_config, **parts)
+        if c.size:
+            models.set_native_size(pipeline, c.size)
+        return pipeline
+
+    # what is cached is encoded first, and its encoders leave: T5 never shares memory with a transformer
+    cached = recipe.pairs == "trajectory" or c.cache_latents
+    pipeline = opened(empty=models.NOT_TEXT) if cached else opened().to(device)
     check_lora(c, models.network(pipeline))
-    if c.size:
-        models.set_native_size(pipeline, c.size)
-    guidance = models.embed_guidance(pipeline, c.guidance_teacher)
+    export.check_files(c, pipeline)
+    guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
+    check_windows(recipe.stages, models.schedule(pipeline)[0])
     if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,
-                                     checked=cache_folder(c) / "data.json")
+                                     checked=cache_folder(c) / "data.json", caption=c.caption,
+                                     min_size=c.min_size)
     if rank == 0:
         barrier()
     if dataset.skipped and rank == 0:
         print(f"--skip-bad: {len(dataset.skipped)} left out "
               f"({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
+    if rank == 0 and dataset.size and len(dataset.round) > dataset.size:
+        print(f"--data {c.data}: each time round {len(dataset.round)} samples of {dataset.size} images; "
+              "those of a folder N_name come N times")
     captions_only = recipe.pairs == "trajectory" and not recipe.forward_rate and not recipe.projection
     if rank == 0 and c.data and dataset.size and captions_only:
         print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
               "--pairs data or --forward-rate R uses its pictures")
+    check_images(c, recipe, pipeline, dataset)
+    for part in models.text_encoders(pipeline):
+        part.to(device)
+    conditions = Conditions(c, recipe, pipeline, dataset) if cached else None
+    shown = progress.shown(c, pipeline, dataset)
     if rank == 0:
-        progress.print_inputs(c, recipe, device, processes[1], pipeline, dataset)
-    pairs = Pairs(c, recipe, pipeline, dataset, processes)
+        plan.check(c, recipe, device, processes[1], pipeline, dataset, conditions)
+    if cached:
+        conditions.cache(cache_folder(c) / f"{'captions' if c.cache_latents else 'prompts'}", processes)
+        del pipeline
+        pipeline = opened(**dict.fromkeys(models.TEXT_ENCODERS)).to(device)
+    pairs = Pairs(c, recipe, pipeline, dataset, conditions, processes)
+    pairs.shown = shown
     if c.shard:  # FSDP wants one dtype for all it shards together; only now: what is cached must not
         models.network(pipeline).float()    # depend on --shard, which may differ between two starts
     return c, dataset, pipeline, pairs
@@ -124,24 +160,6 @@ def make_cache(c, recipe, device, processes):
     if processes[0] == 0:
         print(f"{cache_folder(c)}: {len(pairs.rows)} {'latents' if c.cache_latents else 'trajectories'}")
     return cache_folder(c)
-
-
-def make_optimizer(c, recipe, student, pairs, world):
-    """A stage begins with a new optimizer, a new average, and, for learned normalization, a new
-    network that predicts the loss.
-    Returns: (AdamW, EMAModel, normalizer, the normalizer as the loss calls it)."""
-    # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before
-    # a group norm): with 1e-8 one process and two drift apart six times as fast
-    optimizer = torch.optim.AdamW(checkpoints.trained(student).values(), lr=c.lr, weight_decay=0.0, eps=1e-7,
-                                  fused=True)
-    ema = EMAModel(checkpoints.trained(student).values(), decay=c.ema, foreach=True)
-    normalizer = predict = torch.nn.Identity()
-    if recipe.normalization == "learned":                   # at a rate of its own, which stays
-        torch.manual_seed(c.seed)
-        normalizer = predict = losses.LossNormalizer(pairs.shape[0]).to(pairs.device)
-        optimizer.add_param_group(dict(params=list(normalizer.parameters()), lr=1e-3))
-        predict = DDP(normalizer) if world > 1 else normalizer
-    return optimizer, ema, normalizer, predict
 
 
 def sample_numbers(steps, batch, rank, share, micro):
@@ -168,7 +186,7 @@ def export_stage(folder, student, info, rank, barrier):
     the first one writes."""
     weights = checkpoints.gather_full(checkpoints.trained(student), rank)
     if rank == 0:
-        export.export(folder, weights, info)
+        export.export(folder, weights, info, folder.parent)
     barrier()
 
 
@@ -193,13 +211,13 @@ def main(c):
 
     # teacher and pairs; what has been cached need not stay in memory
     c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
-    export.check_files(c, pipeline)
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
-    grid = progress.Grid(pipeline, pairs, dataset, out / "grids")
+    whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
+    grid = progress.Grid(pipeline, pairs.shape, pairs.shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
-    board = claim_out(out, settings) if rank == 0 else None    # only now: a mistake above must not claim it
+    board = claim_out(c, out, settings) if rank == 0 else None  # only now: a mistake above must not claim it
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
@@ -213,35 +231,34 @@ def main(c):
     resumed = int(saved.get("step", 0))
     if rank == 0:
         progress.trim_log(out / "log.jsonl", max(resumed, sum(per_stage[:finished])))
-        progress.print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
+        plan.print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
     flags, (stop, release) = processes.StopFlags(device, world), processes.catch_signals()
-    bar = tqdm(total=c.updates, initial=sum(per_stage[:finished]), desc="reflow", unit="update",
-               disable=rank > 0, mininterval=1)
+    bar = progress.Bar(c, sum(per_stage[:finished]), device, rank)
     if finished:
         load_weights(student, export.trained_weights(folders[finished - 1], c.lora))
     for stage in range(finished, len(folders)):
-        windows, updates, first = recipe.stages[stage], per_stage[stage], sum(per_stage[:stage])
-        info, done = describe(c, recipe, windows), 0
+        windows, count, first = recipe.stages[stage], per_stage[stage], sum(per_stage[:stage])
+        info, done = describe(c, recipe, windows, world, device, pairs.guidance), 0
         if stage and recipe.pairs == "student":  # the previous stage's student solves the windows of this one
             solver.become(checkpoints.trained(student), c)
             solver_steps = recipe.stages[stage - 1]
             solving = models.as_model(pipeline, solver, path, solver_steps)
-        optimizer, ema, normalizer, predict = make_optimizer(c, recipe, student, pairs, world)
-        if first < resumed <= first + updates:
+        optimizer, ema, scaler, normalizer, predict = updates.make_optimizer(c, recipe, student, pairs, world)
+        if first < resumed <= first + count:
             done = int(saved["done"])
-            checkpoints.restore(checkpoint, done, student, normalizer, optimizer, ema)
-            bar.update(done)
+            checkpoints.restore(checkpoint, done, student, normalizer, optimizer, ema, scaler)
+            bar.go_on(done)
         model, plain = (models.as_model(pipeline, each, path, windows) for each in (network, student))
-        numbers = sample_numbers(range(first + done, first + updates), c.batch, rank, share, micro)
+        numbers = sample_numbers(range(first + done, first + count), c.batch, rank, share, micro)
         batches = processes.prefetch(lambda some: pairs.fetch(some, windows), numbers)
         seen, clock = [], time.time()
 
-        for step in range(first + done, first + updates):
+        for step in range(first + done, first + count):
             # pictures of the running average; before any update, these are plain DDIM by the teacher
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
-                grid.draw(plain, windows, step, rank, ema)
+                grid.draw(plain, windows, step, board, ema)
 
-            optimizer.param_groups[0]["lr"] = learning_rate(c, step - first, updates)
+            optimizer.param_groups[0]["lr"] = learning_rate(c, step - first, count)
             torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout, by the step as well
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window, and the loss of the student between them
@@ -249,27 +266,17 @@ def main(c):
                 values, parts = reflow.student_loss(model, ends, times, cond, recipe, predict,
                                                     pairs.autocast())
 
-                # gradients: DDP and FSDP share theirs once, at the last micro-batch
-                last = i + micro == share
-                if c.shard:
-                    student.set_requires_gradient_sync(last)
-                with network.no_sync() if network is not student and not last else contextlib.nullcontext():
-                    (values.sum() / share).backward()
+                updates.backward(scaler.scale(values.sum() / share), network, student, i + micro == share)
                 seen.append(progress.row(parts, times))
-
-            # update
-            norm = torch.nn.utils.clip_grad_norm_(checkpoints.trained(student).values(), 1.0)
-            norm = norm.full_tensor() if c.shard else norm
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.step(checkpoints.trained(student).values())
-            bar.update()
+                bar.update(micro / share)
+            norm = updates.step(student, optimizer, ema, scaler)
 
             # a loss that is not finite, or a signal to stop, on any process
             logs, saves = (step + 1) % c.log_steps == 0, (step + 1) % c.checkpoint_steps == 0
-            latest = torch.stack([norm, *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
+            latest = torch.stack([norm.to(seen[-1].device),
+                                  *(rows[:, 0].sum() for rows in seen[-(share // micro):])])
             stopped, not_finite = flags(bool(stop), ~torch.isfinite(latest).all(),
-                                        wait=logs or saves or step + 1 == first + updates)
+                                        wait=logs or saves or step + 1 == first + count)
             if not_finite:
                 bar.close()
                 where = progress.bad_sample(torch.cat(seen), norm, step, share, world, windows)
@@ -286,7 +293,7 @@ def main(c):
             # checkpoint, regularly and when stopped by a signal
             if saves or stopped:
                 checkpoints.save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, normalizer,
-                                            optimizer, ema, c.keep)
+                                            optimizer, ema, c.keep, scaler)
                 barrier()                                  # a slow disk is no dead process
             if stopped:
                 bar.close()
@@ -294,23 +301,31 @@ def main(c):
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
         # the stage is done: its running average is the student
-        checkpoints.swap_ema_(student, ema)
+        if ema:
+            checkpoints.swap_ema_(student, ema)
         del optimizer, ema                                 # room for the export
+        if c.grid_steps:                                   # the picture of its card
+            grid.draw(plain, windows, first + count, board)
         export_stage(folders[stage], student, info, rank, barrier)
     bar.close()
-    if c.grid_steps:
-        grid.draw(plain, windows, c.updates, rank)
     release()
     if rank == 0:
         board.close()
         progress.print_end(folders[-1], recipe.stages[-1], grid)
+        if c.push_to_hub:
+            export.push(export.PushConfig(str(folders[-1]), c.push_to_hub))
     return folders[-1]
 
 
-def describe(c, recipe, windows):
-    """reflow.json of a student: what it is and how it was made."""
-    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=recipe.stages.index(windows),
-                windows=windows, path=recipe.path, teacher=c.model, command=command(c),
+def describe(c, recipe, windows, world, device, guidance):
+    """reflow.json of a student: what it is, how it was made, what that took. guidance: classifier-free,
+    of the pairs."""
+    stage = recipe.stages.index(windows)
+    updates = sum(reflow.stage_updates(recipe, c.updates)[:stage + 1])
+    cached, solved = plan.evaluations(c, recipe, guidance, stage + 1)
+    cost = dict(evaluations=cached + solved, processes=world, device=plan.device_name(device))
+    return dict(method=c.name or c.recipe, recipe=c.recipe, stage=stage, windows=windows, path=recipe.path,
+                teacher=c.model, command=command(c, world), updates=updates, cost=cost,
                 columns=dataclasses.asdict(recipe), config=dataclasses.asdict(c), **export.versions())
 
 

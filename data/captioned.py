@@ -61,37 +61,37 @@ class Prompts:
     no images: pairs come from the teacher's own trajectories."""
     images, size, skipped = None, None, []
 
-    def __init__(self, file, seed, caption_column=""):
-        self.seed, path = seed, Path(file)
+    def __init__(self, file, seed, caption_column="", option="--prompts"):
+        self.seed, path, named = seed, Path(file), f"{option} {file}"
         try:
             if path.suffix.lower() in formats.RECORD_SUFFIXES:
-                lines = self._column(file, formats.read_records(path), caption_column)
+                lines = self._column(named, formats.read_records(path), caption_column)
             elif caption_column:
-                raise UserError(f"--caption-column {caption_column}: --prompts {file} has no columns; leave "
+                raise UserError(f"--caption-column {caption_column}: {named} has no columns; leave "
                                 "it out")
             else:  # splitlines() would cut at U+2028, U+0085, form feeds, ...
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
                 lines = [line.strip() for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"--prompts {file}: cannot be read ({error}); give a text file, one prompt per "
+            raise UserError(f"{named}: cannot be read ({error}); give a text file, one prompt per "
                             "line, or a .csv") from error
         if not lines:
-            raise UserError(f"--prompts {file}: no prompt in it; write one per line")
+            raise UserError(f"{named}: no prompt in it; write one per line")
         self.captions = list(dict.fromkeys(["", *lines]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.lines = [index[line] for line in lines]
 
     @staticmethod
-    def _column(file, records, wanted):
+    def _column(named, records, wanted):
         try:
-            column = formats.choose_column(f"--prompts {file}", formats.columns_of(records),
+            column = formats.choose_column(named, formats.columns_of(records),
                                            wanted) if records else ""
         except UserError as error:
             raise UserError(f"{error}, or rename the file to .txt if every line of it is a prompt") from error
         lines = [formats.clean(record.get(column)) for record in records]
         if not all(lines):
             number = lines.index("") + 1
-            raise UserError(f"--prompts {file}: entry {number} has no {column}; write one or remove the "
+            raise UserError(f"{named}: entry {number} has no {column}; write one or remove the "
                             "entry")
         return lines
 
@@ -103,17 +103,19 @@ class Prompts:
 
 class Images:
     """Stored images with captions, whatever stores them. Sample numbers go through them in a new
-    random order each time round.
+    random order each time round; one that is listed n times comes up n times in it.
 
     rows: list of Row; read(row.where) -> the bytes of an image file. Every image is decoded once,
     here, so that none can stop a run later.  Raises UserError naming the first bad row;
-    with skip_bad, names go to self.skipped instead.
+    with skip_bad, names go to self.skipped instead. min_size: pixels of the shorter side, below
+    which an image is bad.
     checked: a JSON file that remembers the outcome, so that the same rows are not decoded again.
     It is written without a lock: of several processes, let one open the dataset before the
     others."""
 
-    def __init__(self, data, rows, read, seed, skip_bad=False, checked=None):
-        self.data, self.read = data, read
+    def __init__(self, data, rows, read, seed, skip_bad=False, checked=None, min_size=0):
+        self.data, self.read, self.min_size = data, read, min_size
+        listed, rows = rows, list(dict.fromkeys(rows))           # each is checked, encoded and stored once
         if not rows:
             raise UserError(f"--data {data}: no image in it ({', '.join(formats.IMAGE_SUFFIXES)}); give one "
                             "that holds some")
@@ -129,11 +131,14 @@ class Images:
         self.skipped = [rows[i].name for i in sorted(bad)]
         self.kept = [row for i, row in enumerate(rows) if i not in bad]
         self.size = len(self.kept)
-        self.key = store.digest(DECODING, *self.kept)  # changes with any name, place, size or caption
+        place = {row: i for i, row in enumerate(self.kept)}
+        self.round = [place[row] for row in listed if row in place]      # every draw of one time round
+        # changes with any name, place, size, caption or repetition
+        self.key = store.digest(DECODING, *self.kept, *[self.round] * (len(self.round) > self.size))
         self.captions = list(dict.fromkeys(["", *(row.caption for row in self.kept)]))
         index = {caption: i for i, caption in enumerate(self.captions)}
         self.row_captions = [index[row.caption] for row in self.kept]
-        self._order = functools.lru_cache(2)(lambda epoch: torch.randperm(self.size,
+        self._order = functools.lru_cache(2)(lambda epoch: torch.randperm(len(self.round),
                                                                           generator=seeds.generator(seed,
                                                                                                     "epoch",
                                                                                                     epoch)))
@@ -142,19 +147,21 @@ class Images:
         """Decode every row that has no problem yet.  Returns: {index: problem};
         without skip_bad, only up to the first ones."""
         # cheap, and changes with names, captions, places and sizes
-        key = store.digest(self.data, PIL.__version__, *rows)
+        key = store.digest(self.data, PIL.__version__, *rows, *[self.min_size] * bool(self.min_size))
         remembered = store.parse_object(checked.read_text()) if checked and checked.exists() else {}
         if remembered.get("key") == key:
             return dict(remembered["bad"])
 
         def problem(row):
             try:
-                self._picture(row)
+                width, height = self._picture(row).size
             except Exception as error:
                 # truncated bytes: PIL raises OSError, SyntaxError, struct.error, EOFError, ...
                 unknown = isinstance(error, UnidentifiedImageError)
                 reason = f"not an image to Pillow {PIL.__version__}" if unknown else error
                 return f"or its caption cannot be read ({reason}); replace or remove it"
+            if min(width, height) < self.min_size:
+                return f"is {width} x {height} pixels, below --min-size {self.min_size}; replace or remove it"
 
         todo, bad = [i for i, row in enumerate(rows) if not row.problem], {}
         with ThreadPoolExecutor() as pool, tqdm(total=len(todo), desc="checking images",
@@ -181,7 +188,8 @@ class Images:
     def rows(self, numbers):
         """The stored image of each sample number: epoch by epoch, a new permutation each time.
         Returns: list of int."""
-        return [self._order(k // self.size)[k % self.size].item() for k in numbers]
+        draws = len(self.round)
+        return [self.round[self._order(k // draws)[k % draws]] for k in numbers]
 
     def caption_indices(self, numbers):
         """Which of self.captions describes each sample.  Returns: list of int."""
@@ -203,13 +211,17 @@ class Images:
             return imaging.tensor(pool.map(read, rows))
 
 
-def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_column="", checked=None):
+def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_column="", checked=None,
+                 caption="", min_size=0):
     """--data / --prompts to a dataset: captions (captions[0] is ""), caption_indices(numbers),
     skipped, size (None if endless), and unless images is None: rows(numbers), images(numbers,
     size), decode(rows, size); row_captions if size is not None."""
     if bool(data) == bool(prompts):
         raise UserError(f"give either --data (images with captions, or {' or '.join(sprites.SPRITES)}) or "
                         "--prompts (a text file)")
+    if (caption or min_size) and (prompts or data in sprites.SPRITES):
+        source = f"--prompts {prompts}" if prompts else f"--data {data}"
+        raise UserError(f"--caption / --min-size: {source} has no image files; leave them out")
     if prompts:
         return Prompts(prompts, seed, caption_column)
     if data in sprites.SPRITES:
@@ -217,4 +229,5 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
             raise UserError(f"--image-column / --caption-column: --data {data} has no columns; leave them "
                             "out")
         return Sprites(seed, sprites.SPRITES[data])
-    return Images(data, *formats.find_rows(data, image_column, caption_column), seed, skip_bad, checked)
+    rows, read = formats.find_rows(data, image_column, caption_column)
+    return Images(data, formats.fill(rows, caption.strip()), read, seed, skip_bad, checked, min_size)

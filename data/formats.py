@@ -19,6 +19,8 @@ IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".ti
 
 # datasets and webdataset are imported where they are used: each costs a second or two
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "txt")      # the first of these that is there
+TEXT_SUFFIXES = (".txt", ".caption")            # likewise, of files beside an image
+NO_CAPTION = "has no caption; "                 # begins the problem that --caption solves
 
 
 class Row(NamedTuple):
@@ -35,10 +37,11 @@ class Row(NamedTuple):
 
 def find_rows(data, image_column="", caption_column=""):
     """The rows of whatever --data names: a folder, a file, a brace or glob pattern of files, or a
-    dataset on the hub."""
+    dataset on the hub. A Row that is listed n times is to be drawn n times as often."""
     columns, path = (image_column, caption_column), Path(data)
-    remedy = ("give a folder of images with same-name .txt or .json captions or a metadata.jsonl, tar "
-              f"shards, parquet files, user/name on the Hugging Face hub, or {' or '.join(sprites.SPRITES)}")
+    remedy = ("give a folder of images with same-name .txt, .caption or .json captions or a metadata.jsonl, "
+              "tar shards, parquet files, "
+              f"user/name on the Hugging Face hub, or {' or '.join(sprites.SPRITES)}")
     if path.is_dir():
         return rows_below(data, *columns)
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):
@@ -158,22 +161,34 @@ def choose_column(source, columns, wanted):
                     "--caption-column")
 
 
+def row_of(name, where, caption, place):
+    """The Row of an image; without caption, its problem says that one can be written into place."""
+    return Row(name, where, caption,
+               "" if caption else f"{NO_CAPTION}write one into {place} or give --caption TEXT")
+
+
+def fill(rows, caption):
+    """The rows, those without a caption with this one. "": as they are."""
+    return [row._replace(caption=caption, problem="")
+            if caption and row.problem.startswith(NO_CAPTION) else row for row in rows]
+
+
 def captioned_row(name, where, stem, there, read, wanted):
-    """The Row of an image whose caption is STEM.txt or, under one of CAPTION_COLUMNS, in STEM.json;
-    under `wanted` if that is given. there: names that exist, suffix in lower case -> what read()
-    turns into bytes."""
+    """The Row of an image whose caption is STEM.txt, STEM.caption or, under one of CAPTION_COLUMNS,
+    in STEM.json; under `wanted` if that is given. there: names that exist, suffix in lower case ->
+    what read() turns into bytes."""
     text, record = "", {}
     try:
-        if not wanted and stem + ".txt" in there:
-            text = read(there[stem + ".txt"]).decode("utf-8-sig").strip()
+        for suffix in () if wanted else TEXT_SUFFIXES:
+            if not text and stem + suffix in there:
+                text = read(there[stem + suffix]).decode("utf-8-sig").strip()
         if not text and stem + ".json" in there:
             record = store.parse_object(read(there[stem + ".json"]).decode("utf-8-sig"))
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         return Row(name, where, problem=f"or its caption cannot be read ({error}); replace or remove it")
     candidates = map(clean, map(record.get, [wanted] if wanted else CAPTION_COLUMNS))
     caption = next(filter(None, [text, *candidates]), "")
-    place = f"{stem}.json, {wanted}" if wanted else f"{stem}.txt"
-    return Row(name, where, caption, "" if caption else f"has no caption; write one into {place}")
+    return row_of(name, where, caption, f"{stem}.json, {wanted}" if wanted else f"{stem}.txt")
 
 
 def lower_suffix(name):
@@ -182,8 +197,10 @@ def lower_suffix(name):
 
 
 def folder_rows(folder, files, image_column, caption_column):
-    """Images anywhere below a folder, each with its caption in a .txt or .json of the same name.
-    A .txt alone has lost its image, and is a problem; any other file is ignored."""
+    """Images anywhere below a folder, each with its caption in a .txt, .caption or .json of the
+    same name. A caption alone has lost its image, and is a problem; any other file is ignored.
+    Of a folder N_name in it, as kohya's scripts have them, every image is drawn N times as often,
+    and without a caption of its own has name for one."""
     if image_column:
         raise UserError(f"--image-column {image_column}: {folder} holds files and has no columns; leave it "
                         "out")
@@ -196,10 +213,21 @@ def folder_rows(folder, files, image_column, caption_column):
             rows.append(Row(name, None, problem="is a link to nothing; restore what it names or remove it"))
         elif suffix in IMAGE_SUFFIXES:
             where = (str(file), 0, file.stat().st_size)
-            rows.append(captioned_row(name, where, stem, there, Path.read_bytes, caption_column))
-        elif suffix == ".txt" and stem not in stems:
+            row = captioned_row(name, where, stem, there, Path.read_bytes, caption_column)
+            repeats, named = kohya(name)
+            if not repeats:
+                row = row._replace(problem="is in a folder N_name to be repeated N = 0 times; rename it")
+            rows += fill([row], named) * max(repeats, 1)
+        elif suffix in TEXT_SUFFIXES and stem not in stems:
             rows.append(Row(name, None, problem="is the caption of no image; add its image or move it away"))
     return rows, read_span
+
+
+def kohya(name):
+    """(repeats, caption) that the first folder of a path says: (10, "red fox") of
+    "10_red fox/a.png"; (1, "") of any other."""
+    found = re.match(r"(\d+)_([^/\\]*\S)\s*[/\\]", name)
+    return (int(found[1]), found[2].strip()) if found else (1, "")
 
 
 RECORD_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -262,8 +290,8 @@ def coco_rows(folder, image_column, caption_column):
             missing = "is named in its annotations but is not there; fetch it again"
             rows.append(Row(f"{split}/{name}", None, problem=missing))
         else:
-            rows.append(Row(f"{split}/{name}", (str(file), 0, file.stat().st_size), caption,
-                            "" if caption else f"has no caption; write one into captions_{split}.json"))
+            rows.append(row_of(f"{split}/{name}", (str(file), 0, file.stat().st_size), caption,
+                               f"captions_{split}.json"))
     return rows, read_span
 
 
@@ -287,15 +315,14 @@ def metadata_rows(metadata, image_column, caption_column):
             rows.append(Row(name, None, problem=f"is named in {metadata.name} but is not there; add it or "
                                                 "remove its entry"))
         else:
-            caption = clean(record.get(column))
-            rows.append(Row(name, (str(folder / name), 0, (folder / name).stat().st_size), caption,
-                            "" if caption else f"has no caption; write one into {metadata.name}, {column}"))
+            rows.append(row_of(name, (str(folder / name), 0, (folder / name).stat().st_size),
+                               clean(record.get(column)), f"{metadata.name}, {column}"))
     return rows, read_span
 
 
 def tar_rows(shards, image_column, caption_column):
-    """WebDataset shards: an image member and, of the same stem, a .txt with the caption or a .json
-    with it under one of CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are
+    """WebDataset shards: an image member and, of the same stem, a .txt or .caption with the caption or a
+    .json with it under one of CAPTION_COLUMNS (or caption_column), in any order. Headers and captions are
     read once; an image is later read from its offset."""
     suffixes, rows = (f".{image_column.lower()}",) if image_column else IMAGE_SUFFIXES, []
     for shard in tqdm(shards, desc="indexing shards", disable=len(shards) < 10):
@@ -342,7 +369,7 @@ def shard_rows(shard, there, read, suffixes, caption_column):
         if suffix:
             stems.setdefault(name[:-len(suffix)], {})[suffix] = there[name]
     for stem, found in stems.items():
-        own_caption = stem + ".txt" in there or stem + ".json" in there
+        own_caption = any(stem + suffix in there for suffix in (*TEXT_SUFFIXES, ".json"))
         if key(stem) == stem or key(stem) not in stems or own_caption:
             image = found[min(found, key=suffixes.index)]
             where = (str(shard), image.offset_data, image.size)
@@ -350,7 +377,7 @@ def shard_rows(shard, there, read, suffixes, caption_column):
                                       caption_column))
     for name in there:
         stem, suffix = os.path.splitext(name)
-        if suffix == ".txt" and stem not in stems and key(stem) not in stems:
+        if suffix in TEXT_SUFFIXES and stem not in stems and key(stem) not in stems:
             lost = f"has no image ({', '.join(suffixes)}); add it or remove the caption"
             rows.append(Row(f"{shard.name}: {name}", None, problem=lost))
     return rows
@@ -405,7 +432,6 @@ def table_rows(data, load, image_column, caption_column):
         if not cell["bytes"] and not cell["path"]:
             raise ValueError("an empty cell")
         return cell["bytes"] or Path(cell["path"]).read_bytes()
-    missing = f"has no caption; fill in its column {caption_column}"
     captions, nbytes = [clean(caption) for caption in table[caption_column][:]], table.data.nbytes
-    return [Row(f"row {i}", (i, nbytes), caption, "" if caption else missing)
+    return [row_of(f"row {i}", (i, nbytes), caption, f"its column {caption_column}")
             for i, caption in enumerate(captions)], read

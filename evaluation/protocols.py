@@ -93,7 +93,7 @@ class Config:
     cache: str = "runs/eval"    # features of real and generated images, shared by all runs
     save_images: str = ""       # folder to keep the images in as PNGs, reference and generated, for another's
                                 # FID tool
-    device: str = ""            # cpu or cuda; default: cuda if there is one
+    device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
 
 
 def resolve(c):

@@ -10,13 +10,15 @@ docs/extending.md says what each must do.
 from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, zimage
 from models.configs import is_flow, read_schedule
 from runtime.cli import UserError
-from teacher import Model
+from teacher import Model, clock_device
 
 FAMILIES = (stable_diffusion, pixel, sd3, flux, zimage, dit, pixart, sana)
 
 # the networks that a pipeline may have, whatever its family
 NETWORKS = tuple(dict.fromkeys(name for module in FAMILIES
                                for name in (module.NETWORK, "vae", *module.TEXT_ENCODERS)))
+TEXT_ENCODERS = tuple(name for name in NETWORKS if name.startswith("text_encoder"))
+NOT_TEXT = tuple(name for name in NETWORKS if name not in TEXT_ENCODERS)
 # those that are not distilled: load_pipeline(name, **dict.fromkeys(BESIDE)) reads the others alone
 BESIDE = tuple(name for name in NETWORKS if name not in {module.NETWORK for module in FAMILIES})
 
@@ -147,11 +149,12 @@ def has_null(pipeline):
     return family(pipeline).has_null(pipeline)
 
 
-def embed_guidance(pipeline, guidance):
+def embed_guidance(pipeline, guidance, between=None):
     """Tell a network that takes guidance as an input how much; all evaluations of the pipeline are
-    then made with it, 1 being the model's own.  Returns: what is left for classifier-free guidance,
-    1 where guidance is an input."""
-    return family(pipeline).embed_guidance(pipeline, guidance)
+    then made with it, 1 being the model's own. between: (low, high) that it is drawn from in
+    training, whose middle is then taken.  Returns: what is left for classifier-free guidance, 1 where
+    guidance is an input."""
+    return family(pipeline).embed_guidance(pipeline, sum(between) / 2 if between else guidance)
 
 
 def check_null(pipeline, guidance, text_dropout=0.0):
@@ -199,5 +202,5 @@ def drop_encoders(pipeline, decoding):
 
 def fingerprint(*modules):
     """A few digits that change with the weights: a cache made by other networks is refused."""
-    return format(sum(p.double().abs().sum().item() for module in modules for p in module.parameters()),
-                  ".10g")
+    return format(sum(p.to(clock_device(p.device)).double().abs().sum().item()
+                      for module in modules for p in module.parameters()), ".10g")

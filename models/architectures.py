@@ -4,6 +4,7 @@ without a download. Values that are diffusers' or transformers' defaults are not
 
     python -m models.architectures        # prints the parts and their parameters; allocates nothing
 """
+import inspect
 import zlib
 from pathlib import Path
 
@@ -180,12 +181,13 @@ ARCHITECTURES = {
 }
 
 
-def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), weights=True, **overrides):
+def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), weights=True, empty=(),
+          **overrides):
     """A diffusers pipeline of the architecture `name` with random weights, made on the CPU directly
     in dtype.
     parts: what to make, the rest is None. overrides: per component (unet, text_encoder_2,
     scheduler, ...) a dict of changed config values, or the ready component, or None to leave it
-    out. weights: False leaves all on the meta device.
+    out. weights: False leaves all on the meta device; empty: these components alone.
     Returns: a pipeline of the architecture's class, frozen, in eval mode.
     A part's weights depend on its own config and the seed alone, up to the rounding of dtype.
     Raises KeyError for another name, TypeError for a misspelt override."""
@@ -220,9 +222,10 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), w
             if unknown:
                 raise TypeError(f"{part}: {', '.join(unknown)} is not in its config")
             pieces[part] = random_part(lambda: kind(kind.config_class(**{**special, **config, **override})),
-                                       part, dtype, seed, weights)
+                                       part, dtype, seed, weights and part not in empty)
         else:
-            pieces[part] = random_part(lambda: kind(**{**config, **override}), part, dtype, seed, weights)
+            pieces[part] = random_part(lambda: kind(**{**config, **override}), part, dtype, seed,
+                                       weights and part not in empty)
     # left out and not there anyway
     overrides = {part: value for part, value in overrides.items() if value is not None}
     if overrides:
@@ -252,6 +255,16 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
         if hasattr(module, "tie_weights"):
             module.tie_weights()
     return module.requires_grad_(False).eval()
+
+
+def shorten(name, layers):
+    """Give the network of an architecture this many blocks of each kind, at its own width."""
+    parts = ARCHITECTURES[name]
+    part = next(part for part in ("transformer", "unet") if part in parts)
+    kind, config = parts[part]
+    known = inspect.signature(kind.__init__).parameters
+    counts = [key for key in ("num_layers", "num_single_layers", "n_layers") if key in known]
+    ARCHITECTURES[name] = {**parts, part: (kind, {**config, **dict.fromkeys(counts, layers)})}
 
 
 if __name__ == "__main__":

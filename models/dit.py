@@ -120,7 +120,7 @@ def stock_call(pipeline, steps):
 
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card."""
-    inside = f"; guidance {guidance:g} is in the student already" if guidance != 1 else ""
+    inside = f"; guidance {guidance} is in the student already" if guidance else ""
     return [f"Without guidance_scale=1 diffusers takes 4, which is far off{inside}."] if exact else []
 
 

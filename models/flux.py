@@ -119,7 +119,7 @@ def stock_call(pipeline, steps):
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card."""
     told = getattr(pipeline, "embedded_guidance", None)
-    return [f"It was trained with embedded guidance {told:g} alone."] if told else []
+    return [f"It was trained at embedded guidance {guidance or f'{told:g}'} alone."] if told else []
 
 
 def meta_condition(transformer):

@@ -34,13 +34,18 @@ def complete(pipeline, folder, given):
         pipeline.vae_scale_factor = 2 ** (len(levels) - 1)
 
 
+def unscaled(vae, z):
+    """Latents as the network sees them, (B, C, h, w), to those that the autoencoder decodes."""
+    scaling, shift, std = (c.to(z) if torch.is_tensor(c) else c for c in latent_statistics(vae))
+    return z * std / scaling + shift
+
+
 @torch.no_grad()
 def decode(pipeline, z, batch):
     vae, factor = pipeline.vae, pipeline.vae_scale_factor
     batch = max(1, min(batch, PIXELS // (factor * factor * z[0, 0].numel())))
-    scaling, shift, std = (c.to(z) if torch.is_tensor(c) else c for c in latent_statistics(vae))
     rows = []
-    for chunk in (z * std / scaling + shift).split(batch):
+    for chunk in unscaled(vae, z).split(batch):
         chunk = chunk.to(vae.device, vae.dtype, memory_format=torch.channels_last)
         rows.append(vae.decode(chunk, return_dict=False)[0].float().clamp(-1, 1).cpu())
     images = torch.cat(rows)

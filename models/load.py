@@ -6,13 +6,16 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import (
     DiffusionPipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
 )
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 import models
@@ -45,15 +48,20 @@ PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
            "pixart-sigma": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", ""),
            "sana": ("Efficient-Large-Model/Sana_1600M_1024px_diffusers", "")}
 
+# without what looks at pictures once they are drawn
+PLAIN = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", **parts):
+
+def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_config="", empty=(), **parts):
     """A frozen diffusers pipeline. name: a key of PRESETS, a local folder, a hub id, or a
     single-file .safetensors checkpoint of SD or SDXL, whose configs and tokenizer come from
     model_config (a diffusers folder), else from the hub: sd15's or sdxl's by its keys, sd21's (768
-    px, v) if it says that, too.
+    px, v) if it says that, too. Of another family's single file only the transformer is read, all
+    else from model_config.
     random_init: a preset or a folder with random weights from seed; nothing is downloaded.
     parts: ready components, or None to leave one out: neither is read, and what is given is not
-    touched.
+    touched. empty: networks that are left without memory, on the meta device, but in a single file
+    of SD or SDXL; only their configs and shapes are true.
     Only safetensors are read, no code comes with a model, safety checkers are not loaded.
     Every network is whole: all of its tensors come from its files, those of variant fp16 where
     there are no others.
@@ -88,18 +96,16 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         raise UserError(f"--model-config {model_config}: no diffusers pipeline folder (model_index.json is "
                         "missing)")
 
-    plain = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     try:
         if built:
             # late: it brings every class of diffusers and transformers that we name
             from models import architectures
-            pipeline = architectures.build(name, dtype, seed, **parts)
+            pipeline = architectures.build(name, dtype, seed, empty=empty, **parts)
         elif single:
-            pipeline = load_single_file(path, dtype, model_config, parts)
+            pipeline = load_single_file(path, dtype, model_config, empty, parts)
         else:
-            folder = path if looks_local else download(source, **plain, **parts)
-            parts = load_parts(folder, dtype, random_init, seed, parts)
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{**plain, **parts})
+            folder = path if looks_local else download(source, **PLAIN, **parts)
+            pipeline = load_folder(folder, dtype, random_init, seed, empty, parts)
         module = models.family(pipeline)
         missing = [part for part in module.required(pipeline)
                    if part not in given and getattr(pipeline, part, None) is None]
@@ -169,9 +175,16 @@ def variant_of(folder):
     return None if None in found else "fp16" if "fp16" in found else min(found)
 
 
-def load_parts(folder, dtype, random_init, seed, parts):
+def load_folder(folder, dtype, random_init, seed, empty, parts):
+    """The pipeline in a folder; for the rest see load_parts."""
+    parts = load_parts(folder, dtype, random_init, seed, empty, parts)
+    return DiffusionPipeline.from_pretrained(folder, local_files_only=True, **{**PLAIN, **parts})
+
+
+def load_parts(folder, dtype, random_init, seed, empty, parts):
     """parts, and each network of the folder that is not among them: as its files have it, or the
-    same architecture with random weights.  Raises UserError."""
+    same architecture with random weights, or, where it is among empty, with none.
+    Raises UserError."""
     index = configs.read_json(folder / "model_index.json")
     # diffusers wants to be told of parts that the folder does not have, as T5 of SD3
     parts = {**{part: None for part, named in index.items() if named == [None, None]}, **parts}
@@ -189,11 +202,14 @@ def load_parts(folder, dtype, random_init, seed, parts):
             if library == "diffusers":
                 return kind.from_config(kind.load_config(where))
             return kind(kind.config_class.from_pretrained(where))
-        if random_init:
+        if random_init or part in empty:
             # late: it brings every class of diffusers and transformers that we name
             from models import architectures
-            parts[part] = architectures.random_part(make, part, dtype, seed)
+            parts[part] = architectures.random_part(make, part, dtype, seed, weights=part not in empty)
             continue
+        if not any(where.glob("*.safetensors")):
+            raise UserError(f"its {part} is missing: no .safetensors file in {folder / part}; download or "
+                            "export it again, whole")
         named = "torch_dtype" if library == "diffusers" else "dtype"  # the word that all their versions know
         try:
             parts[part] = load_whole(kind, where, use_safetensors=True, variant=variant_of(where),
@@ -203,16 +219,56 @@ def load_parts(folder, dtype, random_init, seed, parts):
     return parts
 
 
-def load_single_file(path, dtype, model_config, parts):
-    """The pipeline in a checkpoint of the original (LDM) layout. SD or SDXL is read off its keys;
+OTHER_PARTS = ("text_encoders.", "vae.", "first_stage_model.")    # of a whole pipeline, in ComfyUI's names
+
+
+def load_transformer(path, keys, dtype, folder):
+    """{name of the part: the transformer in a single file}, in its original layout or in diffusers';
+    its config is the folder's. keys: of the file.  Raises UserError."""
+    index = configs.read_json(folder / "model_index.json")
+    family = next((module for module in models.FAMILIES
+                   if (index.get(module.NETWORK) or [None])[-1] == module.CLASS.__name__), None)
+    if family is None or not hasattr(family.CLASS, "from_single_file") or family.NETWORK != "transformer":
+        raise UserError(f"a single file without a UNet, and diffusers reads none for the "
+                        f"{index.get('_class_name')} of --model-config {folder}; give a diffusers folder")
+    # as ComfyUI writes fp8; diffusers would leave the scales out in silence
+    scales = [key for key in keys if key.endswith(("scale_weight", "weight_scale", "scaled_fp8", ".absmax"))
+              and not key.startswith(OTHER_PARTS)]
+    if scales:
+        raise UserError(f"its weights are quantized ({scales[0]}); give the file in bf16, fp16 or fp32")
+    # its own from_single_file would drop what the config does not name (FLUX.1-dev's guidance) in silence
+    with init_empty_weights():
+        network = family.CLASS.from_config(family.CLASS.load_config(folder, subfolder=family.NETWORK))
+    state = {key: value for key, value in load_file(path).items() if not key.startswith(OTHER_PARTS)}
+    try:
+        if state.keys() != network.state_dict().keys():
+            convert = SINGLE_FILE_LOADABLE_CLASSES[family.CLASS.__name__]["checkpoint_mapping_fn"]
+            state = convert(checkpoint=state, config=dict(network.config))
+        network.load_state_dict({key: value.to(dtype) for key, value in state.items()}, assign=True)
+    except (KeyError, IndexError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"not the {family.CLASS.__name__} of --model-config {folder}, in its original layout "
+                        f"or in diffusers' ({reason}); download it again, or give the folder of the same "
+                        "architecture") from error
+    return {family.NETWORK: network}
+
+
+def load_single_file(path, dtype, model_config, empty, parts):
+    """The pipeline of a checkpoint. SD or SDXL in the original (LDM) layout is read off its keys;
     what it predicts, off the keys and metadata by which ComfyUI and sd-scripts know it, or else
-    model_config's scheduler.  Raises UserError."""
+    model_config's scheduler. Another family's gives the transformer, model_config the rest.
+    Raises UserError."""
     with safe_open(path, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata() or {}
         edm = {key: file.get_tensor(key).flatten().tolist() for key in keys if key.startswith("edm_")}
     if "model.diffusion_model.input_blocks.0.0.weight" not in keys:
-        raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model.input_blocks "
-                        "in it); LoRAs and other families cannot be loaded")
+        if not model_config:
+            raise UserError("not a whole checkpoint of Stable Diffusion (no model.diffusion_model."
+                            "input_blocks in it); the transformer of SD3, FLUX.1, Z-Image or SANA needs "
+                            "--model-config FOLDER, a whole diffusers folder of it; LoRAs cannot be loaded")
+        folder = Path(model_config)
+        network = {} if {"transformer"} & {*parts, *empty} else load_transformer(path, keys, dtype, folder)
+        return load_folder(folder, dtype, False, 0, empty, {**network, **parts})
     v_pred = "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
     v_768 = v_pred or metadata.get("modelspec.architecture") == "stable-diffusion-v2-768-v"
     xl = any(key.startswith("conditioner.embedders.1.") for key in keys)

@@ -8,19 +8,52 @@ import torch
 import models
 import reflow
 import teacher
-from models import load
+from models import configs, load
 from runtime.cli import UserError
 
 # The options of a run (train.Config) that decide what its teacher and its students mean, besides windows and
 # path, and what they are where reflow.json does not say. They are read here alone.
 SETTINGS = dict(random_init=False, seed=0, model_config="", size=None, null_text="auto",
-                guidance_teacher=1.0)
+                guidance_teacher=1.0, guidance_range=None)
 
 
 def settings(info):
     """These options of a student's run. info: its reflow.json, or {}.  Returns: dict with the keys
     of SETTINGS."""
     return {key: info.get("config", {}).get(key, default) for key, default in SETTINGS.items()}
+
+
+def guidance_in(info):
+    """Which guidance a student has learned, in words; "" for none. info: as for settings."""
+    learned = settings(info)["guidance_range"] or [settings(info)["guidance_teacher"]]
+    return " to ".join(f"{value:g}" for value in learned) if learned != [1] else ""
+
+
+USEFUL_GUIDANCE = 2                # the most for a student without guidance in it: the table of docs/use.md
+
+
+def doubts(name, info, prompts, steps, guidance):
+    """Why a model's pictures may be worse than they need be, for its user to read: list of str.
+    name: as for open_model; info: as for settings; guidance: classifier-free."""
+    found, windows, learned = [], info.get("windows", 1), guidance_in(info)
+    if steps > windows and steps % windows:                # fewer cannot cross them at all
+        low = steps // windows * windows
+        found.append(f"{steps} steps: {name} has {windows} windows, and some get a step more than others; "
+                     f"use {low} or {low + windows}")
+    if learned and guidance not in (0, 1):
+        found.append(f"guidance {guidance:g}: guidance {learned} is in {name} already, and this comes on top "
+                     "of it; use 1")
+    elif info and guidance > USEFUL_GUIDANCE:
+        found.append(f"guidance {guidance:g}: {name} has learned none, and so much burns its pictures; "
+                     f"use 1, or up to {USEFUL_GUIDANCE}")
+    vocabulary = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
+    if vocabulary.is_file():
+        known = set(configs.read_json(vocabulary))
+        unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
+        if unknown:
+            found.append(f"this model has never seen: {', '.join(unknown)}. It knows: "
+                         f"{' '.join(sorted(known))}")
+    return found
 
 
 def load_teacher(info, **how):
@@ -38,7 +71,7 @@ def apply_settings(pipeline, info, written=False):
     size, null = settings(info)["size"], settings(info)["null_text"]
     if size:
         models.set_native_size(pipeline, size)
-    models.embed_guidance(pipeline, settings(info)["guidance_teacher"])
+    models.embed_guidance(pipeline, settings(info)["guidance_teacher"], settings(info)["guidance_range"])
     if null != "auto" and ("force_zeros_for_empty_prompt" in pipeline.config or not written):
         pipeline.register_to_config(force_zeros_for_empty_prompt=null == "zeros")
 
@@ -114,8 +147,8 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
     return pipeline, model, info
 
 
-def default_model(runs=Path("runs")):
-    """The newest student under runs/, else the one that comes with the repository.
-    Returns: folder name."""
-    students = sorted(runs.glob("**/student-*/reflow.json"), key=lambda file: file.stat().st_mtime)
-    return str(students[-1].parent if students else load.ASSETS / "student-2")
+def students(runs=Path("runs")):
+    """Folders of students: those under runs/, the newest first, then the one that comes with the
+    repository."""
+    found = sorted(runs.glob("**/student-*/reflow.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [*(str(file.parent) for file in found), str(load.ASSETS / "student-2")]

@@ -106,7 +106,7 @@ def stock_call(pipeline, steps):
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card."""
     return ["Without guidance_scale=1 diffusers takes 7, which is far off"
-            + (f"; guidance {guidance:g} is in the student already." if guidance != 1 else "."),
+            + (f"; guidance {guidance} is in the student already." if guidance else "."),
             "Its scheduler is FlowMapEulerDiscreteScheduler (diffusers 0.40 or newer), which evaluates the "
             "network at the starts of the windows; the teacher's FlowMatchEulerDiscreteScheduler would spend "
             "the last evaluation next to the data."]

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.configs import GIVE, check_fields, trailing_ddim
-from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
+from models.latents import complete, decode, encode, unscaled  # noqa: F401  (three names of a family)
 from models.original import as_single_file, unet_blocks, unet_name
 from runtime.cli import UserError
 from teacher import check_finite
@@ -160,11 +160,11 @@ def stock_call(pipeline, steps):
 
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card. exact: numbers of steps at which stock agrees with sampler.py;
-    guidance: that is in the student; null: its null embedding, as in encode_text."""
+    guidance: what the student has learned of it, in words; null: its null embedding, as in encode_text."""
     if not exact:
         return []
     notes = ["Without guidance_scale=1 diffusers takes 7.5, which is far off" + (
-        f"; guidance {guidance:g} is in the student already." if guidance != 1 else ".")]
+        f"; guidance {guidance} is in the student already." if guidance else ".")]
     if null == "zeros" and "force_zeros_for_empty_prompt" not in pipeline.config:
         notes.append("With other guidance use sampler.py: the null embedding is zeros, and diffusers' "
                      "pipeline cannot know it.")
@@ -187,6 +187,25 @@ def kohya_layers(unet):
 
 def single_file(pipeline):
     return as_single_file(pipeline)
+
+
+def onnx_parts(pipeline):
+    """What runs beside the UNet: name -> (network, function that evaluates it, example of its input).
+    Raises UserError where the text is more than one encoder's answer."""
+    encoder, vae = pipeline.text_encoder, pipeline.vae
+    if (hasattr(pipeline, "text_encoder_2") or getattr(encoder.config, "use_attention_mask", False)
+            or pipeline.config.get("force_zeros_for_empty_prompt")):
+        raise UserError("its text is more than one encoder's answer to its tokens (two encoders, a mask, or "
+                        "zeros for no text); ONNX is written of Stable Diffusion 1.x and 2.x alone")
+    tokens = torch.zeros(1, min(pipeline.tokenizer.model_max_length, encoder.config.max_position_embeddings),
+                         dtype=torch.long)
+    height, width = (side // pipeline.vae_scale_factor for side in native_size(pipeline))
+    z = torch.zeros(1, pipeline.unet.config.in_channels, height, width)
+
+    def decoded(z):
+        return vae.decode(unscaled(vae, z), return_dict=False)[0].clamp(-1, 1)
+    return {"text_encoder": (encoder, lambda input_ids: encoder(input_ids)[0], {"input_ids": tokens}),
+            "decoder": (vae, decoded, {"z": z})}
 
 
 def meta_condition(unet):

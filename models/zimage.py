@@ -107,7 +107,7 @@ def stock_call(pipeline, steps):
 
 def stock_notes(pipeline, exact, guidance, null):
     """Sentences of a student's card."""
-    there = f", and guidance {guidance:g} is in the student already" * (guidance != 1)
+    there = f", and guidance {guidance} is in the student already" * bool(guidance)
     return ["Without guidance_scale=0 diffusers takes 5, which is far off; its scale is one less than that "
             f"of sampler.py{there}."]
 

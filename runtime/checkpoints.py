@@ -29,22 +29,24 @@ def states(student, normalizer, optimizer, ema):
     """All trainable state by name, in the optimizer's order: name -> (parameter, {"student" or
     "normalizer": the parameter, "ema": its running average, and what the optimizer keeps of it,
     once it has made a step}); the normalizer has no average."""
-    found = {name: (p, {"student": p, "ema": average}) for (name, p),
-             average in zip(trained(student).items(), ema.shadow_params)}
+    found = {name: (p, {"student": p}) for name, p in trained(student).items()}
+    for (_, parts), average in zip(found.values(), ema.shadow_params if ema else ()):
+        parts["ema"] = average
     found |= {f"normalizer.{name}": (p, {"normalizer": p}) for name, p in normalizer.named_parameters()}
     return {name: (p, {**parts, **optimizer.state[p]}) for name, (p, parts) in found.items()}
 
 
-def save_checkpoint(out, rank, step, info, done, student, normalizer, optimizer, ema, keep):
+def save_checkpoint(out, rank, step, info, done, student, normalizer, optimizer, ema, keep, scaler=None):
     """checkpoint-STEP.safetensors: the trained weights, their running average, the optimizer's
     state. Everything random is a function of the step, so that nothing else is needed to go on.
     All processes call; the first one writes.
     Raises UserError on a state that is not finite: it never becomes a checkpoint."""
-    tensors = gather_full({f"{part}:{name}": value
+    tensors = gather_full({f"{part}:{name}": torch.as_tensor(value)
                            for name, (_, parts) in states(student, normalizer, optimizer, ema).items()
                            for part, value in parts.items()}, rank)
     if rank == 0:
-        metadata = {"info": json.dumps(info), "step": str(step), "done": str(done)}
+        metadata = {"info": json.dumps(info), "step": str(step), "done": str(done),
+                    "scaler": json.dumps(scaler.state_dict() if scaler else {})}
         store.write_atomically(out / f"checkpoint-{step:06d}.safetensors",
                                lambda part: save_file(tensors, part, metadata))
         for old in checkpoints(out)[keep:]:
@@ -64,23 +66,33 @@ def newest_checkpoint(out, rank):
     return None, {}
 
 
-def restore(file, done, student, normalizer, optimizer, ema):
+def restore(file, done, student, normalizer, optimizer, ema, scaler=None):
     """The inverse of save_checkpoint, `done` updates into its stage. What the optimizer keeps is
     handed to its own load_state_dict, which knows where each part of it lives: a fused one wants
     `step` beside the parameter."""
-    ema.optimization_step = done
+    if ema:
+        ema.optimization_step = done
     kept = {}
     with safe_open(file, "pt") as saved:
-        stored = set(saved.keys())
+        stored = {}                                        # name -> the parts of its state
+        for key in saved.keys():
+            part, _, name = key.partition(":")
+            stored.setdefault(name, set()).add(part)
         for i, (name, (p, parts)) in enumerate(states(student, normalizer, optimizer, ema).items()):
             for part, tensor in parts.items():
                 copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
-            moments = {part: torch.zeros_like(p) for part in ("exp_avg", "exp_avg_sq")
-                       if f"{part}:{name}" in stored}
-            for part, tensor in moments.items():           # in the parameter's own layout and shards
-                copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
-            if moments:
-                kept[i] = {**moments, "step": saved.get_tensor(f"step:{name}")}
+            own = {part: saved.get_tensor(f"{part}:{name}")
+                   for part in sorted(stored[name] - {"student", "ema", "normalizer"})}
+            for part in own.keys() & {"exp_avg", "exp_avg_sq"}:    # in the parameter's own layout and shards
+                moment = torch.zeros_like(p)
+                copy_full_(moment, own[part])
+                own[part] = moment
+            if "state1" in own:                            # of bitsandbytes, which counts in Python
+                own["step"] = int(own["step"])
+            if own:
+                kept[i] = own
+        if scaler:
+            scaler.load_state_dict(json.loads(saved.metadata().get("scaler", "{}")))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
 
 

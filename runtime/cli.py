@@ -16,7 +16,9 @@ import sys
 import time
 import types
 import typing
+from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 # what training derives from a seed (seed x 1,000,003 + step, times the number of processes) then stays below
@@ -25,6 +27,7 @@ MAX_SEED = 2 ** 32 - 1
 
 # our option -> what other trainers and samplers call it
 USUAL_NAMES = {
+    "optimizer": "use-8bit-adam optimizer-type",
     "model": "pretrained-model-name-or-path pretrained-teacher-model model-path ckpt",
     "base": "pretrained-model-name-or-path",
     "data": "train-data-dir dataset-name instance-data-dir dataset data-dir",
@@ -48,15 +51,15 @@ USUAL_NAMES = {
     "resume": "resume-from-checkpoint",
     "checkpoint-steps": "checkpointing-steps",
     "keep": "checkpoints-total-limit",
+    "validation-prompts": "validation-prompt sample-prompts",
     "grid-steps": "validation-steps validation-epochs",
 }
 
 # what others choose and we do not: why it needs no option -> their names
 NO_OPTION = {
-    "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out": "report-to logging-dir",
+    "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out": "logging-dir",
     "each stage warms up and decays to a tenth of --lr; leave it out": "lr-scheduler lr-warmup-steps",
     "gradients are clipped at norm 1; leave it out": "max-grad-norm",
-    "the optimizer is AdamW; leave it out": "use-8bit-adam optimizer",
     "attention is PyTorch's own; leave it out": "enable-xformers-memory-efficient-attention xformers",
     "images are read a micro-batch ahead; leave it out": "dataloader-num-workers",
     "torchrun --nproc_per_node=N starts N processes": "num-processes num-gpus",
@@ -82,40 +85,113 @@ def check_png(file):
         raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
 
 
-def parse(config_class, description, argv=None):
-    """A config_class from the command line. Types come from the annotations: bool gives --x /
-    --no-x, list[str] takes several values. An unknown option is refused with the nearest known one.
-    Raises UserError."""
-    found = re.findall(r"^\s+(\w+):.*?#\s*(.+(?:\n\s+#.+)*)$", inspect.getsource(config_class), re.M)
-    comments = {name: re.sub(r"\n\s+#\s*", " ", text) for name, text in found}
+def comments(config_class):
+    """The help of each field of a dataclass: name -> the comment behind it in the source, or what it
+    brings along as metadata."""
+    found = {field.name: field.metadata["help"] for field in dataclasses.fields(config_class)
+             if "help" in field.metadata}
+    for part in config_class.__mro__:
+        if not inspect.get_annotations(part).keys() <= found.keys():
+            lines = re.findall(r"^\s+(\w+):.*?#\s*(.+(?:\n\s+#.+)*)$", inspect.getsource(part), re.M)
+            found |= {name: re.sub(r"\n\s+#\s*", " ", text) for name, text in lines}
+    return found
+
+
+def make_parser(config_class, description):
+    """The options of a dataclass. Types come from the annotations: bool gives --x / --no-x, list[str]
+    takes several values. Of a class with several bases each is a group of --help, the last one first;
+    but the options that FIRST names come before them all."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, exit_on_error=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in dataclasses.fields(config_class):
-        flag, help_text = "--" + field.name.replace("_", "-"), comments.get(field.name, "").replace("%", "%%")
+    texts, first, groups = comments(config_class), getattr(config_class, "FIRST", ()), {}
+    if first:
+        parser.usage = "%(prog)s [options]"                # all of them would fill a screen
+        top = parser.add_argument_group(f"most runs need no more than these {len(first)}")
+        groups |= dict.fromkeys(first, top)
+    for base in reversed(config_class.__bases__) if len(config_class.__bases__) > 1 else ():
+        group = parser.add_argument_group(base.__name__.lower(), base.__doc__)
+        groups |= {field.name: groups.get(field.name, group) for field in dataclasses.fields(base)}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for field in (fields[name] for name in dict.fromkeys([*first, *fields])):
+        flag, help_text = "--" + field.name.replace("_", "-"), texts.get(field.name, "").replace("%", "%%")
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         help_text += f" (default: {default})" if default not in (None, "", []) else ""
-        kind = field.type
+        kind, add = field.type, groups.get(field.name, parser).add_argument
         if isinstance(kind, types.UnionType):                         # int | None
             kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+            add(flag, action=argparse.BooleanOptionalAction, default=default, help=help_text)
         elif typing.get_origin(kind) is list and field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="*", type=typing.get_args(kind)[0], default=default,
-                                help=help_text)
+            add(field.name, nargs="*", type=typing.get_args(kind)[0], default=default, help=help_text)
         elif typing.get_origin(kind) is list:
-            parser.add_argument(flag, nargs="+", type=typing.get_args(kind)[0], default=default,
-                                help=help_text)
+            add(flag, nargs="+", type=typing.get_args(kind)[0], default=default, help=help_text)
         elif field.metadata.get("positional"):
-            parser.add_argument(field.name, nargs="?", type=kind, default=default, help=help_text)
+            add(field.name, nargs="?", type=kind, default=default, help=help_text)
         else:
-            parser.add_argument(flag, type=kind, default=default, help=help_text)
+            add(flag, type=kind, default=default, help=help_text)
+        if "off" in field.metadata:
+            add(f"--no-{field.name}", dest=field.name, action="store_const", const=field.metadata["off"],
+                default=argparse.SUPPRESS, help=f"the same as {flag} {field.metadata['off']:g}")
+    return parser
+
+
+def parse_known(parser, argv, source=""):
+    """argparse's Namespace of argv. source: for messages, where argv is from.  Raises UserError: an
+    unknown option is refused with the nearest known one."""
     try:
         known, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --help lists the options") from error
+        raise UserError(f"{source}{error}; --help lists the options") from error
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown option {unknown[0]!r}; {hint(unknown[0].split('=')[0], options)}")
+        what = "unknown option" if unknown[0].startswith("-") else "unexpected word"
+        raise UserError(f"{source}{what} {unknown[0]!r}; {hint(unknown[0].split('=')[0], options)}")
+    return known
+
+
+def arguments(name, value):
+    """The words of the command line that set an option: a list of strings, [] for None."""
+    flag, values = name.replace("_", "-"), value if isinstance(value, list) else [value]
+    if isinstance(value, bool):
+        return [f"--{'no-' * (not value)}{flag}"]
+    if value is None or not values:
+        return []
+    if not isinstance(value, list) and str(value).startswith("-"):     # or it would be taken for an option
+        return [f"--{flag}={value}"]
+    return [f"--{flag}", *map(str, values)]
+
+
+def read_options(file):
+    """What a file of options says, as words of the command line. Options are named as on the command
+    line, with - or _; of a reflow.json only its `config` is read.  Raises UserError."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))   # of which JSON is a part
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {file}: cannot be read ({error}); give a .yaml or .json file") from error
+    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+        content = content["config"]
+    if not isinstance(content, dict):
+        raise UserError(f"--config {file}: holds no options; write one per line, such as `updates: 3000`")
+    if content.pop("config", ""):
+        raise UserError(f"--config {file}: names another file of options; name that one, or copy it in here")
+    for name, value in content.items():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+            raise UserError(f"--config {file}: {name}: neither text, a number, true or false, nor a list of "
+                            "these")
+    return [word for name, value in content.items() for word in arguments(str(name), value)]
+
+
+def parse(config_class, description, argv=None):
+    """A config_class from the command line, and from the file of options that its --config names, if
+    it has one: the command line wins.  Raises UserError."""
+    argv, parser = sys.argv[1:] if argv is None else argv, make_parser(config_class, description)
+    known = parse_known(parser, argv)
+    if getattr(known, "config", ""):
+        given = read_options(known.config)
+        parse_known(parser, given, f"--config {known.config}: ")
+        known = parse_known(parser, [*given, *argv])
+        known.config = ""                                  # its options stand in their own places now
     c = config_class(**vars(known))
     for name, value in vars(c).items():  # whatever the range is, nan would pass: it compares as false
         for each in value if isinstance(value, list) else [value]:

@@ -14,11 +14,14 @@ from runtime.cli import UserError
 
 
 def pick_device(name):
-    """--device: cpu, cuda, or "" for cuda if there is one.  Returns: a name for torch.device.
+    """--device: cpu, cuda, mps, xpu, or "" for cuda if there is one.  Returns: a name for torch.device.
     Raises UserError."""
+    there = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available,
+             "xpu": torch.xpu.is_available}
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if cli.choose("--device", name, ("cpu", "cuda")) == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here; use --device cpu")
+    if not cli.choose("--device", name, there)():
+        kind = {"cuda": "CUDA", "mps": "Apple GPU (mps)", "xpu": "Intel GPU (xpu)"}[name]
+        raise UserError(f"--device {name}: no {kind} device here; use --device cpu")
     return name
 
 
@@ -75,7 +78,7 @@ class StopFlags:
     def __call__(self, stop, not_finite, wait=False):
         """stop: bool; not_finite: bool tensor on the device.  Returns: (stop, not finite) of any
         process, bools."""
-        flags = torch.stack([torch.full((), float(stop), device=self.device), not_finite.float()])
+        flags = torch.stack([torch.full((), float(stop), device=not_finite.device), not_finite.float()])
         if self.world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         event = torch.cuda.Event() if self.device.type == "cuda" else None

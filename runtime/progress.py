@@ -1,80 +1,64 @@
 """What a run prints, logs and draws while it trains."""
-import contextlib
+import dataclasses
 import json
 import math
 import shlex
-import shutil
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 import models
 import sampler
-from data import imaging
-from pairs import cache_bytes, cache_folder, trajectory_count
-from runtime import store
-from runtime.checkpoints import swap_ema_, trained
-from runtime.cli import UserError
+from data import captioned, imaging
+from models.conditions import encode
+from runtime import cli, plan, store
+from runtime.checkpoints import swap_ema_
 
 REMEDY = "the last checkpoint is good; to train again, give another --out and lower --lr"
 
 
-def size(nbytes):
-    unit = next(unit for unit in (3, 2, 1) if nbytes >= 1024 ** unit or unit == 1)
-    return f"{nbytes / 1024 ** unit:.3g} {' KMG'[unit]}iB"
+def duration(seconds):
+    """In words of two units at most."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def print_inputs(c, recipe, device, world, pipeline, dataset):
-    """What a run starts from, before anything takes time."""
-    name = torch.cuda.get_device_name(
-        device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    weights = sum(p.numel() for p in models.network(pipeline).parameters())
-    images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
-    count = (f"{trajectory_count(c, recipe)} trajectories of {recipe.solver_steps} steps"
-             if recipe.pairs == "trajectory" else recipe.pairs)
-    cache = cache_bytes(c, recipe, pipeline, dataset)
-    print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
-          f"{name}, {c.precision}\ndata: {c.data or c.prompts}, {images}, {len(dataset.captions) - 1} "
-          f"captions; pairs from {count}; cache: {size(cache)} in "
-          f"{cache_folder(c)}")
-    check_disk(cache_folder(c), cache)
+class Bar(tqdm):
+    """The bar of a run, in updates; it moves with every micro-batch. After ten updates it says what the
+    others will take. c: train.Config; done: updates of earlier starts."""
+    WARM_UP, MEASURED = 1, 10                              # the first of them compiles and allocates
 
+    def __init__(self, c, done, device, rank):
+        layout = ("{desc}: {percentage:3.0f}%|{bar}| {n:g}/{total:g} [{elapsed}<{remaining}, "
+                  "{rate_fmt}{postfix}]")
+        super().__init__(total=c.updates, initial=done, desc="reflow", unit="update", disable=rank > 0,
+                         mininterval=1, bar_format=layout)
+        self.device, self.first, self.start, self.done = device, done, None, rank > 0
 
-def check_disk(folder, nbytes):
-    """Raises UserError unless there is room for a cache of nbytes in the folder, less what it holds."""
-    held = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    more, free = nbytes - held, shutil.disk_usage(there).free
-    if more > free:
-        raise UserError(f"--cache {folder}: will take {size(more)} more, and its disk has {size(free)}: "
-                        f"{size(more - free)} too little; free some, give a --cache on another disk, or "
-                        "fewer --trajectories")
+    def go_on(self, done):
+        """So many updates of this stage were made before."""
+        super().update(done)
+        self.first += done
 
-
-def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole):
-    """What a run will do and need. pipeline: with the student in it and what else stays in memory;
-    solver: the frozen network beside it, or None; whole: parameters of a whole pipeline, as it is
-    exported."""
-    def nbytes(parameters):
-        return sum(p.nbytes for p in parameters)
-    student = models.network(pipeline)
-    trainable = nbytes(trained(student).values())
-    frozen = nbytes(solver.parameters()) if solver and not c.lora else 0
-    # gradients, two moments and the running average are as large as what is trained
-    memory = (nbytes(student.parameters()) + 4 * trainable + frozen) / (world if c.shard else 1)
-    memory += sum(nbytes(network.parameters())
-                  for network in (*models.autoencoder(pipeline), *models.text_encoders(pipeline)))
-    exported = len(recipe.stages) * whole * next(student.parameters()).element_size()
-    stages = ", ".join(f"{updates} with {windows} window{'s' * (windows > 1)}"
-                       for updates, windows in zip(per_stage, recipe.stages))
-    print(f"updates: {c.updates} of {c.batch} samples, {micro} at once on each process: {stages}"
-          + f"; going on from {resumed}" * bool(resumed))
-    print(f"memory: {size(memory)} on each process for weights, gradients, optimizer and average; "
-          "activations come on top")
-    print(f"disk: {size(4 * trainable)} for each of {c.keep} checkpoints, {size(exported)} for "
-          f"{len(recipe.stages)} students; {size(shutil.disk_usage(c.out).free)} are free in {c.out}")
+    def update(self, n=1):
+        super().update(n)
+        made = round(self.n - self.first, 6)
+        if not self.done and self.start is None and made >= self.WARM_UP:
+            self.start = time.perf_counter()
+        if not self.done and made >= self.MEASURED:
+            self.done = True
+            each = (time.perf_counter() - self.start) / (self.MEASURED - self.WARM_UP)
+            memory, where = plan.measured_memory(self.device)
+            left = round(self.total - self.n)
+            self.write(f"after {self.MEASURED} updates: {each:.3g} s each, {duration(each * left)} for the "
+                       f"other {left}; memory: {plan.size(memory)} {where}")
 
 
 def print_finished(folder, rank):
@@ -88,17 +72,18 @@ def print_stopped(step, rank):
 
 
 def print_end(folder, windows, grid):
-    """Where the last student is and how to sample it."""
-    print(f"{folder}: the last student, a diffusers pipeline; sample it: python sampler.py --model "
-          f"{shlex.quote(str(folder))}{grid.option} --steps {windows}")
+    """Where the last student and its pictures are, and how to sample it."""
+    print(f"{folder}: the last student, a diffusers pipeline" + f"; pictures: {grid.last}" * bool(grid.last)
+          + f"; sample it: python sampler.py --model {shlex.quote(str(folder))}{grid.option} --steps "
+          f"{windows}")
 
 
 def row(parts, times):
     """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t.
     parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5)."""
     t, t_start, _ = times
-    return torch.stack([parts["loss"].double(), parts["magnitude"].double(), parts["direction"].double(),
-                        t_start, t], 1)
+    values = (parts[name].to(t.device).double() for name in ("loss", "magnitude", "direction"))
+    return torch.stack([*values, t_start, t], 1)
 
 
 def summary(rows, norm, world, windows, step, optimizer, clock):
@@ -117,21 +102,55 @@ def summary(rows, norm, world, windows, step, optimizer, clock):
                 samples_per_second=count / (time.time() - clock))
 
 
-def read_log(file):
-    """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves
-    zeros in its place."""
-    found = []
-    for line in file.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append((line + "\n", json.loads(line)))
-    return found
-
-
 def trim_log(file, step):
     """Drop what was logged after this step, and what a power cut has left half written."""
     if file.exists():
-        kept = [line for line, entry in read_log(file) if entry["step"] <= step]
+        kept = [line for line, entry in store.read_log(file) if entry["step"] <= step]
         store.write_atomically(file, lambda part: part.write_text("".join(kept)))
+
+
+# where else a run can be followed: package -> what its init() is told besides, given OUT
+REPORTS = {"tensorboard": None,
+           "wandb": lambda out: dict(dir=str(out), id=store.digest(str(out.absolute()))),
+           "trackio": lambda out: {}}
+
+
+def check_reports(c):
+    """Raises UserError for a place that is not known or not installed."""
+    for name in c.report_to or ():
+        if cli.choose("--report-to", name, REPORTS):
+            cli.extra(f"--report-to {name}", name, name)
+
+
+class Board:
+    """The curves and pictures of a run: OUT/tensorboard, and the places that --report-to names, in a
+    project called reflow. A resumed run goes on in the same curves."""
+
+    def __init__(self, c, out):
+        self.tensorboard, self.others = SummaryWriter(out / "tensorboard"), []
+        for name in c.report_to or ():
+            if REPORTS[name]:
+                tool = cli.extra(f"--report-to {name}", name, name)
+                tool.init(project="reflow", name=str(out), config=dataclasses.asdict(c), resume="allow",
+                          **REPORTS[name](out))
+                self.others.append(tool)
+
+    def scalars(self, values, step):
+        for key, value in values.items():
+            self.tensorboard.add_scalar(key, value, step)
+        for tool in self.others:
+            tool.log(values, step=step)
+
+    def picture(self, picture, step):
+        """picture: PIL, RGB."""
+        self.tensorboard.add_image("grid", np.asarray(picture), step, dataformats="HWC")
+        for tool in self.others:
+            tool.log({"grid": tool.Image(picture)}, step=step)
+
+    def close(self):
+        self.tensorboard.close()
+        for tool in self.others:
+            tool.finish()
 
 
 def write_log(file, board, line):
@@ -141,12 +160,10 @@ def write_log(file, board, line):
         return float(f"{value:.7g}") if isinstance(value, float) else value
     with open(file, "a") as log:
         log.write(json.dumps(short(line)) + "\n")
-    flat = {**line,
-            **{f"loss/window {k} of {line['windows']}": value
-               for k, value in line["loss_per_window"].items()}}
-    for key, value in flat.items():
-        if key not in ("step", "loss_per_window"):
-            board.add_scalar(key, value, line["step"])
+    per_window = {f"loss/window {k} of {line['windows']}": value
+                  for k, value in line["loss_per_window"].items()}
+    board.scalars({key: value for key, value in {**line, **per_window}.items()
+                   if key not in ("step", "loss_per_window")}, line["step"])
 
 
 def bad_sample(rows, norm, step, share, world, windows):
@@ -166,34 +183,57 @@ def bad_sample(rows, norm, step, share, world, windows):
     return min(everyone)[1] or f"gradient norm {norm.item()} at step {step}"
 
 
+def validation_prompts(c):
+    """Those of the file that --validation-prompts names, each once: list of str.  Raises UserError."""
+    return captioned.Prompts(c.validation_prompts, c.seed, option="--validation-prompts").captions[1:]
+
+
+def shown(c, pipeline, dataset):
+    """The prompts of a run's pictures, those of --validation-prompts or up to four of the data's, and
+    their conditions, encoded while the text encoders are there."""
+    if c.validation_prompts:
+        prompts = validation_prompts(c)
+    else:
+        own = dict.fromkeys(dataset.caption_indices(range(64)))
+        prompts = [dataset.captions[i] for i in own if i][:4] or [""]
+    return prompts, encode(c, pipeline, prompts)
+
+
 class Grid:
     """Pictures of the student while it trains, always of the same prompts and from the same
-    noise."""
+    noise. shown: of shown()."""
+    BATCH = 4                                              # pictures at once
 
-    def __init__(self, pipeline, pairs, dataset, folder):
-        self.pipeline, self.shape, self.folder = pipeline, pairs.shape, folder
-        self.prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64)))
-                        if i][:4] or [""]
-        self.cond = {key: value.to(pairs.device) for key, value in pairs.text(self.prompts).items()}
+    def __init__(self, pipeline, shape, shown, folder):
+        self.pipeline, self.shape, self.folder, self.last = pipeline, shape, folder, None
+        self.prompts, cond = shown
+        self.cond = {key: value.to(models.network(pipeline).device) for key, value in cond.items()}
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()
-    def draw(self, model, windows, step, rank, ema=None):
+    def draw(self, model, windows, step, board, ema=None):
         """One step per window, by the running average if it is given. All processes call; the first
-        one writes FOLDER/STEP.png."""
+        one, which has the board, writes FOLDER/STEP.png and shows it there."""
         network = models.network(self.pipeline)
         if ema:
             swap_ema_(network, ema)
         z = sampler.noise(range(len(self.prompts)), self.shape).to(network.device)
         network.eval()                                     # no dropout
-        images = models.decode(self.pipeline, sampler.ddim(model, z, sampler.time_grid(windows), self.cond))
+        images = []
+        for part in (slice(i, i + self.BATCH) for i in range(0, len(z), self.BATCH)):
+            cond = {key: value[part] for key, value in self.cond.items()}
+            images.append(models.decode(self.pipeline, sampler.ddim(model, z[part],
+                                                                    sampler.time_grid(windows), cond)))
+        images = torch.cat(images)
         network.train()
         if ema:
             swap_ema_(network, ema)
-        if rank == 0:
+        if board:
             self.folder.mkdir(exist_ok=True)
+            self.last = self.folder / f"{step:06d}.png"
             pictures = imaging.to_pil(images, max(1, 128 // images.shape[-1]))
             labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in self.prompts]
             sheet = imaging.contact_sheet([[picture] for picture in pictures],
                                           [f"{windows} step{'s' * (windows > 1)}"], labels)
-            sheet.save(self.folder / f"{step:06d}.png")
+            sheet.save(self.last)
+            board.picture(sheet, step)

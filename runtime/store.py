@@ -37,6 +37,16 @@ def parse_object(text):
     return found if isinstance(found, dict) else {}
 
 
+def read_log(file):
+    """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves
+    zeros in its place."""
+    found = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append((line + "\n", json.loads(line)))
+    return found
+
+
 # ---- the store ---------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import train
 from evaluation import measuring, protocols
 from evaluation.metrics import mean_interval
-from pairs import trajectory_count
+from models.conditions import trajectory_counts
 from runtime import cli, processes, store
 from runtime.cli import UserError
 
@@ -41,7 +41,7 @@ class Config:
     clip: str = ""              # CLIPModel folder: features of FD and CLIP score; default: the embedded one
     workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per
                                 # core
-    device: str = ""            # cpu or cuda; default: cuda if there is one
+    device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
 
 
 # ---- training and measuring --------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Lab:
                 jobs[name] = command
                 if recipe.pairs == "trajectory":  # made once, before several runs ask for it at the same time
                     needed = caches.setdefault(c.cache or str(folder), {})
-                    key = trajectory_count(c, recipe), recipe.forward_rate, recipe.projection
+                    key = trajectory_counts(c, recipe), recipe.forward_rate, recipe.projection
                     needed[key] = f"{command} --cache-only"
 
         def fill(cache):
@@ -159,9 +159,8 @@ class Lab:
             pair = {"trajectory": 0, "consistency": 2}.get(recipe.pairs, solved // windows)
             total += share * c.batch * (3 + pair / recipe.reuse)
             solved = windows if recipe.pairs == "student" else solved
-        return trajectory_count(c,
-                                recipe) * recipe.solver_steps * (recipe.pairs == "trajectory"), total / sum(
-                                    recipe.shares)
+        solved = sum(trajectory_counts(c, recipe)) * recipe.solver_steps * (recipe.pairs == "trajectory")
+        return solved, total / sum(recipe.shares)
 
     def evaluations(self, options):
         """What a run costs, trajectories included."""

@@ -25,6 +25,11 @@ from models import architectures  # noqa: E402
 from tools import tiny  # noqa: E402
 
 
+def slow(*values):
+    """A case of parametrize that `make test` leaves to `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def torchrun(processes):
     """The launcher of a run on several processes, at a port nothing listens on."""
     with socket.socket() as free:

@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 
 from runtime import processes
 
-CUDA = torch.device("cuda", 0)
+KIND = {0: "cuda"}               # what is pretended: cuda, or mps, which has no float64
 # an index may be on the host, and these are what moves a tensor
 BOTH = {torch.Tensor.copy_, torch.Tensor.to, torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.data.__set__,
         torch.Tensor.grad.__set__}
 
 
 class CudaTensor(torch.Tensor):
-    device, is_cuda = CUDA, True
+    device, is_cuda = property(lambda self: torch.device(KIND[0], 0)), property(lambda self: KIND[0] == "cuda")
 
     def __deepcopy__(self, memo):
         memo[id(self)] = copied = self.detach().clone().requires_grad_(self.requires_grad)
@@ -28,7 +28,7 @@ class CudaTensor(torch.Tensor):
 
 
 def is_cuda(value):
-    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+    return isinstance(value, (str, torch.device)) and str(value).startswith(KIND[0])
 
 
 def flatten(value):
@@ -48,6 +48,8 @@ def change(value, convert):
 
 
 def to_cuda(out):
+    if KIND[0] == "mps" and isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
     return out.as_subclass(CudaTensor) if isinstance(out, torch.Tensor) and not isinstance(out, CudaTensor) else out
 
 
@@ -97,16 +99,19 @@ class Event:
 
 
 @contextlib.contextmanager
-def fake_cuda():
-    """Everything in this block that asks for CUDA gets it."""
+def fake_cuda(kind="cuda"):
+    """Everything in this block that asks for CUDA (or another kind) gets it."""
     autocast = torch.autocast
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "pick_device", lambda name: name or "cuda")
+        patch.setitem(KIND, 0, kind)
+        patch.setattr(torch.mps, "driver_allocated_memory", lambda: 2 ** 20)
+        patch.setattr(processes, "pick_device", lambda name: name or kind)
         patch.setattr(torch, "autocast", lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))
         patch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (2 ** 30, 2 ** 30))
         with CudaMode():
             yield

@@ -82,6 +82,15 @@ def test_full_size_transformers_have_the_published_counts_and_run_under_the_cont
     assert end.is_meta and end.shape == (1, 16, 32, 32) and end.dtype == torch.float32
 
 
+def test_a_shortened_transformer_keeps_its_width(monkeypatch):
+    monkeypatch.setattr(architectures, "ARCHITECTURES", dict(architectures.ARCHITECTURES))
+    whole = architectures.ARCHITECTURES["flux"]
+    architectures.shorten("flux", 2)
+    c = architectures.build("flux", weights=False).transformer.config
+    assert (c.num_layers, c.num_single_layers, c.num_attention_heads * c.attention_head_dim) == (2, 2, 3072)
+    assert "num_layers" not in whole["transformer"][1]
+
+
 def weights(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 

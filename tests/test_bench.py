@@ -53,6 +53,8 @@ def test_every_part_prints_its_table_and_writes_its_figures(small_models, tmp_pa
                 "the loop: all the rest", "sampler.py, with text", "diffusers' pipeline, with text"):
         assert row in text, row
     assert found["training"]["updates"] == 4 and found["training"]["weights"]["trained"] < found["training"]["weights"]["network"]
+    assert "Forward-equivalents per update: 4 counted (a backward is two, the recomputation one), " in text
+    assert 1 < found["training"]["forward_equivalents"] < 60 and found["training"]["weights"]["text"] > 0
     parts = sum(found["training"][part] for part in ("forward", "backward", "optimizer"))
     assert 0 < parts < found["training"]["seconds"] and found["training"]["peak"] > found["training"]["weights"]["network"]
     assert len(found["sampling"]["ours"]) == len(found["sampling"]["theirs"]) == 1

@@ -1,6 +1,8 @@
 """What a user types: good commands and bad input. Bad input is one line, exit status 2, and nothing lost."""
+import dataclasses
 import json
 import re
+import shlex
 import shutil
 import sys
 import typing
@@ -12,6 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import export
+import reflow
 import sampler
 import train
 from models import saved
@@ -110,7 +113,15 @@ BAD = [
     ("train.py --train_batch_size 4", "did you mean --batch?"),
     ("train.py --output_dir x", "did you mean --out?"),
     ("train.py --pretrained_model_name_or_path x", "did you mean --model?"),
-    ("train.py --report_to wandb", "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out"),
+    ("train.py --report_to wandb", "did you mean --report-to?"),
+    ("train.py --logging_dir x", "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out"),
+    ("train.py --use_8bit_adam", "did you mean --optimizer?"),
+    ("train.py --report-to comet", "--report-to comet: not one of tensorboard, wandb, trackio"),
+    ("train.py --optimizer adam", "--optimizer adam: not one of adamw, adamw8bit"),
+    ("train.py --ema-device gpu", "--ema-device gpu: not one of cpu"),
+    ("train.py --no-ema --ema-device cpu", "--ema-device: only goes with --ema above 0"),
+    ("train.py --precision fp16 --shard", "--precision fp16: does not go with --shard"),
+    ("train.py --model MODEL --data sprites --out o --validation-prompts nowhere.txt", "--validation-prompts nowhere.txt: cannot be read"),
     ("train.py --mixed_precision bf16", "did you mean --precision?"),
     ("train.py --max_train_steps 4", "did you mean --updates?"),
     ("train.py --num_train_epochs 4", "did you mean --updates?"),
@@ -174,7 +185,9 @@ BAD = [
     ("train.py --null-text none", "--null-text none: not one of auto, empty, zeros"),
     ("train.py --lora -1", "--lora -1: must be at least 0"),
     ("train.py --keep 0", "--keep 0: must be at least 1"),
-    ("train.py --device tpu", "--device tpu: not one of cpu, cuda"),
+    ("train.py --device tpu", "--device tpu: not one of cpu, cuda, mps, xpu"),
+    ("train.py --device mps", "--device mps: no Apple GPU (mps) device here; use --device cpu"),
+    ("train.py --device xpu", "--device xpu: no Intel GPU (xpu) device here; use --device cpu"),
     ("train.py --model MODEL --data sprites --pairs data --cache-latents", "--cache-latents: --data sprites is endless"),
     ("train.py --model weights.ckpt --data sprites", "never pickles"),
     ("train.py --model missing.safetensors --data sprites", "--model missing.safetensors"),
@@ -192,6 +205,11 @@ BAD = [
     ("export.py merge --delta DELTA --model SDXL --out x", "not the architecture of --delta"),
     ("export.py merge --delta DELTA --out x", "--model: name the model"),
     ("export.py merge --delta DELTA --model MODEL", "--out: name a folder"),
+    ("export.py onnx", "MODEL: name a student's folder or a teacher"),
+    ("export.py onnx MODEL", "OUT: name a folder"),
+    ("export.py onnx MODEL empty", "OUT empty: exists already"),
+    ("export.py onnx MODEL x y", "unexpected word 'y'"),
+    ("export.py onnx --model MODEL --out x", "unknown option '--model'"),
     ("sampler.py --model STUDENT --prompt fox --size 30", "--size 30: must be a multiple of 8"),
     ("sampler.py --model STUDENT --prompt fox --dtype fp8", "--dtype fp8: not one of"),
     ("tools.bench --parts speed", "--parts speed: not one of training, evaluations, sampling"),
@@ -230,7 +248,7 @@ def test_bad_input_is_one_line_and_exit_status_2(cli, here, random_sd, small_mod
 
 def numbers(kind, *types):
     """The options of a Config whose values are of these types, a list of them included."""
-    hints = {name: kind.__annotations__[name] for name in kind.__dataclass_fields__}
+    hints = {name: field.type for name, field in kind.__dataclass_fields__.items()}
     return [name for name, hint in hints.items() if any(each in (hint, *typing.get_args(hint)) for each in types)]
 
 
@@ -378,10 +396,26 @@ def test_unknown_words_are_named(cli, here, student):
     assert "never seen" not in cli("sampler.py --model s --out a.png --prompt", "Fox on blue")[1]
 
 
+def test_steps_and_guidance_that_a_student_was_not_made_for_are_doubted_in_one_line(cli, here, student):
+    line = f"sampler.py --model {student} --prompt fox --scale 1 --out a.png"
+    for given, doubt in (("--steps 5", f"warning: 5 steps: {student} has 2 windows, and some get a step more than others; use 4 or 6"),
+                         ("--guidance 2.5", f"warning: guidance 2.5: {student} has learned none, and so much burns its pictures; use 1, or up to 2")):
+        said = [each for each in "".join(cli(f"{line} {given}")[1:]).splitlines() if "warning" in each]
+        assert [each.strip() for each in said] == [doubt]
+    for given in ("", "--steps 4 --guidance 2", "--steps 6 --guidance 0", f"--guidance 3 --guide {student}"):
+        assert "warning" not in "".join(cli(f"{line} {given}")[1:]), given
+    info = dict(windows=4, config=dict(guidance_teacher=3.0))
+    assert saved.doubts("s", info, (), 8, 1.5) == ["guidance 1.5: guidance 3 is in s already, and this comes on top of it; use 1"]
+    assert not saved.doubts("s", info, (), 4, 1.0) and not saved.doubts("s", info, (), 3, 1.0)      # 3 are refused
+    assert not saved.doubts("sd15", {}, (), 7, 7.5)                                                # a teacher
+    page = (ROOT / "docs" / "use.md").read_text()
+    assert f"| guidance {saved.USEFUL_GUIDANCE} |" in page and "the most that is useful" in page
+
+
 def test_the_newest_student_is_the_default(here, student):
-    assert saved.default_model().endswith("student-2") and "assets" in saved.default_model()
+    assert saved.students()[0].endswith("student-2") and "assets" in saved.students()[0]
     shutil.copytree(student, here / "runs" / "x" / "student-2")
-    assert saved.default_model() == "runs/x/student-2"
+    assert saved.students()[0] == "runs/x/student-2"
 
 
 def test_help_lists_every_option_with_its_comment(cli):
@@ -399,3 +433,81 @@ def test_a_mistake_is_said_once_whichever_process_meets_it(tmp_path, run_file, r
     done = run_file(script, launcher=torchrun(2))
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode != 0 and lines == [said]
+
+
+# ---- --config, --help ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_options_is_read_and_the_command_line_wins(here):
+    def read(text, *more, name="o.yaml"):
+        (here / name).write_text(text)
+        return command_line.parse(train.Config, "", ["--config", name, *more])
+    text = "updates: 7\nlr: 1e-3\nwindows: [4, 2]\nrandom-init: true\nresume: false\nguidance_teacher: 2\nexport: [kohya]\nsize: null\n"
+    expected = train.Config(updates=7, lr=1e-3, windows=[4, 2], random_init=True, resume=False, guidance_teacher=2.0, export=["kohya"])
+    assert read(text) == expected
+    assert read(text, "--updates", "9", "--resume", "--windows", "1") == dataclasses.replace(expected, updates=9, resume=True, windows=[1])
+    every = dataclasses.asdict(expected)
+    assert read(json.dumps(every), name="config.json") == read(json.dumps({"method": "x", "config": every}), name="reflow.json") == expected
+
+
+@pytest.mark.parametrize("text, message", [
+    ("updatse: 5", "--config o.yaml: unknown option '--updatse'; did you mean --updates?"),
+    ("learning_rate: 1e-4", "did you mean --lr?"),
+    ("updates: five", "--config o.yaml: argument --updates: invalid int value: 'five'"),
+    ("resume: maybe", "--config o.yaml: unexpected word 'maybe'"),
+    ("lr: -.inf", "--lr -inf: must be a finite number"),
+    ("updates: {a: 1}", "--config o.yaml: updates: neither text, a number"),
+    ("updates: [1\nlr", "--config o.yaml: cannot be read"),
+    ("just words", "--config o.yaml: holds no options"),
+    ("config: other.yaml", "names another file of options"),
+    ("lr: -1", "--lr -1.0: must be above 0")])
+def test_a_bad_file_of_options_is_one_line(cli, here, text, message):
+    (here / "o.yaml").write_text(text)
+    status, _, err = cli("train.py --config o.yaml")
+    assert status == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_the_files_that_a_run_writes_give_that_run_again(here, student):
+    """OUT/config.yaml and the student's reflow.json: all of it. OUT/config.json: all that decides the result."""
+    out, plain = student.parent, command_line.parse(train.Config, "", [])
+    whole = command_line.parse(train.Config, "", ["--config", str(out / "config.yaml")])
+    assert whole == command_line.parse(train.Config, "", ["--config", str(student / "reflow.json")])
+    assert whole.windows == [2] and whole.updates == 2 and whole.data == "sprites" and whole.out == str(out)
+    short = dataclasses.asdict(command_line.parse(train.Config, "", ["--config", str(out / "config.json")]))
+    assert {key for key, value in dataclasses.asdict(whole).items() if short[key] != value} <= set(train.MAY_CHANGE_ON_RESUME)
+    assert short["updates"] == 2 and whole != plain
+    assert train.main(whole) == student                              # found finished, not refused
+    assert command_line.parse(train.Config, "", shlex.split(train.command(whole))[2:]) == whole
+
+
+def test_a_run_from_before_an_option_existed_goes_on(here, student):
+    before = json.loads((student.parent / "config.json").read_text())
+    older = {key: value for key, value in before.items() if key not in ("null_text", "reuse", "text_dropout")}
+    shutil.copytree(student.parent, here / "old")
+    (here / "old" / "config.json").write_text(json.dumps(older))
+    c = command_line.parse(train.Config, "", ["--config", str(student.parent / "config.yaml"), "--out", "old"])
+    settings = {**older, "out": "old"}
+    (here / "old" / "config.json").write_text(json.dumps(settings))
+    assert train.main(c).name == student.name
+    with pytest.raises(command_line.UserError, match="text_dropout 0.1 -> 0.5"):
+        train.main(dataclasses.replace(c, text_dropout=0.5))
+
+
+def test_a_recipes_columns_are_options_with_the_recipes_own_words(cli):
+    columns = [field for field in dataclasses.fields(reflow.Recipe) if field.name not in ("stages", "shares")]
+    fields = {field.name: field for field in dataclasses.fields(train.Config)}
+    for column in columns:
+        assert fields[column.name].type == column.type | None and fields[column.name].default is None
+    words = command_line.comments(train.Config)
+    assert words.keys() == fields.keys() and all(words[column.name] == command_line.comments(reflow.Recipe)[column.name] for column in columns)
+    assert words["time_inside"] == "the law inside each window, all windows equally often, instead of on the whole axis"
+
+
+def test_help_has_the_ten_that_matter_first_and_then_the_groups(cli):
+    _, out, _ = cli("train.py --help")
+    places = [out.index(f"\n{title}:") for title in ("most runs need no more than these 10", "model", "method", "data", "training", "memory",
+                                                     "output")]
+    assert places == sorted(places) and max(out.index(f"  --{name} ") for name in train.Config.FIRST) < places[1]
+    for name, group in dict(model_config=1, windows=2, space=2, cache=3, ema=4, device=5, keep=6).items():
+        found = out.index(f"  --{name.replace('_', '-')} ")
+        assert places[group] < found < [*places, len(out)][group + 1], name

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL, start_python
+from conftest import ROOT, SMALL, slow, start_python
 from fake_cuda import CudaTensor, fake_cuda
 from torch.distributed.tensor import DTensor
 
@@ -45,8 +45,8 @@ def stopped_after(step, c):
         train.main(c)
 
 
-@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), dict(pairs="student", normalization="learned", precision="bf16"),
-                                     dict(pairs="student", lora=2, precision="bf16"),
+@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), slow(dict(pairs="student", normalization="learned", precision="bf16")),
+                                     slow(dict(pairs="student", lora=2, precision="bf16")),
                                      dict(pairs="consistency", windows=[1])],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
@@ -61,7 +61,7 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
     with fake_cuda():
         stopped_after(3, options(model, tmp_path / "cuda", "cuda", **changes))
         train.main(options(model, tmp_path / "cuda", "cuda", **changes))
-        (_, done, network, normalizer, optimizer, ema), = restored
+        (_, done, network, normalizer, optimizer, ema, _), = restored
         states = checkpoints.states(network, normalizer, optimizer, ema)
         assert done > 0 and states and {*map(str, network.buffers())} == set()
         for name, (p, parts) in states.items():
@@ -73,6 +73,18 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
         if not changes.get("lora"):
             assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=4e-2 if "precision" in changes else 1e-3)  # bf16 rounds otherwise there
+
+
+@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), slow(dict(pairs="student", normalization="learned")),
+                                     slow(dict(pairs="consistency", windows=[1])), dict(updates=12, windows=[1], time_law="log-normal")],
+                         ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
+def test_a_run_on_a_device_without_float64_gives_the_losses_of_the_cpu(model, tmp_path, changes):
+    train.main(options(model, tmp_path / "cpu", "cpu", **changes))
+    with fake_cuda("mps"):
+        train.main(options(model, tmp_path / "mps", "mps", **changes))
+        with pytest.raises(TypeError, match="float64"):
+            torch.zeros(2, dtype=torch.float64).to("mps")
+    assert losses(tmp_path / "mps") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
 
 
 @pytest.fixture

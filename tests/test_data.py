@@ -194,7 +194,18 @@ def write_parquet_struct(folder, files, captions):
     return folder                                          # a folder that holds tables
 
 
-FORMATS = [write_txt, write_jsonl, write_csv, write_tar_txt, write_tar_json, write_tars, write_glob, write_parquet, write_parquet_folder,
+def write_caption(folder, files, captions):
+    """Captions in .caption, kohya's name for them."""
+    for file in list(write_txt(folder, files, captions).glob("*.txt")):
+        file.rename(file.with_suffix(".caption"))
+    return folder
+
+
+def write_tar_caption(folder, files, captions):
+    return write_tar(folder / "x.tar", [(name.replace(".txt", ".caption"), content) for name, content in with_txt(files, captions)])
+
+
+FORMATS = [write_txt, write_caption, write_tar_caption, write_jsonl, write_csv, write_tar_txt, write_tar_json, write_tars, write_glob, write_parquet, write_parquet_folder,
            write_disk, write_links, write_img2dataset, write_coco, write_tar_apart, write_tar_dots, write_parquet_bytes,
            write_parquet_struct]
 format_ids = [writer.__name__.removeprefix("write_") for writer in FORMATS]
@@ -246,6 +257,73 @@ def test_a_sample_number_is_the_same_image_in_every_run_and_each_epoch_holds_all
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(map(tuple, epochs))) > 4
     assert [other.rows([k])[0] for k in reversed(range(48))] == list(itertools.chain(*epochs))[::-1]
     assert captioned.open_dataset(str(tmp_path), "", seed=1).rows(range(48)) != one.rows(range(48))
+
+
+def test_a_folder_of_kohya_s_says_how_often_its_images_come_and_what_they_are(tmp_path, decoded):
+    """3_red fox comes three times a round, is checked and stored once, and names what has no caption."""
+    for folder, names, captions in (("3_red fox", ("a.png", "b.png"), (None, "asleep")), ("1_cat", ("c.png",), (None,)),
+                                    ("plain", ("d.png",), ("x",))):
+        (tmp_path / folder).mkdir()
+        write_txt(tmp_path / folder, {name: GOOD[name] for name in names}, captions)
+    dataset = open_(tmp_path)
+    assert [row.name for row in dataset.kept] == ["1_cat/c.png", "3_red fox/a.png", "3_red fox/b.png", "plain/d.png"] and len(decoded) == 4
+    assert dataset.size == 4 and [dataset.captions[i] for i in dataset.row_captions] == ["cat", "red fox", "asleep", "x"]
+    for epoch in range(3):
+        numbers = range(8 * epoch, 8 * epoch + 8)
+        assert sorted(dataset.rows(numbers)) == [0, 1, 1, 1, 2, 2, 2, 3]
+        assert dataset.caption_indices(numbers) == [dataset.row_captions[row] for row in dataset.rows(numbers)]
+    (tmp_path / "3_red fox").rename(tmp_path / "2_red fox")
+    assert sorted(open_(tmp_path).rows(range(6))) == [0, 1, 1, 2, 2, 3]
+    (tmp_path / "1_cat").rename(tmp_path / "0_cat")
+    assert "0_cat/c.png is in a folder N_name to be repeated N = 0 times; rename it, or leave it out with --skip-bad" in refusal(tmp_path)
+    assert sorted(open_(tmp_path, skip_bad=True).rows(range(5))) == [0, 0, 1, 1, 2]
+
+
+def test_repeats_are_part_of_a_dataset_s_key_and_no_others_change_it(tmp_path):
+    """What was cached before repeats were read stays good; what other repeats made is not taken for this."""
+    rows = [formats.Row(name, (str(write_txt(tmp_path, GOOD, CAPTIONS) / name), 0, len(GOOD[name])), "x") for name in GOOD]
+    def key(listed):
+        return captioned.Images("x", listed, formats.read_span, 0).key
+    assert key(rows) == store.digest(captioned.DECODING, *rows)
+    assert len({key(rows), key([*rows, rows[0]]), key([rows[0], *rows, rows[0]])}) == 3
+
+
+@pytest.mark.parametrize("write", [write_txt, write_csv, write_tar_txt, write_tar_json, write_parquet, write_coco, write_caption],
+                         ids=["txt", "csv", "tar", "tar json", "parquet", "coco", "caption"])
+def test_a_caption_for_all_goes_to_images_without_one_alone(tmp_path, write):
+    path = write(tmp_path, GOOD, ["a red fox", "", "", "two cats"])
+    assert "has no caption; write one into" in refusal(path) and "or give --caption TEXT" in refusal(path)
+    dataset = open_(path, caption=" sks dog ")
+    assert [dataset.captions[i] for i in dataset.row_captions] == ["a red fox", "sks dog", "sks dog", "two cats"]
+
+
+def test_a_caption_for_all_hides_no_other_fault(tmp_path):
+    write_txt(tmp_path, GOOD | {"e.png": b"torn"}, [*CAPTIONS, "x"])
+    assert "e.png or its caption cannot be read" in refusal(tmp_path, caption="x")
+    (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "e.png").write_bytes(GOOD["a.png"])
+    assert "e.png or its caption cannot be read ('utf-8'" in refusal(tmp_path, caption="x")
+    for source in (("sprites", ""), ("", "prompts.txt")):
+        for options in (dict(caption="x"), dict(min_size=8)):
+            with pytest.raises(UserError, match="--caption / --min-size: --.* has no image files; leave them out"):
+                captioned.open_dataset(*source, seed=0, **options)
+
+
+def test_images_below_the_smallest_size_are_refused_or_left_out(tmp_path, tmp_path_factory, decoded):
+    """The shorter side counts, as the image is seen; and a check for another size is not this one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6                                       # turned by 90 degrees, which changes no side's length
+    files = {"a.png": encoded(picture(0, size=(40, 16))), "b.png": encoded(picture(1, size=(15, 90))), "c.jpg": encoded(
+        picture(2, size=(16, 16)), "jpeg", exif=exif), "d.jpg": encoded(picture(3, size=(30, 12)), "jpeg", exif=exif)}
+    path, checked = write_txt(tmp_path, files, CAPTIONS), tmp_path_factory.mktemp("run") / "data.json"
+    assert open_(path, checked=checked).size == 4
+    assert "b.png is 15 x 90 pixels, below --min-size 16; replace or remove it, or leave it out with --skip-bad" in refusal(
+        path, min_size=16, checked=checked)
+    dataset = open_(path, min_size=16, skip_bad=True, checked=checked)
+    assert dataset.skipped == ["b.png", "d.jpg"] and dataset.size == 2
+    assert open_(path, min_size=15, skip_bad=True, checked=checked).skipped == ["d.jpg"] and open_(path, checked=checked).size == 4
+    (path / "b.png").unlink(), (path / "b.txt").unlink()
+    assert "d.jpg is 12 x 30 pixels" in refusal(path, min_size=16)
 
 
 def test_images_of_any_shape_and_mode_become_squares_in_minus_one_to_one(tmp_path):
@@ -406,6 +484,22 @@ def test_pictures_that_are_given_and_not_used_are_printed(tmp_path, capsys, rand
         train.main(train.Config(model=str(random_sd), data=source, trajectories=2, solver_steps=8, batch=2, cache_only=True,
                                 cache=f"{tmp_path}/.cache{i}", **options))
         assert capsys.readouterr().out.count(text) == times, options
+
+
+def test_a_run_says_what_it_repeats_and_encodes_each_image_once(tmp_path, capsys, random_sd, monkeypatch):
+    """The options reach the data: captions for all, the smallest size, and repeats, of which the cache knows nothing."""
+    (tmp_path / "3_fox").mkdir()
+    write_txt(tmp_path / "3_fox", {"a.png": GOOD["a.png"], "small.png": encoded(picture(1, size=(7, 7)))}, (None, None))
+    write_txt(tmp_path, {"b.png": GOOD["b.png"]}, (None,))
+    encoded_, encode = [], train.models.encode
+    monkeypatch.setattr(train.models, "encode", lambda pipeline, pictures: encoded_.append(len(pictures)) or encode(pipeline, pictures))
+    train.main(train.Config(model=str(random_sd), data=str(tmp_path), pairs="data", cache_only=True, cache=f"{tmp_path}/.cache",
+                            caption="a cat", min_size=8, skip_bad=True))
+    out = capsys.readouterr().out
+    assert f"--data {tmp_path}: each time round 4 samples of 2 images; those of a folder N_name come N times\n" in out
+    assert "--skip-bad: 1 left out (3_fox/small.png)\n" in out and "2 images, 2 captions" in out and sum(encoded_) == 2
+    with pytest.raises(UserError, match="--min-size -1"):
+        train.main(train.Config(model=str(random_sd), data=str(tmp_path), min_size=-1))
 
 
 def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
@@ -607,7 +701,7 @@ def test_folders_of_bad_things_are_refused_by_name(tmp_path):
     assert "no image in it (.avif, .bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp); give" in refusal(make("empty", {}))
     assert "no image in it" in refusal(make("texts", {"a.txt": b"a"}))
     lonely = make("lonely", {"a.png": GOOD["a.png"]})
-    assert "a.png has no caption; write one into a.txt, or leave it out with --skip-bad" in refusal(lonely)
+    assert "a.png has no caption; write one into a.txt or give --caption TEXT, or leave it out with --skip-bad" in refusal(lonely)
     assert f"--data {lonely}: nothing usable in it; --skip-bad left out all 1, the first because a.png has no caption" in refusal(
         lonely, skip_bad=True)
     stray = make("stray", {"a.png": GOOD["a.png"], "b.txt": b"y"}, ["x"])
@@ -682,6 +776,23 @@ def test_a_torn_parquet_and_a_dataset_without_train_are_refused(tmp_path):
     assert "give a dataset with a train split" in refusal(tmp_path / "tests")
     datasets.DatasetDict(train=table(GOOD, CAPTIONS), test=table(GOOD, CAPTIONS)).save_to_disk(tmp_path / "both")
     assert open_(tmp_path / "both").size == 4
+
+
+def test_shards_on_the_hub_are_asked_of_datasets_by_name_and_read_as_it_leaves_them(tmp_path, monkeypatch):
+    """Up to the call that downloads; from there with what datasets' own reader makes of the same shards."""
+    import datasets
+    write_tars(tmp_path, GOOD, CAPTIONS)
+    load, asked = datasets.load_dataset, []
+
+    def downloaded(name, **options):
+        asked.append((name, options))
+        return load("webdataset", data_files=[str(tmp_path / "00.tar"), str(tmp_path / "01.tar")], **options)
+    monkeypatch.setattr(datasets, "load_dataset", downloaded)
+    dataset = open_("someone/photos.v2")
+    assert asked == [("someone/photos.v2", {"split": "train"})]
+    (tmp_path / "other").mkdir()
+    expected = open_(write_txt(tmp_path / "other", GOOD, CAPTIONS))
+    assert dataset.captions == expected.captions and torch.equal(dataset.decode(range(4), 16), expected.decode(range(4), 16))
 
 
 def test_a_file_that_changes_after_the_check_is_named(tmp_path):

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run_two
+from conftest import ROOT, SMALL, run_two, slow
 from PIL import Image
 from test_coco import make_coco
 from transformers import CLIPModel
@@ -116,10 +117,10 @@ def test_protocols_are_what_their_names_say():
 @pytest.mark.parametrize("protocol, kind, size, items", [
     ("coco2017-5k", "sd15", 32, ["split: COCO val2017", "captions: the first caption of each image",
                                  "resize: shorter side to 32, Lanczos (Pillow), of real images;"]),
-    ("coco2014-30k", "sd15", None, ["split: COCO val2014", "captions: one caption of each image drawn at random",
+    slow("coco2014-30k", "sd15", None, ["split: COCO val2014", "captions: one caption of each image drawn at random",
                                     "size: 32 pixels as generated, 256 as both networks see them",
                                     "resize: shorter side to 256, Lanczos (Pillow), of real and generated images"]),
-    ("sdxl-coco2017-5k", "sdxl", 32, ["split: COCO val2017", "captions: the first caption of each image"])])
+    slow("sdxl-coco2017-5k", "sdxl", 32, ["split: COCO val2017", "captions: the first caption of each image"])])
 def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
         parts, students, small_models, tmp_path, capsys, protocol, kind, size, items):
     run = shutil.copytree(students[kind], tmp_path / "run")
@@ -368,7 +369,7 @@ def test_a_retrained_student_has_rows_of_its_own(judge, small_models, tmp_path):
     assert judge.row(moved, 2) == after                             # weights decide, not where they lie; even the seconds are the same
 
 
-@pytest.mark.parametrize("change", [dict(seed=7), dict(guidance=2.0), dict(dtype="bf16"), dict(size=24)], ids=str)
+@pytest.mark.parametrize("change", [dict(seed=7), slow(dict(guidance=2.0)), slow(dict(dtype="bf16")), dict(size=24)], ids=str)
 def test_other_settings_are_other_rows(judge, tmp_path, change):
     other = measuring.Evaluator(dataclasses.replace(judge.c, **change))
     for find in (lambda e: e.teacher_rows[range(16)]["inception"], lambda e: e.trajectories(e.c.teacher, 2)[range(5)]["straightness"]):
@@ -527,6 +528,26 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
         (tmp_path / "a" / "student-2" / "reflow.json").write_text(broken)
         with pytest.raises(UserError, match=rf"student-2/reflow.json: broken \({reason}.*\); train the student again or restore the file"):
             evaluation.main(dataclasses.replace(c, run=str(tmp_path / "a")))
+
+
+def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted(tmp_path, monkeypatch, capsys):
+    for windows in (3, 2):
+        folder = tmp_path / f"student-{windows}"
+        folder.mkdir()
+        info = dict(teacher="tiny", windows=windows, method="reflow", config=dict(guidance_teacher=float(windows)))
+        (folder / "reflow.json").write_text(json.dumps(info))
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_):
+        raise Begun
+    monkeypatch.setattr(measuring, "Evaluator", lambda *_: SimpleNamespace(features=begin))
+    for guidance, doubts in ((1.0, 1), (1.5, 4)):
+        with pytest.raises(Begun):
+            evaluation.main(protocols.Config(run=str(tmp_path), steps=[2, 4], guidance=guidance, device="cpu"))
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert len(said) == doubts and f"warning: 4 steps: {tmp_path}/student-3 has 3 windows" in said[0]
 
 
 def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):

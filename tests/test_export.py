@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import slow
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_teacher import ldm_clip, ldm_unet, ldm_vae
@@ -66,8 +67,8 @@ def stock_latents(pipeline, steps, guidance, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("windows, steps", [(4, 4), (4, 8), (2, 2), (1, 1), (1, 4)])
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("windows, steps, guidance", [(4, 8, 2.5), (1, 1, 1.0), *(slow(*case) for case in (
+    (4, 4, 1.0), (4, 4, 2.5), (4, 8, 1.0), (2, 2, 1.0), (2, 2, 2.5), (1, 1, 2.5), (1, 4, 1.0), (1, 4, 2.5)))])
 def test_a_student_is_sampled_alike_by_stock_diffusers(students, family, windows, steps, guidance):
     folder = students(family) / f"student-{windows}"
     stock = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -105,7 +106,7 @@ def test_img2img_inpainting_and_controlnet_accept_a_student(students):
             assert output.images.shape == (1, size, size, 3) and np.isfinite(output.images).all()
 
 
-@pytest.mark.parametrize("family", ["tiny", "sd15", "sdxl"])
+@pytest.mark.parametrize("family", [slow("tiny"), "sd15", slow("sdxl")])
 def test_a_lora_is_the_whole_student_when_load_lora_weights_puts_it_on_the_teacher(students, teachers, family):
     folder = students(family, lora=3) / "student-2"
     stock = diffusers.DiffusionPipeline.from_pretrained(teachers[family])
@@ -137,7 +138,7 @@ def test_a_checkpoint_is_exported_on_request(random_sd, tmp_path, monkeypatch, c
                            weights(random_sd)["conv_in.weight" if not changes else "mid_block.resnets.0.conv1.weight"])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), ("fp16", 1e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), slow("fp16", 1e-3)])
 def test_a_difference_merged_into_the_base_is_the_student_and_into_another_model_the_difference(students, teachers, tmp_path, dtype, tolerance):
     student = students("sd15") / "student-4"
     file, merged = tmp_path / "delta.safetensors", tmp_path / "merged"
@@ -250,12 +251,127 @@ def test_the_card_begins_with_what_the_hub_reads_and_with_the_call(students, tea
         assert (data.base_model, data.license) == (base, license_)
 
 
+def test_the_card_shows_a_picture_and_says_by_which_command_and_at_what_cost_it_was_made(teachers, tmp_path, monkeypatch):
+    """Two stages of 2 and 6 updates of 4 samples; 6 trajectories of 8 steps at guidance 3, which evaluates twice."""
+    run = tmp_path / "run"
+    train.main(small(teachers["tiny"], run, windows=[2, 1], updates=8, batch=4, trajectories=6, solver_steps=8, guidance_teacher=3.0, grid_steps=3,
+                     checkpoint_steps=7, log_steps=1, recipe="default"))
+    stages = {windows: sum(json.loads((run / f"student-{windows}" / "reflow.json").read_text())[key] for key in ("updates",)) for windows in (2, 1)}
+    assert stages[1] == 8 and 0 < stages[2] < 8
+    for windows, updates in stages.items():
+        text = (run / f"student-{windows}" / "README.md").read_text()
+        assert f"It took {updates} updates of 4 samples: {4 * updates} forwards and backwards of the student." in text
+        assert "Its pairs took 96 network evaluations without gradient." in text and f"Code: commit {export.versions()['commit']}." in text
+        assert f"```bash\npython train.py --model {teachers['tiny']} " in text and "](samples.png)" in text
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][:updates]
+        hours = sum(4 / line["samples_per_second"] for line in log) / 3600
+        assert f"The updates took {hours:.2g} hours, on 1 process: CPU" in text
+    last = run / "student-1" / export.PICTURE
+    assert last.read_bytes() == (run / "grids" / "000008.png").read_bytes() != (run / "student-2" / export.PICTURE).read_bytes()
+    # a checkpoint of before: its own updates, the picture of that time
+    export.export_checkpoint(export.ExportConfig(str(run / "checkpoint-000007.safetensors"), str(tmp_path / "now")))
+    assert "It took 7 updates" in (tmp_path / "now" / "README.md").read_text()
+    assert (tmp_path / "now" / export.PICTURE).read_bytes() == (run / "grids" / "000006.png").read_bytes() != last.read_bytes()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """huggingface_hub up to the network.  Returns: what it was called with."""
+    calls = []
+    monkeypatch.setattr(export.huggingface_hub, "get_token", lambda: "token")
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(export.huggingface_hub, name, lambda *args, name=name, **options: calls.append((name, args, options)))
+    return calls
+
+
+def results(folder):
+    """results.json of a run that eval.py has measured."""
+    row = dict(steps=2, nfe=2, fd=3.5, fd_corrected=3.25, fd_interval=[3.0, 3.5], clip=21.04)
+    rows = [dict(row, method="teacher", windows=None, steps=32, nfe=32), dict(row, method="ddim", windows=None),
+            dict(row, method="default", windows=4, run=""), dict(row, method="default", windows=2, run="", fd_corrected=1.75)]
+    about = dict(distance="FD", features="tiny-clip", n=9, real=8, guidance=1.0, commit="abc")
+    (folder / "results.json").write_text(json.dumps(dict(protocol=about, rows=rows)))
+
+
+def test_a_push_sends_what_its_dry_run_lists_and_the_card_has_what_was_measured(students, tmp_path, hub, capsys):
+    folder = shutil.copytree(students("tiny", lora=2, precision="bf16") / "student-2", tmp_path / "run" / "student-2")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("not sent")
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nby hand\n")
+    results(tmp_path / "run")
+    before = card.read_text()
+    export.push(export.PushConfig(str(folder), "me/student", dry_run=True))
+    said = capsys.readouterr().out
+    listed = dict(reversed(line.split(" MB  ")) for line in said.splitlines() if " MB  " in line)
+    found = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    del found[".cache/x"]
+    assert {name: float(size) for name, size in listed.items()} == {name: pytest.approx(size / 1e6, abs=6e-4) for name, size in found.items()}
+    assert {"README.md", "reflow.json", export.LORA_FILE, "model_index.json"} <= found.keys()
+    assert f"me/student: would get {sum(found.values()) / 1e6:.3f} MB in {len(found)} files, the card with figures" in said
+    assert "names no license" in said and not hub and card.read_text() == before
+    for private in (False, True):                          # twice: the figures are replaced
+        export.push(export.PushConfig(str(folder), "me/student", private=private))
+    text = card.read_text()
+    assert text.startswith(before) and text.count("## Measured") == 1 == text.count("this student")
+    assert "| this student | 2 | 2 | 1.75 (3.00 to 3.50) | 21.0 |" in text and "| teacher, ddim | 2 | 2 | 3.25 " in text
+    made, sent = hub[2:]
+    assert made == ("create_repo", ("me/student",), dict(private=True, exist_ok=True)) and hub[0][2]["private"] is None
+    assert sent[0] == "upload_folder" and sent[2]["repo_id"] == "me/student" and sent[2]["folder_path"] == folder
+    assert set(sent[2]["allow_patterns"]) == found.keys()
+
+
+def test_a_push_that_cannot_be_is_one_line(students, tmp_path, hub, monkeypatch):
+    folder = str(students("tiny") / "student-2")
+
+    def refuse(*_, **__):
+        raise ConnectionError("no route")
+    for given, message in ((("nowhere", "me/x"), "FOLDER nowhere: no student there"), ((folder, ""), "USER/NAME .*: .*[Gg]ive USER/NAME"),
+                           ((folder, "x"), "USER/NAME x: whose"), ((folder, "a/b/c"), "USER/NAME a/b/c: no name of a repository")):
+        with pytest.raises(UserError, match=message):
+            export.push(export.PushConfig(*given))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"me/x: not sent \(ConnectionError: no route\); .* is whole, try again"):
+        patch.setattr(export.huggingface_hub, "create_repo", refuse)
+        export.push(export.PushConfig(folder, "me/x"))
+    monkeypatch.setattr(export.huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="USER/NAME me/x: not logged in to the hub; run hf auth login"):
+        export.push(export.PushConfig(folder, "me/x"))
+    export.push(export.PushConfig(folder, "me/x", dry_run=True))
+    with pytest.raises(UserError, match="--push-to-hub me/x: not logged in"):
+        train.main(small("nowhere", tmp_path / "run", push_to_hub="me/x"))
+    assert not hub and not (tmp_path / "run").exists()
+
+
+def test_a_run_pushes_its_last_student(teachers, tmp_path, hub):
+    folder = train.main(small(teachers["tiny"], tmp_path / "run", updates=2, push_to_hub="me/x"))
+    assert [name for name, *_ in hub] == ["create_repo", "upload_folder"] and hub[1][2]["folder_path"] == folder
+
+
+def test_the_command_of_a_card_starts_as_many_processes():
+    c = train.Config(updates=5)
+    assert train.command(c) == "python train.py --updates 5"
+    assert train.command(c, 8) == "torchrun --nproc_per_node=8 train.py --updates 5"
+
+
+def test_the_command_of_several_machines(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert train.command(train.Config(updates=5), 16) == "torchrun --nnodes=2 --nproc_per_node=8 train.py --updates 5"
+
+
+def test_pairs_solved_while_training_are_counted_to_the_end_of_a_stage():
+    """The teacher's 8 steps through 2 windows; then the student of 2 windows, a step for each, through one."""
+    c = train.Config(recipe="proreflow", windows=[2, 1], solver_steps=8, updates=10, batch=4)
+    recipe = train.resolve_recipe(c)
+    assert train.plan.evaluations(c, recipe, 1.0, 1) == (0, 5 * 4 * 4)
+    assert train.plan.evaluations(c, recipe, 1.0, 2) == train.plan.evaluations(c, recipe, 1.0) == (0, 5 * 4 * 4 + 5 * 4 * 2)
+
+
 # ---- where stock samplers agree -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family, changes, windows, exact, others", [
-    ("tiny", {}, 4, [4, 8, 20, 40], [12]), ("tiny", {}, 1, [1, 2, 4, 5], [3, 6]),
-    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), ("tiny", dict(recipe="perflow"), 4, [4], [8])])
+    slow("tiny", {}, 4, [4, 8, 20, 40], [12]), ("tiny", {}, 1, [1, 2, 4, 5], [3, 6]),
+    ("tiny", dict(recipe="2-reflow"), 1, [1], [2, 4]), slow("tiny", dict(recipe="perflow"), 4, [4], [8])])
 def test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names(students, tmp_path, family, changes, windows, exact, others):
     folder = students(family, **{key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}) / f"student-{windows}"
     info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
@@ -342,11 +458,12 @@ MEANING = dict(
     path="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
     recipe="test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_names",
     lora="test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt",
-    guidance_teacher="test_the_card_says_that_guidance_is_in_the_student")
+    guidance_teacher="test_the_card_says_that_guidance_is_in_the_student",
+    guidance_range="test_the_card_says_that_guidance_is_in_the_student")
 TRAINING = set("""pairs space loss high_pass_weight high_pass_radius normalization time_law time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
     cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
-    export export_dtype device""".split())
+    export export_dtype device validation_prompts config optimizer ema_device report_to caption min_size push_to_hub""".split())
 
 
 def test_every_option_that_changes_what_a_model_means_has_a_reader():
@@ -362,7 +479,7 @@ def opened_by_eval(folder, info):
     return measuring.Evaluator.open(SimpleNamespace(opened=(None, None), c=c, device="cpu", student=info), str(folder))
 
 
-@pytest.mark.parametrize("family", ["tiny", "sdxl"])
+@pytest.mark.parametrize("family", [slow("tiny"), "sdxl"])
 def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, tmp_path, family):
     folder = students(family, size=48, windows=(2,)) / "student-2"
     info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
@@ -428,6 +545,7 @@ def test_a_random_teacher_is_opened_again_with_its_seed(teachers, tmp_path):
 
 def test_the_card_says_that_guidance_is_in_the_student(students):
     assert "guidance 3 is in the student already" in (students("tiny", guidance_teacher=3.0, windows=(2,)) / "student-2" / "README.md").read_text()
+    assert saved.guidance_in(dict(config=dict(guidance_range=[4.0, 9.0]))) == "4 to 9" and saved.guidance_in({}) == ""
     assert "already" not in (students("tiny") / "student-2" / "README.md").read_text()
 
 

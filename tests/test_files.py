@@ -2,15 +2,18 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import diffusers
 import pytest
 import torch
+from conftest import slow
 from diffusers.loaders import lora_conversion_utils as lora_readers
 from diffusers.loaders import single_file_utils as readers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import latents, stock_latents, students, teachers  # noqa: F401  fixtures
+from test_life import ROWS
 from test_teacher import original_layout
 from test_train import small
 
@@ -81,7 +84,7 @@ def test_a_single_file_is_the_layout_that_others_write(small_models, family):
     assert metadata["modelspec.prediction_type"] == ("v" if family == "sd21" else "epsilon")
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", slow("sd21"), slow("sdxl")])
 def test_a_single_file_is_read_back_to_the_bit_in_every_precision(students, family, tmp_path):  # noqa: F811
     folder = students(family) / "student-2"
     for word, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
@@ -167,3 +170,107 @@ def test_what_no_file_can_hold_is_refused(students, tmp_path):  # noqa: F811
     export.export_single_file(export.FileConfig(str(folder), str(here)))
     with pytest.raises(UserError, match="exists already"):
         export.export_single_file(export.FileConfig(str(folder), str(here)))
+
+
+# diffusers' names of transformers to the original ones, in this order
+SD3_NAMES = (("pos_embed.proj", "x_embedder.proj"), ("pos_embed.pos_embed", "pos_embed"), ("proj_out", "final_layer.linear"),
+             ("time_text_embed.timestep_embedder", "t_embedder"), ("time_text_embed.text_embedder", "y_embedder"),
+             ("linear_1", "mlp.0"), ("linear_2", "mlp.2"), ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+             ("transformer_blocks", "joint_blocks"), (".norm1.linear", ".x_block.adaLN_modulation.1"),
+             (".norm1_context.linear", ".context_block.adaLN_modulation.1"), (".ff.net.0.proj", ".x_block.mlp.fc1"),
+             (".ff.net.2", ".x_block.mlp.fc2"), (".ff_context.net.0.proj", ".context_block.mlp.fc1"),
+             (".ff_context.net.2", ".context_block.mlp.fc2"), (".attn.to_add_out", ".context_block.attn.proj"),
+             (".attn.norm_added_q", ".context_block.attn.ln_q"), (".attn.norm_added_k", ".context_block.attn.ln_k"),
+             (".attn.add_qkv", ".context_block.attn.qkv"), (".attn.", ".x_block.attn."), (".attn2.", ".x_block.attn2."),
+             (".context_block.x_block.", ".context_block."), ("to_out.0", "proj"), ("to_qkv", "qkv"), ("norm_q", "ln_q"), ("norm_k", "ln_k"))
+ZIMAGE_NAMES = (("all_final_layer.2-1.", "final_layer."), ("all_x_embedder.2-1.", "x_embedder."), ("to_out.0", "out"), ("to_qkv", "qkv"),
+                ("norm_q", "q_norm"), ("norm_k", "k_norm"))
+
+
+def original_transformer(state, names):
+    """Weights in diffusers' names in the original layout: q, k, v are one tensor, and SD3's last modulations have shift before scale."""
+    last = max((int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks.")), default=None)
+    state = {key: torch.cat(value.chunk(2)[::-1]) if key.startswith(("norm_out.", f"transformer_blocks.{last}.norm1_context.")) else value
+             for key, value in state.items()}
+    for query in [key for key in state if ".to_q." in key or ".add_q_proj." in key]:
+        parts = [state.pop(query.replace("_q", f"_{letter}")) for letter in "qkv"]
+        state[query.replace("add_q_proj", "add_qkv").replace("to_q", "to_qkv")] = torch.cat(parts)
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        renamed["model.diffusion_model." + key] = value.contiguous()
+    return renamed
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """transformers(name): (folder of a tiny pipeline, the weights of its transformer)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            pipeline, folder = ROWS[name].make(), tmp_path_factory.mktemp("transformer") / "whole"
+            pipeline.save_pretrained(folder)
+            made[name] = folder, {key: value.contiguous() for key, value in pipeline.transformer.state_dict().items()}
+        return made[name]
+    return make
+
+
+@pytest.mark.parametrize("name, names", [("sd3", SD3_NAMES), ("sd35 without t5", SD3_NAMES), ("zimage", ZIMAGE_NAMES),
+                                         *((name, None) for name in ("sd3", "zimage", "flux", "flux-schnell", "sana"))])
+def test_a_single_file_of_a_transformer_is_the_model_of_its_folder(transformers, tmp_path, name, names):
+    """In the original layout where that is readable at this size (diffusers knows FLUX.1's at 3072 channels alone), and in diffusers'."""
+    (folder, state), file = transformers(name), tmp_path / "x.safetensors"
+    beside = {"vae.decoder.x": torch.ones(1), "text_encoders.t5xxl.scaled_fp8": torch.ones(1)}        # as in files of a whole pipeline
+    save_file({**original_transformer(state, names), **beside} if names else state, file)
+    dtype = torch.float32 if names else torch.bfloat16
+    ours, whole = load.load_pipeline(str(file), dtype, model_config=str(folder)), load.load_pipeline(str(folder), dtype)
+    assert type(ours) is type(whole)
+    for part in ("transformer", "vae", *models.family(whole).TEXT_ENCODERS):
+        found, expected = ({} if getattr(p, part) is None else getattr(p, part).state_dict() for p in (ours, whole))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in expected.items()), part
+    ours.transformer.save_pretrained(tmp_path / "again")
+    assert all(torch.equal(load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")[key], value.to(dtype))
+               for key, value in state.items())
+    others = dict.fromkeys(models.BESIDE)
+    assert next(load.load_pipeline(str(file), model_config=str(folder), empty=["transformer"], **others).transformer.parameters()).is_meta
+    assert load.load_pipeline(str(file), model_config=str(folder), transformer=whole.transformer, **others).transformer is whole.transformer
+
+
+def test_a_single_file_of_a_transformer_is_whole_and_its_configs_or_refused(transformers, tmp_path):
+    file = tmp_path / "x.safetensors"
+
+    def refused(said, weights, config=""):
+        save_file(weights, file)
+        with pytest.raises(UserError, match=said) as caught:
+            load.load_pipeline(str(file), model_config=str(config))
+        assert "\n" not in str(caught.value)
+    (sd3, state), (zimage, other), (pixart, third) = transformers("sd3"), transformers("zimage"), transformers("pixart")
+    original, z_original = original_transformer(state, SD3_NAMES), original_transformer(other, ZIMAGE_NAMES)
+    refused("SD3, FLUX.1, Z-Image or SANA needs --model-config FOLDER", original)
+    without = {key: value for key, value in original.items() if not key.endswith("mlp.0.bias")}
+    refused("not the SD3Transformer2DModel of --model-config .*KeyError", without, sd3)
+    refused("not the ZImageTransformer2DModel of .*Missing key.*x_pad_token",
+            {key: value for key, value in z_original.items() if not key.endswith("x_pad_token")}, zimage)
+    # a network of more blocks, or of dev's guidance, is another one
+    refused("not the ZImageTransformer2DModel of .*Unexpected key.*layers.7", {**z_original, "layers.7.w": torch.ones(1)}, zimage)
+    refused("not the FluxTransformer2DModel of ", transformers("flux")[1], transformers("flux-schnell")[0])
+    refused("not the SD3Transformer2DModel of ", z_original, sd3)
+    refused("quantized .*joint_blocks.0.x.scale_weight.*bf16", {**original, "joint_blocks.0.x.scale_weight": torch.ones(1)}, sd3)
+    refused("diffusers reads none for the PixArt.*Pipeline of --model-config", third, pixart)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_a_missing_text_encoder_is_named_in_one_line(transformers, tmp_path, name):
+    whole, folder = transformers(name)[0], tmp_path / "m"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(UserError, match="its text_encoder is missing: no .safetensors file in .*m/text_encoder; download") as caught:
+        load.load_pipeline(str(folder))
+    assert "\n" not in str(caught.value)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
+    with pytest.raises(UserError, match="Pipeline lacks its text_encoder; download it again, whole$"):
+        load.load_pipeline(str(folder))

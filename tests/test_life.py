@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL, run_two, slow
 from diffusers import DDPMPipeline, DDPMScheduler, FluxPipeline, UNet2DModel
 
 import export
@@ -15,6 +15,7 @@ import models
 import sampler
 import train
 from models import architectures, load, saved
+from options import command
 from runtime import progress
 from runtime.cli import UserError
 
@@ -143,7 +144,7 @@ def by_stock(row, stock, call, steps, shape):
     return row.unpack(stock([row.prompts[i % len(row.prompts)] for i in range(2)], latents=given, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in ROWS])
+@pytest.mark.parametrize("name", [slow(name) if name in SIBLINGS else name for name in ROWS])
 def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", cache=str(tmp_path / "cache"))
@@ -183,7 +184,7 @@ def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     assert (ours(row, tmp_path / "merged", 1) - ours(row, last, 1)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SIBLINGS else name for name in ROWS])
+@pytest.mark.parametrize("name", [slow(name) if name in SIBLINGS else name for name in ROWS])
 def test_a_lora_goes_back_onto_the_teacher_or_is_refused(families, name, tmp_path):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", windows=[1], updates=2, lora=2, gradient_checkpointing=True)
@@ -220,8 +221,44 @@ def test_a_students_embedded_guidance_is_the_one_it_was_trained_with(families, t
     assert models.encode_text(saved.open_model(str(teacher), student=info)[0], ["fox"])["guidance"].tolist() == [2.0]
 
 
+def test_a_range_of_embedded_guidance_is_told_to_teacher_and_student(families, tmp_path):
+    family = row, teacher, _ = families("flux")
+    c = config(family, tmp_path / "run", windows=[1], updates=2, guidance_range=[2.0, 5.0])
+    folder = train.main(c)
+    assert "guidance_scale=3.5," in card(folder)[1] and "It was trained at embedded guidance 2 to 5 alone." in (folder / "README.md").read_text()
+    _, _, _, pairs = train.open_pairs(c, train.resolve_recipe(c), torch.device("cpu"), (0, 1, lambda: None))
+    rows, told = pairs.rows[range(4)], pairs.drawn_guidance(range(4))
+    assert torch.equal(rows["guidance"], told) and len(told.unique()) == 4
+    batch = pairs.fetch(range(6), 1)
+    for k in range(6):
+        i = next(i for i in range(4) if torch.equal(rows["z"][i, 0], batch["z_start"][k]))
+        assert batch["guidance"][k] == told[i]
+    pipeline, model, _ = saved.open_model(str(teacher), size=SIZE)
+    cond = {**pairs.text(rows["caption"].tolist()), "guidance": told}
+    with torch.no_grad():
+        end = sampler.ddim(model, rows["z"][:, 0], sampler.time_grid(8), cond)
+    assert (rows["z"][:, -1] - end).abs().max() <= 1e-4
+    assert train.main(config(families("flux"), tmp_path / "other", windows=[1], updates=1, guidance_range=[1.0, 2.0])).exists()
+    assert "guidance_scale=1.5," in card(tmp_path / "other" / "student-1")[1]
+
+
+@pytest.mark.parametrize("name", ["sd3", slow("flux")])
+@pytest.mark.parametrize("shard", [slow(False), True], ids=["ddp", "fsdp"])
+def test_two_processes_train_a_transformer_as_one_does(families, name, shard, tmp_path):
+    family = families(name)
+    options = dict(windows=[2, 1], updates=4, cache=str(tmp_path / "cache"), shard=shard)
+    done = run_two([str(ROOT / "train.py"), *command(config(family, tmp_path / "two", **options)).split()[2:]], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = train.main(config(family, tmp_path / "one", **{**options, "shard": False}))
+    lines = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
+    for a, b in zip(*lines, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    assert same(weights(tmp_path / "two" / "student-1"), weights(one), 1e-4)
+
+
 def test_guidance_of_a_network_that_has_it_distilled_in_is_refused(families, tmp_path):
-    for name, option in (("flux", dict(text_dropout=0.1)), ("flux-schnell", dict(text_dropout=0.1)), ("flux-schnell", dict(guidance_teacher=4.0))):
+    for name, option in (("flux", dict(text_dropout=0.1)), ("flux-schnell", dict(text_dropout=0.1)), ("flux-schnell", dict(guidance_teacher=4.0)),
+                         ("flux-schnell", dict(guidance_range=[2.0, 4.0]))):
         with pytest.raises(UserError, match="this model has its guidance distilled in"):
             train.main(config(families(name), tmp_path / "run", **option))
     pipeline, model, _ = saved.open_model(str(families("flux")[1]), size=SIZE)

@@ -16,8 +16,10 @@ import reflow
 import sampler
 import teacher
 import train
+from models import conditions, load
+from models.conditions import drawn_captions
 from pairs import check_windows, couple
-from runtime import cli, progress, seeds, store
+from runtime import cli, plan, seeds, store
 
 
 def draw(file, seed):
@@ -44,6 +46,11 @@ def make(small_models, photos, tmp_path):
         c, _, pipeline, pairs = train.open_pairs(c, recipe, torch.device("cpu"), (0, 1, lambda: None))
         return pairs, recipe, pipeline
     return build
+
+
+def encoded(folder, pairs, captions):
+    """Conditions of captions, indices into a dataset's, by the model in a folder."""
+    return models.encode_text(load.load_pipeline(str(folder)), [pairs.dataset.captions[i] or None for i in captions])
 
 
 def ends(pairs, numbers, windows=4, solver=None, steps=2):
@@ -83,17 +90,18 @@ def test_trajectories_are_solved_a_micro_batch_at_a_time_and_the_bar_moves_with_
     moves, real = [], store.tqdm
     monkeypatch.setattr(store, "tqdm", type("Bar", (real,), {"update": lambda self, n=1: moves.append(n) or real.update(self, n)}))
     make(micro_batch=4)
-    assert moves == [4, 2]
+    assert moves == [6, 4, 2]                                 # first the captions of all
 
 
 def test_trajectories_are_the_teachers_own_and_carry_their_text(make, small_models):
     pairs, _, pipeline = make(text_dropout=0.5)
-    captions = pairs.captions(range(6), "trajectory")
-    text = pairs.text([pairs.dataset.captions[i] for i in captions])
+    captions = drawn_captions(pairs.c, pairs.dataset, range(6), "trajectory")
+    text = encoded(small_models["sd15"], pairs, captions)
     assert 0 in captions and any(captions)
     rows = pairs.rows[range(6)]
+    assert rows["caption"].tolist() == captions and rows.keys() == {"z", "caption"}
     for key, value in text.items():
-        assert torch.allclose(rows[key], value, atol=1e-6)
+        assert torch.allclose(pairs.text(captions)[key], value, atol=1e-6)
     z = torch.stack([torch.randn(pairs.shape, generator=seeds.generator(0, "noise", k)) for k in range(6)])
     with torch.no_grad():
         end = sampler.ddim(models.as_model(pipeline), z, sampler.time_grid(8), text)
@@ -134,7 +142,7 @@ def test_cached_latents_are_the_same_pairs_and_a_dropped_caption_is_the_null_emb
     assert online.online and not stored.online
     for i in range(5):
         assert torch.allclose(a[i], b[i], atol=1e-4)
-    dropped = [caption == 0 for caption in stored.captions(range(12), "data")]
+    dropped = [caption == 0 for caption in drawn_captions(stored.c, stored.dataset, range(12), "data")]
     null = stored.null["encoder_hidden_states"]
     assert any(dropped) and not all(dropped)
     for pairs in (a, b):
@@ -175,6 +183,113 @@ def test_the_students_own_jump_stays_at_noise_that_the_network_knows(make):
     student.network = lambda z, timestep, **cond: asked.append(timestep) or z
     pairs.ends(pairs.fetch(range(64), 1), solver, 1, student)
     assert torch.cat(asked).min() == torch.tensor(0.002).log() / 4
+
+
+# ---- captions, and guidance, of each sample ----------------------------------------------------------------------------
+
+
+def test_distinct_captions_are_encoded_once_and_stored_once_whatever_draws_them(make, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("fox\nheart\n" + "\n".join(f"never drawn {i}" for i in range(300)))
+    (tmp_path / "b.txt").write_text("fox\nheart\n")
+    told, real = [], conditions.encode
+    monkeypatch.setattr(conditions, "encode", lambda c, pipeline, texts, *device: told.extend(texts) or real(c, pipeline, texts, *device))
+    pairs, *_ = make(data="", prompts=str(tmp_path / "b.txt"), trajectories=40, batch=40)
+    asked = [text for text in told if text]
+    assert sorted(set(told)) == ["", "fox", "heart"] and len(asked) == 2
+    stored = [load_file(file) for file in (tmp_path / "cache" / "prompts").glob("*.safetensors")]
+    assert [len(part["encoder_hidden_states"]) for part in stored] == [3]
+    drawn = pairs.rows[range(40)]["caption"].tolist()
+    assert {0, 1, 2} == set(drawn) and pairs.pipeline.text_encoder is None
+    batch, rows = pairs.fetch(range(8), 1), pairs.rows[range(40)]
+    for i in range(8):                                                                    # a sample has the text its trajectory was made with
+        row = next(k for k in range(40) if torch.equal(rows["z"][k, 0], batch["z_start"][i]))
+        assert torch.equal(batch["encoder_hidden_states"][i], pairs.text([drawn[row]])["encoder_hidden_states"][0])
+    # more trajectories add captions to the end, and what was made stays
+    few, *_ = make(data="", prompts=str(tmp_path / "a.txt"), cache=str(tmp_path / "more"), trajectories=2)
+    many, *_ = make(data="", prompts=str(tmp_path / "a.txt"), cache=str(tmp_path / "more"), trajectories=8)
+    assert len(many.conditions.captions) > len(few.conditions.captions) == len(set(few.conditions.captions))
+    assert many.conditions.captions[:len(few.conditions.captions)] == few.conditions.captions
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_text_is_stored_in_the_precision_of_the_run_and_is_what_its_encoders_give(make, small_models, tmp_path, precision, dtype):
+    """With LoRA and bf16 the encoders give bf16: nothing is lost. SDXL's sizes would be: they stay as they are."""
+    pairs, *_ = make(model=str(small_models["sdxl"]), precision=precision, lora=2)
+    file, = (tmp_path / "cache" / "prompts").glob("*.safetensors")
+    assert {name: value.dtype for name, value in load_file(file).items()} == dict(encoder_hidden_states=dtype, text_embeds=torch.float32,
+                                                                                 time_ids=torch.float32)
+    captions = pairs.conditions.captions
+    told = models.encode_text(load.load_pipeline(str(small_models["sdxl"]), dtype), [pairs.dataset.captions[i] or None for i in captions])
+    for name, value in pairs.text(captions).items():
+        assert value.dtype == torch.float32 and torch.equal(value, told[name])
+
+
+def test_a_cache_of_the_layout_before_is_refused(make, tmp_path):
+    make()
+    manifest = tmp_path / "cache" / "trajectories" / "manifest.json"
+    settings = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in settings.items() if key not in ("layout", "text")}))
+    with pytest.raises(cli.UserError, match="made with other settings .*'layout': .'absent', 'captions apart'.*choose another folder or delete"):
+        make()
+
+
+def test_text_encoders_and_the_network_never_share_memory(small_models, photos, tmp_path, monkeypatch):
+    opened, real = [], load.load_pipeline
+
+    def watched(*args, **parts):
+        pipeline = real(*args, **parts)
+        opened.append([name for name in models.NETWORKS if getattr(pipeline, name, None) is not None
+                       and not next(getattr(pipeline, name).parameters()).is_meta])
+        return pipeline
+    monkeypatch.setattr(load, "load_pipeline", watched)
+    for name, cached in (("sdxl", {}), ("sd15", dict(pairs="data", cache_latents=True))):
+        c = train.Config(model=str(small_models[name]), data=str(photos), out=str(tmp_path / name), trajectories=2, solver_steps=8, device="cpu",
+                         **cached)
+        train.open_pairs(c, train.resolve_recipe(c), torch.device("cpu"), (0, 1, lambda: None))
+    assert opened == [["text_encoder", "text_encoder_2"], ["unet", "vae"], ["text_encoder"], ["unet", "vae"]]
+
+
+def test_a_guidance_of_each_trajectory_is_drawn_from_a_stream_of_its_own(make, small_models):
+    pairs, _, pipeline = make(guidance_range=[4.0, 9.0])
+    plain, *_ = make(cache=str(pairs.c.out) + "/plain")
+    drawn, rows = pairs.drawn_guidance(range(600)), pairs.rows[range(6)]
+    assert 4 <= drawn.min() < 4.1 and 8.9 < drawn.max() <= 9 and drawn.mean().item() == pytest.approx(6.5, abs=0.2)
+    assert torch.equal(rows["z"][:, 0], plain.rows[range(6)]["z"][:, 0]) and torch.equal(rows["caption"], plain.rows[range(6)]["caption"])
+    model, null = models.as_model(pipeline), encoded(small_models["sd15"], pairs, [0])
+    for k in range(6):                                                                    # each by itself, at its own number
+        cond = encoded(small_models["sd15"], pairs, [rows["caption"][k].item()])
+        with torch.no_grad():
+            end = sampler.ddim(model, rows["z"][k:k + 1, 0], sampler.time_grid(8), cond, drawn[k].item(), null)
+        assert torch.allclose(rows["z"][k:k + 1, -1], end, atol=1e-3)
+    assert pairs.fetch(range(4), 1).keys() == plain.fetch(range(4), 1).keys()             # the student is not told
+    with pytest.raises(cli.UserError, match="made with other settings .*'guidance': ..4.0, 9.0., .4.0, 8.0.."):
+        make(guidance_range=[4.0, 8.0])
+
+
+def test_pairs_from_images_are_solved_at_a_guidance_of_their_own(make, small_models):
+    pairs, _, pipeline = make(pairs="data", guidance_range=[2.0, 5.0], text_dropout=0.0)
+    plain, *_ = make(pairs="data", text_dropout=0.0)
+    solver, drawn = models.as_model(pipeline), pairs.drawn_guidance(range(4))
+    t, t_start, t_end, z_start, z_end, cond = ends(pairs, (0, 4), solver=solver)
+    same = ends(plain, (0, 4), solver=solver)
+    assert torch.equal(z_start, same[3]) and not torch.allclose(z_end, same[4], atol=1e-3) and cond.keys() == same[5].keys()
+    null = encoded(small_models["sd15"], pairs, [0])
+    for k in range(4):
+        with torch.no_grad():
+            times = torch.linspace(t_start[k], t_end[k], 3, dtype=torch.float64)
+            end = sampler.ddim(solver, z_start[k:k + 1], times, {name: value[k:k + 1] for name, value in cond.items()}, drawn[k].item(), null)
+        assert torch.allclose(z_end[k:k + 1], end, atol=1e-3)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(guidance_range=[4.0]), "--guidance-range 4: must be two numbers, LOW below HIGH and neither below 1"),
+    (dict(guidance_range=[9.0, 4.0]), "--guidance-range 9 4: must be two numbers"),
+    (dict(guidance_range=[0.5, 4.0]), "--guidance-range 0.5 4: must be two numbers"),
+    (dict(guidance_range=[4.0, float("inf")]), "--guidance-range 4 inf: must be two numbers"),
+    (dict(guidance_range=[4.0, 9.0], guidance_teacher=2.0), "--guidance-range 4 9: does not go with --guidance-teacher 2; leave one")])
+def test_a_range_of_guidance_that_is_none_is_refused(make, changes, message):
+    with pytest.raises(cli.UserError, match=message):
+        make(**changes)
 
 
 def edit_json(file, **changes):
@@ -245,7 +360,7 @@ def test_models_that_are_not_square_train_on_their_own_shape_and_refuse_square_p
         pairs, *_ = make(model=str(model), data="", prompts=str(tmp_path / "a.txt"), out=str(tmp_path / f"{name}-out"))
         rows = pairs.rows[range(2)]
         assert rows["z"].shape[2:] == (4, 8, 16)
-        assert name == "sd15" or rows["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
+        assert name == "sd15" or pairs.text(rows["caption"].tolist())["time_ids"].tolist() == [[32, 64, 0, 0, 32, 64]] * 2
         for changes in (dict(pairs="data"), dict(forward_rate=0.5), dict(recipe="lcm")):
             with pytest.raises(cli.UserError, match="made for 32 x 64 pixels, and pictures are cropped to squares; give --size 32"):
                 make(model=str(model), out=str(tmp_path / f"{name}-{len(changes)}"), **changes)
@@ -313,14 +428,14 @@ def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
 # ---- forward and projected pairs -----------------------------------------------------------------------------------
 
 
-def test_forward_trajectories_end_at_real_latents_and_are_inverted_by_the_teacher(make):
+def test_forward_trajectories_end_at_real_latents_and_are_inverted_by_the_teacher(make, small_models):
     pairs, _, pipeline = make(forward_rate=0.5, text_dropout=0.5)
     assert [len(rows) for rows in pairs.rows.parts] == [3, 3] and len(pairs.rows) == 6
     rows, backward = pairs.rows[range(3, 6)], pairs.rows[range(3)]
     latents = models.encode(pipeline, pairs.dataset.images(range(3), 32))
     assert torch.allclose(rows["z"][:, -1], latents, atol=1e-5)
-    text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])
-    assert torch.allclose(rows["encoder_hidden_states"], text["encoder_hidden_states"], atol=1e-5)
+    text = encoded(small_models["sd15"], pairs, drawn_captions(pairs.c, pairs.dataset, range(3), "trajectory"))
+    assert torch.allclose(pairs.text(rows["caption"].tolist())["encoder_hidden_states"], text["encoder_hidden_states"], atol=1e-5)
     with torch.no_grad():
         noise = sampler.invert(models.as_model(pipeline), latents, sampler.time_grid(8), text)
     assert torch.allclose(rows["z"][:, 0], noise, atol=1e-4)
@@ -377,17 +492,17 @@ def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_th
     before, after = plain.rows[range(6)], pairs.rows[range(6)]
     assert after["z"].shape[1] == 2
     latents = models.encode(pipeline, pairs.dataset.images(range(3), 32))
-    text = pairs.text([pairs.dataset.captions[i] for i in pairs.captions(range(3), "trajectory")])["encoder_hidden_states"]
+    captions = torch.tensor(drawn_captions(pairs.c, pairs.dataset, range(3), "trajectory"))
     assert torch.equal(after["z"][:3, 0], before["z"][:3, 0])                             # backward: the noise stays
     for i in range(3):                                                                    # the data is real, and brings its caption
         partner = (latents - after["z"][i, 1]).flatten(1).norm(dim=1).argmin()
         assert torch.allclose(after["z"][i, 1], latents[partner], atol=1e-5)
-        assert torch.allclose(after["encoder_hidden_states"][i], text[partner], atol=1e-5)
+        assert after["caption"][i] == captions[partner]
     assert torch.equal(after["z"][3:, 1], before["z"][3:, -1])                            # forward: the data stays
     noises = pairs.noises(range(3))
     for i in range(3, 6):
         assert min((noise - after["z"][i, 0]).abs().max() for noise in noises) == 0
-        assert torch.equal(after["encoder_hidden_states"][i], before["encoder_hidden_states"][i])
+        assert after["caption"][i] == before["caption"][i]
     # one window's ends are the two of them
     batch = pairs.fetch(range(20), 1)
     assert all(any(torch.equal(z, end) for end in after["z"][:, 1]) for z in batch["z_end"])
@@ -408,7 +523,7 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_begun(random_
     train.main(c)
     free[0] = 2 ** 20 + 1000                               # what is there need not be made again
     held = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
-    progress.check_disk(tmp_path / "cache", held + free[0])
+    plan.check_disk(tmp_path / "cache", held + free[0])
     with pytest.raises(cli.UserError, match="will take 1 MiB more"):
-        progress.check_disk(tmp_path / "cache", held + free[0] + 1)
+        plan.check_disk(tmp_path / "cache", held + free[0] + 1)
     train.main(c)

@@ -5,7 +5,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from test_train import same_bits, small, weights
@@ -253,7 +253,7 @@ def test_sampler_needs_a_prompt_only_where_there_is_a_class(folders, tmp_path):
         run("classes", prompt=["red heart on blue"])
 
 
-@pytest.mark.parametrize("kind", ["classes", "unconditional"])
+@pytest.mark.parametrize("kind", ["classes", slow("unconditional")])
 def test_protocol_pixel_measures_students_against_their_teacher(students, tmp_path, kind):
     result = evaluation.main(protocols.Config(run=str(students(kind)), protocol="pixel", n=640, real=640, steps=[1], ddim_steps=[1],
                                                teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu"))

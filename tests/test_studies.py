@@ -266,6 +266,7 @@ def small_clip(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "EVALUATORS", {})
     c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="sprites", n=80, real=80, paths=4,

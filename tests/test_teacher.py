@@ -18,7 +18,7 @@ import reflow
 import sampler
 import solvers
 import teacher
-from models import configs, latents, load
+from models import configs, latents, load, saved
 from runtime import store
 from runtime.cli import UserError
 from tools import tiny
@@ -792,7 +792,8 @@ def test_a_truncated_json_file_is_named(small_models, tmp_path, file, options):
     folder = shutil.copytree(source, tmp_path / "model")
     (folder / file).write_text('["a", ')
     with pytest.raises(UserError, match=file.rsplit("/", 1)[-1]):
-        sampler.warn_unknown_words(str(folder), load.load_pipeline(str(folder), **options), ["fox"])
+        load.load_pipeline(str(folder), **options)
+        saved.doubts(str(folder), {}, ["fox"], 1, 1.0)
 
 
 def test_a_single_file_says_what_it_predicts(small_models, tmp_path):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python, run_two, start_python, torchrun
+from conftest import ROOT, run_python, run_two, slow, start_python, torchrun
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +24,7 @@ import teacher
 import train
 from data import captioned, imaging
 from models import load, saved, student
+from models.conditions import Conditions
 from pairs import cache_bytes
 from runtime import checkpoints, cli, progress
 from tools import tiny
@@ -165,8 +166,8 @@ def test_the_learnt_normalizer_learns_and_levels_the_loss(tmp_path):
     assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(loss_curve(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
 
 
-@pytest.mark.parametrize("changes", [dict(micro_batch=2), pytest.param(dict(micro_batch=4), marks=pytest.mark.slow), dict(gradient_checkpointing=True), dict(shard=True),
-                                     pytest.param(dict(compile=True), marks=pytest.mark.slow)],
+@pytest.mark.parametrize("changes", [dict(micro_batch=2), slow(dict(micro_batch=4)), dict(gradient_checkpointing=True), slow(dict(shard=True)),
+                                     slow(dict(compile=True))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_what_saves_memory_changes_nothing_but_rounding(trained_tiny, tmp_path, changes):
     train.main(small("tiny", tmp_path, **{**CURVE, **changes}))
@@ -196,7 +197,7 @@ def test_the_loss_falls(random_sd, tmp_path):
 # ---- stopped, killed, resumed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(), pytest.param(dict(pairs="student"), marks=pytest.mark.slow), dict(lora=2, pairs="student"), dict(normalization="learned", dropout=0.1)],
+@pytest.mark.parametrize("changes", [dict(), slow(dict(pairs="student")), dict(lora=2, pairs="student"), slow(dict(normalization="learned", dropout=0.1))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     """SIGKILL at an arbitrary moment, then the same command again until it finishes."""
@@ -224,7 +225,7 @@ def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     assert loss_curve(tmp_path / "killed") == loss_curve(tmp_path / "straight")          # the log forgets what was not kept
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [slow(signal.SIGINT), signal.SIGTERM])
 def test_told_to_stop_it_keeps_a_checkpoint_and_the_command_goes_on(random_sd, tmp_path, stop):
     arguments = [str(ROOT / "train.py"), *command(random_sd, tmp_path / "out", updates=40)]
     process = start_python(arguments, tmp_path, err=tmp_path / "err")
@@ -317,11 +318,11 @@ def test_a_run_caches_no_more_trajectories_than_it_draws_pairs(random_sd, tmp_pa
         c = small(random_sd, tmp_path / name, windows=[1], updates=2, cache=str(tmp_path / "cache" / name), **changes)
         train.main(c)
         assert f"{count} trajectories of 8 steps" in capsys.readouterr().out
-        shard, = (tmp_path / "cache" / name / "trajectories").glob("*.safetensors")
-        rows = load_file(shard)
-        size = sum(value.nbytes for value in rows.values())
-        assert len(rows["z"]) == count and size == cache_bytes(c, train.resolve_recipe(c), load.load_pipeline(str(random_sd)),
-                                                               captioned.open_dataset("sprites", "", 0))
+        shards = [load_file(file) for file in (tmp_path / "cache" / name).rglob("*.safetensors")]
+        size, recipe = sum(value.nbytes for shard in shards for value in shard.values()), train.resolve_recipe(c)
+        pipeline, dataset = load.load_pipeline(str(random_sd)), captioned.open_dataset("sprites", "", 0)
+        assert sum(len(shard.get("z", ())) for shard in shards) == count
+        assert size == cache_bytes(c, recipe, pipeline, dataset, Conditions(c, recipe, pipeline, dataset))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, monkeypatch):
@@ -334,7 +335,7 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_tiny, tmp_path, 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [pytest.param(dict(), marks=pytest.mark.slow), dict(shard=True, normalization="learned", grid_steps=7), dict(micro_batch=2, pairs="student", normalization="learned")],
+@pytest.mark.parametrize("changes", [slow(dict()), dict(shard=True, normalization="learned", grid_steps=7), slow(dict(micro_batch=2, pairs="student", normalization="learned"))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, changes):
     done = run_two([str(ROOT / "train.py"), *command("tiny", tmp_path / "two", **CURVE, **changes)], tmp_path)

@@ -6,6 +6,7 @@ overhead of our own code.
     without a download python -m tools.bench --model sdxl --random-init --lora 16 --precision bf16
     --gradient-checkpointing --size 512 python -m tools.bench --model sd15 --random-init --device
     cuda --batch 8 --precision bf16      # adds MFU and latency
+    python -m tools.bench --model flux --random-init --layers 2 --lora 16 --precision bf16 --parts training
 
 Ratios are taken within one run, on whatever machine this is. Every training is the product's own
 train.py, in a process of its own, with timers around the network, the optimizer and the average;
@@ -29,7 +30,7 @@ import models
 import reflow
 import sampler
 import train
-from models import architectures, load
+from models import architectures, conditions, load
 from runtime import checkpoints, cli, processes
 from runtime.cli import UserError
 from teacher import PRECISIONS
@@ -47,6 +48,7 @@ class Config:
     prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of
                                           # its classes
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # any of training, evaluations, sampling
+    layers: int = 0                  # blocks of each kind in a transformer preset; default: all of them
     size: int | None = None          # pixels; default: the model's own
     batch: int = 1                   # samples per update
     updates: int = 4                 # updates of training, spread over the stages 8 4 2 1;
@@ -58,7 +60,7 @@ class Config:
     steps: int = 4                   # of sampling
     repeats: int = 5                 # of sampling, alternating with diffusers' own pipeline
     peak_tflops: float = 0.0         # of the GPU, for MFU; default: known for A100, H100, H200, L40S, 4090
-    device: str = ""                 # cpu or cuda; default: cuda if there is one
+    device: str = ""                 # cpu, cuda, mps or xpu; default: cuda if there is one
     out: str = ""                    # also write all figures to this JSON file
 
 
@@ -69,6 +71,8 @@ def measured_training(options, queue):
     """Run train.main(Config(**options)) with timers and counters; put what was found on the
     queue."""
     spent, counts, weights = dict(forward=0.0, backward=0.0, optimizer=0.0), dict(student=0, solver=0), {}
+    if layers := options.pop("layers", 0):
+        architectures.shorten(options["model"], layers)
     cuda = options["device"] == "cuda"
 
     def now():
@@ -105,8 +109,11 @@ def measured_training(options, queue):
 
     def open_pairs(*args):
         *rest, pipeline, pairs = real_pairs(*args)
-        weights.update(text=size_of(*models.text_encoders(pipeline)),
-                       vae=size_of(*models.autoencoder(pipeline)), online=pairs.online)
+        gone = pairs.conditions.text_encoders if pairs.conditions else 0
+        text = size_of(*models.text_encoders(pipeline)) + gone * models.network(pipeline).dtype.itemsize
+        weights.update(text=text, vae=size_of(*models.autoencoder(pipeline)), online=pairs.online,
+                       caching=peak_memory(cuda))
+        forget_peak(cuda)
         return *rest, pipeline, pairs
 
     def make_student(c, unet, device, dropout):
@@ -115,8 +122,10 @@ def measured_training(options, queue):
                        trained=sum(p.nbytes for p in checkpoints.trained(student).values()))
         return student
     train.open_pairs, train.make_student = open_pairs, make_student
+    train.export_stage = lambda *_: None                    # reads the whole teacher once more, in fp32
     if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
-        sampler.ddim = noise_for_trajectories  # of random weights, a solved trajectory would mean as little
+        sampler.ddim = noise_for_trajectories  # of random weights, a solved trajectory would mean as little,
+        conditions.encode = noise_for_text                      # and text; its encoders are in memory
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text(options.pop("prompt", Config.prompt))
@@ -136,14 +145,34 @@ def noise_for_trajectories(model, z, times, cond, guidance, uncond, callback):
     return torch.randn_like(z)
 
 
+def noise_for_text(c, pipeline, captions, device="cpu"):
+    network = models.network(pipeline)
+    rows = models.family_of(network).meta_condition(network)
+    return {name: (torch.randn(len(captions), *value.shape[1:]) if value.is_floating_point() else
+                   torch.ones(len(captions), *value.shape[1:], dtype=value.dtype)).to(device)
+            for name, value in rows.items()}
+
+
 def size_of(*modules):
     return sum(p.nbytes for module in modules for p in module.parameters())
 
 
 def peak_memory(cuda):
-    """Bytes: the highest this process ever held, on the GPU or in main memory."""
-    return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(
-        resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes: the highest this process held since forget_peak, on the GPU or in main memory."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():                                 # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = status.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def forget_peak(cuda):
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def run_training(**options):
@@ -163,8 +192,8 @@ def run_training(**options):
 def training(c, device):
     """One update of every stage, or more, from cached trajectories: memory by part, and where the
     time goes."""
-    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, size=c.size,
-                         batch=c.batch, updates=c.updates,
+    found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, layers=c.layers,
+                         size=c.size, batch=c.batch, updates=c.updates,
                          trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8,
                          lora=c.lora,
                          precision=c.precision, compile=c.compile,
@@ -183,7 +212,9 @@ def training(c, device):
           f"{windows}\n\n| memory | GiB | share |\n|---|---|---|")
     for name, size in parts.items():
         print(f"| {name} | {size / gib:.2f} | {size / found['peak']:.0%} |")
-    print(f"| peak {'on the device' if device == 'cuda' else 'resident'} | {found['peak'] / gib:.2f} | |")
+    where = "on the device" if device == "cuda" else "resident"
+    print(f"| peak {where} | {found['peak'] / gib:.2f} | |\n"
+          f"| peak before, while caching | {weights['caching'] / gib:.2f} | |")
     inside = found["forward"] + found["backward"] + found["optimizer"]
     print("\n| time per update | s | share |\n|---|---|---|\n" + "\n".join(
         f"| {name} | {value / found['updates']:.4f} | {value / found['seconds']:.1%} |" for name, value in
@@ -192,6 +223,12 @@ def training(c, device):
          ("the loop: all the rest", found["seconds"] - inside), ("whole", found["seconds"]))))
     print(f"\nThe loop costs {(found['seconds'] - inside) / (found['forward'] + found['backward']):.1%} of "
           "the network's time.")
+    counted = (3 + c.gradient_checkpointing) * c.batch
+    forward = found["forward"] / found["evaluations"]["student"]
+    found["forward_equivalents"] = found["seconds"] / found["updates"] / forward
+    recomputed = ", the recomputation one" * c.gradient_checkpointing
+    print(f"Forward-equivalents per update: {counted} counted (a backward is two{recomputed}), "
+          f"{found['forward_equivalents']:.1f} by the clock, of {forward:.2f} s.")
     if device == "cuda":
         name = torch.cuda.get_device_name()
         peak = c.peak_tflops * 1e12 or next((value for key, value in PEAK_FLOPS.items() if key in name), 0)

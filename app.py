@@ -1,0 +1,150 @@
+"""A student beside its teacher, from the same noise, on a page: `python app.py`
+
+Above, what is drawn: prompt, models, steps, solver, guidance, seed. Below, of each model, the picture,
+the time it took, and what the network believed the picture to be along its way: where trajectories
+are straight, it believes the same from its first step on. Needs gradio: pip install '.[app]'.
+"""
+import functools
+import os
+import shlex
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+import models
+import sampler
+from data import imaging
+from models import load, saved
+from runtime import cli, processes
+from runtime.cli import UserError
+from teacher import DTYPES
+
+SHOWN = 8                       # beliefs in a strip, at most
+TEACHER_STEPS = 32
+
+
+@dataclass
+class Config:
+    model: str = ""             # the student shown first; default: the one in assets/
+    dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
+    device: str = ""            # cpu or cuda; default: cuda if there is one
+    port: int = 7860            # of the page, which only this machine can open
+
+
+def draw(name, opened, prompt, steps, solver, guidance, seed):
+    """One picture, as sampler.py draws it. opened: what saved.open_model(name) returned.
+    Returns: (picture, x_hat at SHOWN of its steps or all in a row, both PIL; what it took, a line).
+    Raises UserError."""
+    pipeline, model, info = opened
+    windows = info.get("windows", 1)
+    try:
+        times = sampler.time_grid(steps, windows)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    prompt, beliefs, start = prompt if models.prompts(pipeline) else "", [], time.perf_counter()
+    z = sampler.generate(pipeline, model, [prompt], [seed], times, guidance, solver=solver,
+                         callback=lambda state: beliefs.append(state["x_hat"].float()))
+    image = models.decode(pipeline, z)
+    seconds = time.perf_counter() - start
+
+    shown = torch.linspace(0, steps - 1, min(steps, SHOWN)).round().int().tolist()
+    believed = models.decode(pipeline, torch.cat([beliefs[i] for i in shown]))
+    believed = torch.cat([believed, torch.ones(SHOWN - len(shown), *believed.shape[1:])])   # white: as long
+    (picture,), strip = (imaging.to_pil(images, max(1, side // images.shape[-1]))
+                         for images, side in ((image, 256), (believed, 96)))
+    count = sampler.evaluations(solver, steps, windows) * (1 if guidance in (0, 1) else 2)
+    return (picture, imaging.contact_sheet([strip], [str(i + 1) for i in shown]),
+            f"{steps} step{'s' * (steps > 1)}, {count} network evaluation{'s' * (count > 1)}: "
+            f"{seconds:.2f} s")
+
+
+def command(student, prompt, steps, solver, guidance, seed):
+    """What draws the student's picture again."""
+    given = dict(model=student, prompt=prompt, steps=steps, solver=solver, guidance=guidance, seed=seed)
+    default = vars(sampler.Config())
+    return "python sampler.py " + " ".join(f"--{key} {shlex.quote(str(value))}" for key, value
+                                           in given.items() if value != default[key])
+
+
+def page(gradio, first, device, dtype):
+    """The page as gradio's Blocks, nothing opened yet. first: the student it starts with."""
+    @functools.lru_cache(maxsize=2)                        # a student and a teacher stay in memory
+    def opened(name, student=None):
+        return saved.open_model(name, device, dtype, student=student and saved.read_about(student))
+
+    def goes_with(student):
+        """Its teacher, and the steps it was made for."""
+        info = saved.read_about(student)
+        return info.get("teacher", student), info.get("windows", TEACHER_STEPS)
+
+    def compare(student, teacher, prompt, steps, teacher_steps, *rest):  # solver, guidance, seed
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_: gradio.Warning(str(message))
+            try:
+                for doubt in saved.doubts(student, saved.read_about(student), [prompt], steps, rest[1]):
+                    gradio.Warning(doubt)
+                # the teacher first: the time that only a first picture takes is lost among its steps
+                theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, *rest)
+                ours = draw(student, opened(student), prompt, steps, *rest)
+            except UserError as error:
+                raise gradio.Error(str(error), title="Not drawn") from error
+        return *ours, *theirs, command(student, prompt, steps, *rest)
+
+    teacher, windows = goes_with(first)
+    with gradio.Blocks(title="Reflow", analytics_enabled=False) as blocks:
+        gradio.Markdown("# Reflow: a student beside its teacher\nBoth from the same noise. "
+                        "Where a trajectory is straight, one step is as good as many.")
+        with gradio.Row(equal_height=True):
+            prompt = gradio.Textbox("red heart on blue", label="Prompt", scale=4)
+            go = gradio.Button("Draw", variant="primary", scale=1)
+        with gradio.Row():
+            students = [first, *(os.path.relpath(folder) for folder in saved.students())]
+            student = gradio.Dropdown(list(dict.fromkeys(students)), value=first, label="Student",
+                                      allow_custom_value=True, min_width=180)
+            other = gradio.Dropdown([teacher, *(name for name in load.PRESETS if name != teacher)],
+                                    value=teacher, label="Teacher", allow_custom_value=True, min_width=180)
+            steps = gradio.Slider(1, 64, windows, step=1, label="Student's steps", min_width=180)
+            other_steps = gradio.Slider(1, 64, TEACHER_STEPS, step=1, label="Teacher's steps", min_width=180)
+        with gradio.Row():
+            solver = gradio.Dropdown(list(sampler.SOLVERS), value="ddim", label="Solver", min_width=180)
+            guidance = gradio.Slider(0, 10, 1, step=0.5, label="Guidance (1 = none)", min_width=180)
+            seed = gradio.Number(0, label="Seed", precision=0, minimum=0, maximum=cli.MAX_SEED, min_width=180)
+        shown, plain = [], dict(format="png", show_label=False)
+        with gradio.Row():
+            for name in "Student", "Teacher":
+                with gradio.Column(min_width=300):
+                    gradio.Markdown(f"### {name}")
+                    took = gradio.Markdown(min_height=24)
+                    picture = gradio.Image(label=name, buttons=["fullscreen", "download"], **plain)
+                    gradio.Markdown("What it believes the picture to be, at step:")
+                    shown += [picture, gradio.Image(label=f"{name}, step by step", buttons=[], **plain), took]
+        again = gradio.Code(label="The student's picture again", language="shell", interactive=False, lines=1,
+                            show_line_numbers=False, wrap_lines=True)
+        inputs = [student, other, prompt, steps, other_steps, solver, guidance, seed]
+        student.change(goes_with, student, [other, steps])
+        for event in (blocks.load, go.click, prompt.submit):
+            event(compare, inputs, [*shown, again])
+    return blocks
+
+
+def main(c):
+    gradio = cli.extra("app.py", "gradio", "app")
+    device, dtype = processes.pick_device(c.device), cli.choose("--dtype", c.dtype, DTYPES)
+    first = c.model or os.path.relpath(load.ASSETS / "student-2")
+    blocks = page(gradio, first, device, dtype)
+    theme = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])   # none from the network
+    try:
+        blocks.launch(server_port=c.port, theme=theme)
+    except OSError as error:
+        raise UserError(f"--port {c.port}: taken ({error}); give another") from error
+
+
+def run():
+    cli.run(main, Config, __doc__)
+
+
+if __name__ == "__main__":
+    run()

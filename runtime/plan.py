@@ -1,0 +1,161 @@
+"""What a run will take: network evaluations, memory, disk. Said before anything takes time, and
+refused, with the shortfall, where it cannot fit."""
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+import models
+import reflow
+from models.conditions import trajectory_counts
+from pairs import cache_bytes, cache_folder
+from runtime.checkpoints import trained
+from runtime.cli import UserError
+from teacher import PRECISIONS
+
+# optimizer -> bytes that it keeps for each byte of what is trained, in fp32: two moments
+OPTIMIZERS = {"adamw": 2, "adamw8bit": 0.5}
+
+
+def size(nbytes):
+    unit = next(unit for unit in (3, 2, 1) if nbytes >= 1024 ** unit or unit == 1)
+    return f"{nbytes / 1024 ** unit:.3g} {' KMG'[unit]}iB"
+
+
+def nbytes(*modules):
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def check(c, recipe, device, world, pipeline, dataset, conditions):
+    """What a run starts from and what it will take, printed. conditions: of what it caches, or None.
+    Raises UserError where it cannot fit."""
+    network, count = models.network(pipeline), sum(trajectory_counts(c, recipe))
+    weights = sum(p.numel() for p in network.parameters())
+    images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
+    pairs = (f"{count} trajectories of {recipe.solver_steps} steps" if recipe.pairs == "trajectory" else
+             recipe.pairs)
+    cache = cache_bytes(c, recipe, pipeline, dataset, conditions)
+    text = f" ({size(conditions.nbytes)} for {len(conditions.captions)} captions)" if conditions else ""
+    print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
+          f"{device_name(device)}, {c.precision}\ndata: {c.data or c.prompts}, {images}, "
+          f"{len(dataset.captions) - 1} captions; pairs from {pairs}; cache: {size(cache)}{text} in "
+          f"{cache_folder(c)}")
+    guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
+    once, frozen = evaluations(c, recipe, guidance)
+    made = f"{once:,} for the cache, then " * bool(once)
+    print(f"network evaluations: {made}{c.updates * c.batch:,} forwards and backwards of the student" +
+          f" and {frozen:,} forwards of the frozen network" * bool(frozen))
+    check_disk(cache_folder(c), cache)
+    if not c.cache_only:                                   # adapters are small beside what is there already
+        trained = 0 if c.lora else 4 * weights             # fp32
+        check_disk(Path(c.out), sum(left(c, recipe, trained, models.parameters(pipeline))), "--out",
+                   "--keep 1", ("checkpoint-*.safetensors", "student-*/**/*.safetensors"))
+        check_memory(c, recipe, device, world, pipeline, trained)
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def evaluations(c, recipe, guidance, stages=None):
+    """Forwards of one sample through the frozen network: (all at once for the cache, while training).
+    guidance: classifier-free, which evaluates twice unless it is 0 or 1; stages: how many of the first,
+    default all."""
+    each = 1 if guidance in (0, 1) else 2
+    if recipe.pairs == "trajectory":
+        return sum(trajectory_counts(c, recipe)) * recipe.solver_steps * each, 0
+    total, before = 0, 0
+    for windows, updates in list(zip(recipe.stages, reflow.stage_updates(recipe, c.updates)))[:stages]:
+        inside = recipe.solver_steps // windows * each     # the teacher's steps through a window
+        if recipe.pairs == "consistency":
+            inside = each + 1                              # one of the teacher, one of the student itself
+        elif recipe.pairs == "student" and before:         # a step for each window of the stage before
+            inside = before // windows
+        total, before = total + updates * (c.batch // recipe.reuse) * inside, windows
+    return 0, total
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def added(c, weights):
+    """Bytes that training adds on the device to weights (bytes) that it trains: gradients, the
+    optimizer's moments, the running average."""
+    return weights * (1 + OPTIMIZERS[c.optimizer] + (c.ema > 0 and c.ema_device != "cpu"))
+
+
+def free_memory(device, world):
+    """Bytes that this process can still have on its device."""
+    if device.type in ("cuda", "xpu"):
+        module = getattr(torch, device.type)
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+        return module.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available // world      # of mps as well, which shares it
+
+
+def check_memory(c, recipe, device, world, pipeline, trained):
+    """Raises UserError where training cannot fit, whatever the activations take. pipeline: on its device
+    or, what is not opened yet, on meta; trained: bytes that will be, 0 for adapters."""
+    online, free = recipe.pairs != "trajectory", free_memory(device, world)
+    frozen = trained * PRECISIONS[c.precision].itemsize / 4 if online else 0
+    dropped = 0 if online and not c.cache_latents else nbytes(*models.text_encoders(pipeline))
+    unopened = sum(p.nbytes for part in (models.network(pipeline), *models.autoencoder(pipeline))
+                   for p in part.parameters() if p.is_meta)
+    more = (added(c, trained) + frozen) / (world if c.shard else 1) + unopened - dropped
+    if more > free:
+        raise UserError(f"memory: training every weight takes {size(more)} more on each process, before any "
+                        f"activation, and there are {size(free)}: {size(more - free)} too little; use --lora "
+                        "16, --ema-device cpu, --optimizer adamw8bit, or --shard on several GPUs")
+
+
+def measured_memory(device):
+    """(bytes held at the peak, where): of the device, or of this process."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_allocated(device), f"on {device}, at its peak"
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory(), "on mps"
+    return psutil.Process().memory_info().rss, "by this process"
+
+
+# ---- disk --------------------------------------------------------------------------------------------------
+
+
+def left(c, recipe, trained, whole):
+    """Bytes that a run leaves: (its checkpoints, its students). trained: bytes; whole: parameters of a
+    whole pipeline, which is exported in fp32."""
+    return c.keep * trained * (1 + OPTIMIZERS[c.optimizer] + (c.ema > 0)), len(recipe.stages) * whole * 4
+
+
+def check_disk(folder, nbytes, option="--cache", less="fewer --trajectories", files=("**/*.safetensors",)):
+    """Raises UserError unless there is room for nbytes in the folder, less what these files of it
+    hold."""
+    held = sum(file.stat().st_size for pattern in files for file in folder.glob(pattern))
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    more, free = nbytes - held, shutil.disk_usage(there).free
+    if more > free:
+        raise UserError(f"{option} {folder}: will take {size(more)} more, and its disk has {size(free)}: "
+                        f"{size(more - free)} too little; free some, give {option} on another disk, or "
+                        f"{less}")
+
+
+def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole):
+    """What a run will do and need, now that its student is there. pipeline: with the student in it and
+    what else stays in memory; solver: the frozen network beside it, or None; whole: parameters of a whole
+    pipeline, as it is exported."""
+    student = models.network(pipeline)
+    trainable = sum(p.nbytes for p in trained(student).values())
+    frozen = sum(p.nbytes for p in solver.parameters()) if solver and not c.lora else 0
+    memory = (nbytes(student) + added(c, trainable) + frozen) / (world if c.shard else 1)
+    memory += nbytes(*models.autoencoder(pipeline), *models.text_encoders(pipeline))
+    checkpoints, exported = left(c, recipe, trainable, whole)
+    stages = ", ".join(f"{updates} with {windows} window{'s' * (windows > 1)}"
+                       for updates, windows in zip(per_stage, recipe.stages))
+    print(f"updates: {c.updates} of {c.batch} samples, {micro} at once on each process: {stages}"
+          + f"; going on from {resumed}" * bool(resumed))
+    print(f"memory: {size(memory)} on each process for weights, gradients, optimizer and average; "
+          "activations come on top, measured after ten updates")
+    print(f"disk: {size(checkpoints / c.keep)} for each of {c.keep} checkpoints, {size(exported)} for "
+          f"{len(recipe.stages)} students; {size(shutil.disk_usage(c.out).free)} are free in {c.out}")

@@ -1,0 +1,64 @@
+"""From a loss to new weights: the optimizer, the scale of the loss in fp16, the running average."""
+import contextlib
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import losses
+from runtime import checkpoints, cli
+
+
+def make_optimizer(c, recipe, student, pairs, world):
+    """A stage begins with a new optimizer, a new average, and, for learned normalization, a new
+    network that predicts the loss.
+    Returns: (AdamW, EMAModel or None, the scaler of the loss, which does nothing but in fp16, normalizer,
+    the normalizer as the loss calls it)."""
+    # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before
+    # a group norm): with 1e-8 one process and two drift apart six times as fast
+    parameters, settings = checkpoints.trained(student).values(), dict(lr=c.lr, weight_decay=0.0, eps=1e-7)
+    if c.optimizer == "adamw8bit":
+        library = cli.extra("--optimizer adamw8bit", "bitsandbytes", "memory")
+        optimizer = library.optim.AdamW8bit(parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
+    ema = EMAModel(parameters, decay=c.ema, foreach=not c.ema_device) if c.ema else None
+    if ema:
+        ema.to(c.ema_device or pairs.device)
+    scaler = torch.amp.GradScaler(pairs.device.type, enabled=c.precision == "fp16")
+    normalizer = predict = torch.nn.Identity()
+    if recipe.normalization == "learned":                   # at a rate of its own, which stays
+        torch.manual_seed(c.seed)
+        normalizer = predict = losses.LossNormalizer(pairs.shape[0]).to(pairs.device)
+        optimizer.add_param_group(dict(params=list(normalizer.parameters()), lr=1e-3))
+        predict = DDP(normalizer) if world > 1 else normalizer
+    return optimizer, ema, scaler, normalizer, predict
+
+
+def backward(loss, network, student, last):
+    """Add to the gradients. network: the student, or DDP around it; DDP and FSDP share gradients once,
+    at the last micro-batch."""
+    if hasattr(student, "set_requires_gradient_sync"):      # FSDP's
+        student.set_requires_gradient_sync(last)
+    with network.no_sync() if network is not student and not last else contextlib.nullcontext():
+        loss.backward()
+
+
+def step(student, optimizer, ema, scaler):
+    """One step of the optimizer and the average, and no gradients left.
+    Returns: the norm of the gradient before it was clipped, a tensor on the device; 0 where fp16 overflowed:
+    that step is left out and the next loss scaled by half, down to 1, below which it is no overflow."""
+    parameters = checkpoints.trained(student).values()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if ema:
+        here = ema.shadow_params[0].device
+        ema.step([p if p.device == here else p.detach().to(here).requires_grad_() for p in parameters])
+    if scaler.is_enabled() and scaler.get_scale() >= 1 and not norm.isfinite():
+        return torch.zeros_like(norm)
+    return norm

@@ -1,0 +1,117 @@
+"""What a run says and refuses before it starts, what it says while it runs, and the options that save memory."""
+import json
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image
+from test_cuda import losses, model, options, stopped_after  # noqa: F401  model is a fixture
+
+import export
+import train
+from runtime import cli, plan, progress, updates
+
+
+def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "p.txt").write_text("fox\nred heart on blue\ncat\ndog\nbird\n")
+    train.main(options(model, tmp_path / "o", "cpu", windows=[1], updates=12, grid_steps=6, validation_prompts=str(tmp_path / "p.txt")))
+    out = capsys.readouterr().out
+    assert "network evaluations: 32 for the cache, then 24 forwards and backwards of the student" in out
+    assert "after 10 updates: " in out and "for the other 2; memory: " in out
+    assert f"pictures: {tmp_path / 'o' / 'grids' / '000012.png'}; sample it: python sampler.py --model" in out
+    assert Image.open(tmp_path / "o" / "grids" / "000012.png").height > 5 * 100                 # a row for each of the five prompts
+    events = b"".join(file.read_bytes() for file in (tmp_path / "o" / "tensorboard").glob("events*"))
+    assert events.count(b"PNG") == 3
+
+
+@pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(pairs="consistency", windows=[1]),
+                                     dict(pairs="data", guidance_teacher=2.0, reuse=2, micro_batch=2), dict(guidance_teacher=2.0)], ids=str)
+def test_the_evaluations_said_are_those_made(model, tmp_path, monkeypatch, changes):  # noqa: F811
+    c, real, made = options(model, tmp_path, "cpu", **changes), train.models.as_model, [0]
+
+    def as_model(*args):
+        counted = real(*args)
+        network = counted.network
+
+        def forward(z, timestep, **cond):
+            made[0] += len(z) * (not torch.is_grad_enabled())
+            return network(z, timestep, **cond)
+        counted.network = forward
+        return counted
+    monkeypatch.setattr(train.models, "as_model", as_model)
+    train.main(c)
+    recipe = train.resolve_recipe(c)
+    assert made[0] == sum(plan.evaluations(c, recipe, c.guidance_teacher))
+
+
+def test_what_cannot_fit_is_refused_before_any_cache(model, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(cli.UserError, match="memory: training every weight takes .* too little; use --lora"):
+        patch.setattr(plan, "free_memory", lambda device, world: 1000)
+        train.main(options(model, tmp_path / "a", "cpu"))
+    usage = plan.shutil.disk_usage
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage(path)._replace(free=2 ** 20))
+    with pytest.raises(cli.UserError, match=r"--out .*: will take .* MiB too little; .* or --keep 1"):
+        train.main(options(model, tmp_path / "b", "cpu"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_is_reported_where_it_is_asked_for(model, tmp_path, monkeypatch, name):  # noqa: F811
+    """The two packages have these names in common; a module that records calls stands in."""
+    calls = []
+    tool = types.SimpleNamespace(init=lambda **given: calls.append(("init", given)), finish=lambda: calls.append(("finish",)),
+                                 log=lambda values, step: calls.append((step, sorted(values))), Image=lambda picture: picture)
+    monkeypatch.setitem(sys.modules, name, tool)
+    train.main(options(model, tmp_path, "cpu", windows=[1], updates=2, grid_steps=2, report_to=[name]))
+    assert calls[0][1]["project"] == "reflow" and calls[0][1]["config"]["updates"] == 2 and calls[-1] == ("finish",)
+    assert [step for step, _ in calls[1:-1]] == [0, 1, 2, 2] and calls[1][1] == ["grid"] and "loss" in calls[2][1]
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(cli.UserError, match=f"--report-to {name}: needs {name}"):
+        train.resolve_recipe(train.Config(report_to=[name]))
+
+
+def test_an_average_in_main_memory_is_the_average_and_without_one_the_weights_are_kept(model, tmp_path):  # noqa: F811
+    changes = dict(windows=[1], ema=0.5)
+    plain, other = (export.trained_weights(train.main(options(model, tmp_path / name, "cpu", **changes, **more)), 0)
+                    for name, more in (("plain", {}), ("cpu", dict(ema_device="cpu"))))
+    assert all(torch.allclose(plain[name], other[name], atol=1e-6) for name in plain)
+    assert cli.parse(train.Config, "", ["--no-ema"]).ema == 0
+    c = options(model, tmp_path / "none", "cpu", windows=[1], ema=0.0)
+    stopped_after(3, c)
+    kept = export.trained_weights(train.main(c), 0)
+    file = tmp_path / "none" / "checkpoint-000004.safetensors"
+    _, tensors = export.open_safetensors("", file)
+    assert not [name for name in tensors if name.startswith("ema:")] and all(torch.equal(kept[name], tensors[f"student:{name}"]) for name in kept)
+    export.export_checkpoint(export.ExportConfig(str(file), str(tmp_path / "from")))
+    assert all(torch.equal(kept[name], value) for name, value in export.trained_weights(tmp_path / "from", 0).items())
+
+
+def test_fp16_trains_near_fp32_and_a_resume_goes_on_with_its_scale(model, tmp_path, monkeypatch):  # noqa: F811
+    """At a scale where nothing overflows, so that no update is left out."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device, init_scale=64.0, enabled=enabled))
+    train.main(options(model, tmp_path / "fp32", "cpu", windows=[1]))
+    c = options(model, tmp_path / "fp16", "cpu", windows=[1], precision="fp16")
+    stopped_after(3, c)
+    metadata, _ = export.open_safetensors("", tmp_path / "fp16" / "checkpoint-000002.safetensors")
+    assert json.loads(metadata["scaler"])["scale"] == 64
+    train.main(c)
+    assert losses(tmp_path / "fp16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.1)
+
+
+def test_an_overflow_in_fp16_leaves_the_update_out_and_halves_the_scale():
+    student = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+    scaler, before = torch.amp.GradScaler("cpu"), student.weight.detach().clone()
+    for factor, moved in ((float("inf"), False), (1.0, True)):
+        scale = scaler.get_scale()
+        scaler.scale(student(torch.ones(1, 2)).sum()).backward()
+        student.weight.grad *= factor
+        norm = updates.step(student, optimizer, None, scaler)
+        assert (norm == 0) == (not moved) and scaler.get_scale() == scale / (1 if moved else 2)
+        assert torch.equal(student.weight, before) != moved
+
+
+def test_durations_are_words():
+    assert [progress.duration(s) for s in (3, 89, 120, 3661, 90000)] == ["3 s", "89 s", "2 min", "1 h 1 min", "25 h 0 min"]
