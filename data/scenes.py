@@ -268,6 +268,8 @@ def render(plans, size=SIZE):
     centers = torch.where(two, apart, alone), -apart
     # the first object lies over the second
     for i, rows in ((1, two[:, 0].nonzero()[:, 0]), (0, torch.arange(len(plans)))):
+        if not len(rows):                                  # no scene of two
+            continue
         sprite = _sprite((a, b)[i][rows], centers[i][rows], sizes[i][rows, 0], u[rows, 10 + 2 * i],
                          u[rows, 11 + 2 * i])
         # three pixels below it

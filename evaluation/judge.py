@@ -90,7 +90,8 @@ def answers(plans):
 def loss(judge, images, plans):
     """Cross entropy of every question that the scenes have an answer to, summed."""
     right = answers(plans)
-    return sum(F.cross_entropy(logits, right[name], ignore_index=-1) for name, logits in judge(images).items())
+    return sum(F.cross_entropy(logits, right[name], ignore_index=-1)
+               for name, logits in judge(images).items())
 
 
 def augment(images, generator):
@@ -128,7 +129,8 @@ def follows(logits, plans):
     crossed = two & same(first, right["second"]) & same(second, right["first"])
     counted = guess["count"] == right["count"]
     found = {"object": (exact | vague, counted & (straight | crossed)),
-             "color": (says("{background}"), (guess["top"] == right["top"]) & (guess["bottom"] == right["bottom"])),
+             "color": (says("{background}"),
+                       (guess["top"] == right["top"]) & (guess["bottom"] == right["bottom"])),
              "relation": (placed, counted & straight & (guess["axis"] == right["axis"]))}
     named = torch.stack([named for named, _ in found.values()])
     correct = torch.stack([right for _, right in found.values()])

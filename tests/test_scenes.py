@@ -66,3 +66,9 @@ def test_held_out_pairs_are_a_tenth_and_never_drawn_for_training():
     assert not scenes.is_held_out(plans(400, only=False)).any() and scenes.is_held_out(plans(100, only=True)).all()
     both = scenes.is_held_out(plans(2000)).double().mean().item()
     assert 0.1 < both < 0.4
+
+
+def test_scenes_of_one_object_alone_are_drawn():
+    plans = scenes.plan(64, torch.Generator().manual_seed(2))
+    alone = plans[plans[:, 0] == 1]
+    assert torch.equal(scenes.render(alone), scenes.render(plans)[plans[:, 0] == 1])

@@ -1,0 +1,100 @@
+"""The judge of pictures: right answers are right, each wrong fact is counted where a caption names it, and nowhere else."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import slow
+
+from data import scenes
+from evaluation import judge
+
+
+def told(answers, **changes):
+    """Logits of a judge that answers so."""
+    return {name: F.one_hot(changes.get(name, value).clamp(min=0), judge.QUESTIONS[name]).float() for name, value in answers.items()}
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return scenes.plan(400, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def captions(plans):
+    return scenes.describe(plans)[0]
+
+
+def test_right_answers_follow_every_caption(plans, captions):
+    found = judge.follows(told(judge.answers(plans)), plans)
+    for name, (named, right) in found.items():
+        assert right[named].all(), name
+    on = torch.tensor([" on " in f" {caption}" for caption in captions])
+    related = torch.tensor([any(f" {word} " in caption for word in scenes.RELATIONS) for caption in captions])
+    assert torch.equal(found["color"][0], on) and torch.equal(found["relation"][0], related)
+    assert torch.equal(found["all"][0], torch.tensor([bool(caption) for caption in captions]))
+
+
+def test_a_scene_of_two_is_told_in_one_way():
+    """"a left of b" and "b right of a" are one picture."""
+    plans = scenes.plan(2, torch.Generator().manual_seed(1))
+    one, other = plans.clone(), plans.clone()
+    for plan, (a, b, relation) in ((one, (3, 7, "left of")), (other, (7, 3, "right of"))):
+        plan[:, 0], plan[:, 1], plan[:, 2], plan[:, 3] = 2, a, b, list(scenes.RELATIONS).index(relation)
+    assert all(torch.equal(judge.answers(one)[name], judge.answers(other)[name]) for name in judge.QUESTIONS)
+    assert judge.answers(one)["first"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("question, counted", [("top", {"color"}), ("bottom", {"color"}), ("axis", {"relation"}), ("count", {"object", "relation"}),
+                                               ("first", {"object", "relation"})])
+def test_a_wrong_answer_counts_where_the_caption_names_it(plans, question, counted):
+    right = judge.answers(plans)
+    wrong = (right[question] + 1) % judge.QUESTIONS[question]
+    if question == "first":                                # of another group, so that vague captions are wrong as well
+        animal, food = scenes.GROUPS.index("animal"), scenes.GROUPS.index("food")
+        wrong = torch.tensor([food if scenes.GROUPS[int(a)] == "animal" else animal for a in right["first"]])
+        wrong = torch.where(wrong == right["second"], wrong + 1, wrong)
+    found = judge.follows(told(right, **{question: wrong}), plans)
+    for name in ("object", "color", "relation"):
+        named, correct = found[name]
+        assert not correct[named].any() if name in counted else correct[named].all(), name
+    named, correct = found["all"]
+    assert torch.equal(correct, torch.stack([found[name][1] | ~found[name][0] for name in ("object", "color", "relation")]).all(0))
+
+
+def test_two_objects_in_each_others_place_are_the_right_objects_in_the_wrong_relation(plans):
+    right = judge.answers(plans)
+    two = plans[:, 0] == 2
+    found = judge.follows(told(right, first=torch.where(two, right["second"], right["first"]), second=right["first"]), plans)
+    assert found["object"][1][found["object"][0]].all()
+    differ = two & found["relation"][0] & (right["first"] != right["second"])
+    exact = torch.tensor([scenes.GROUPS[int(a)] != scenes.GROUPS[int(b)] for a, b in zip(right["first"], right["second"])])
+    assert differ.any() and not found["relation"][1][differ & exact].any()
+
+
+def test_distance_is_none_from_itself_and_grows_with_the_change():
+    torch.manual_seed(0)
+    network, images = judge.Judge().eval(), scenes.render(scenes.plan(8, torch.Generator().manual_seed(2)))
+    little, much = (images + size * torch.randn(images.shape, generator=torch.Generator().manual_seed(3)) for size in (0.05, 0.5))
+    with torch.no_grad():
+        assert judge.distance(network, images, images).max() == 0
+        assert (judge.distance(network, images, little) < judge.distance(network, images, much)).all()
+        assert network.features(images).shape == (8, 192)
+
+
+def test_augmentation_is_the_generators_and_moves_every_picture():
+    images = scenes.render(scenes.plan(4, torch.Generator().manual_seed(2)))
+    a, b = (judge.augment(images, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b) and ((a - images).flatten(1).abs().mean(1) > 0.01).all()
+
+
+@pytest.mark.parametrize("updates, share", [(12, 0.9), slow(120, 0.55)])
+def test_it_learns(updates, share):
+    torch.manual_seed(0)
+    network, plans = judge.Judge(), scenes.plan(32, torch.Generator().manual_seed(6))
+    images, optimizer = scenes.render(plans), torch.optim.AdamW(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(updates):
+        losses.append(judge.loss(network, images, plans))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < share * losses[0]
