@@ -202,14 +202,18 @@ def load_parts(folder, dtype, random_init, seed, empty, parts):
             if library == "diffusers":
                 return kind.from_config(kind.load_config(where))
             return kind(kind.config_class.from_pretrained(where))
+        files = [] if random_init else sorted(where.glob("*.safetensors"))
+        if not files and not random_init:
+            raise UserError(f"its {part} is missing: no .safetensors file in {folder / part}; download or "
+                            "export it again, whole")
+        for file in files:                                 # a torn one, before anything else takes time
+            with safe_open(file, "pt"):
+                pass
         if random_init or part in empty:
             # late: it brings every class of diffusers and transformers that we name
             from models import architectures
             parts[part] = architectures.random_part(make, part, dtype, seed, weights=part not in empty)
             continue
-        if not any(where.glob("*.safetensors")):
-            raise UserError(f"its {part} is missing: no .safetensors file in {folder / part}; download or "
-                            "export it again, whole")
         named = "torch_dtype" if library == "diffusers" else "dtype"  # the word that all their versions know
         try:
             parts[part] = load_whole(kind, where, use_safetensors=True, variant=variant_of(where),

@@ -235,9 +235,10 @@ def test_latents_are_cached_as_pixels(folders, tmp_path):
         image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(LABELS[i])
     last = train.main(options(folders["classes"], tmp_path / "out", data=str(folder), pairs="data", cache_latents=True))
-    rows = load_file(tmp_path / "out" / "cache" / "latents" / "00000.safetensors")
+    rows, text = (load_file(tmp_path / "out" / "cache" / name / "00000.safetensors") for name in ("latents", "captions"))
     dataset = captioned.open_dataset(str(folder), "", 0)
-    assert torch.equal(rows["z_0"], dataset.decode(range(4), 16)) and rows["class_labels"].tolist() == [0, 1, 2, 3] and last.exists()
+    assert torch.equal(rows["z_0"], dataset.decode(range(4), 16)) and last.exists()
+    assert text["class_labels"].tolist() == [len(LABELS), 0, 1, 2, 3]                  # the null class first
 
 
 def test_sampler_needs_a_prompt_only_where_there_is_a_class(folders, tmp_path):

@@ -352,7 +352,7 @@ def main(c):
         cli.choose("--parts", part, PARTS)
     device = processes.pick_device(c.device)
     cli.choose("--precision", c.precision, PRECISIONS)
-    cli.at_least(c, size=1, batch=1, updates=1, lora=0, steps=1, repeats=1, peak_tflops=0)
+    cli.at_least(c, size=1, batch=1, updates=1, lora=0, layers=0, steps=1, repeats=1, peak_tflops=0)
     run = {"training": training, "evaluations": evaluations, "sampling": sampling}
     found = {part: run[part](c, device) for part in c.parts}
     if c.out:
