@@ -524,7 +524,7 @@ def test_what_cannot_be_loaded_is_one_line_with_a_remedy(model, tmp_path, monkey
         assert "\n" not in str(caught.value)
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(load.load_pipeline(str(model), random_init=True).unet.state_dict(), model / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be loaded"):                       # a pickle beside its config is not read either
+    with pytest.raises(UserError, match="its unet is missing: no .safetensors file"):                       # a pickle beside its config is not read either
         load.load_pipeline(str(model))
     assert capfd.readouterr().err == ""
 
