@@ -307,7 +307,7 @@ def test_a_run_says_what_it_will_take_and_how_its_student_is_sampled(random_sd, 
     encoders = whole[0] - unet
     # student, gradients, two moments, average; the frozen network; pairs from images encode while they train
     assert said("memory: ") == pytest.approx(6 * unet + encoders, rel=0.02)
-    assert "12 of 4 samples, 2 at once" in text and "1 process on CPU" in text and len(text.splitlines()) == 6
+    assert "12 of 4 samples, 2 at once" in text and "1 process on CPU" in text and len(text.splitlines()) == 8
     done = run_python([str(ROOT / "sampler.py"), *shlex.split(text.split("python sampler.py ")[1]), "--out", "a.png"], tmp_path)
     assert done.returncode == 0 and (tmp_path / "a.png").exists(), done.stderr
 
