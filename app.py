@@ -29,7 +29,7 @@ TEACHER_STEPS = 32
 class Config:
     model: str = ""             # the student shown first; default: the one in assets/
     dtype: str = "fp32"         # of the networks: fp32, bf16 or fp16
-    device: str = ""            # cpu or cuda; default: cuda if there is one
+    device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
     port: int = 7860            # of the page, which only this machine can open
 
 

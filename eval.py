@@ -4,9 +4,10 @@ Everything is generated from the same noise and captions: the teacher in 32 DDIM
 untrained student (plain DDIM in 8, 4, 2, 1 steps), and every student found under the run.
 --protocol says with which captions and against which images:
 
-    python eval.py runs/demo                                                   # tiny: the embedded
-    pictures torchrun --nproc_per_node=8 eval.py runs/sd15 --protocol coco2017-5k --data coco
-    --dtype fp16
+    python eval.py runs/demo
+    torchrun --nproc_per_node=8 eval.py runs/sd15 --protocol coco2017-5k --data coco --dtype fp16
+
+The first is protocol tiny: the embedded pictures.
 
 Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what has been generated
 is kept under --cache.

@@ -61,19 +61,19 @@ def dpm2(model, z, times, cond, guidance=1.0, uncond=None, callback=None, genera
     middle = times[1:] if r == 1 else model.schedule.time_of(sigma[:-1] ** (1 - r) * sigma[1:] ** r)
     middle = torch.where(last, times[:-1], middle)          # there eps_m is eps_hat, and the step is DDIM
     single = last.all(1).tolist()
-    times, middle = times.to(z.device), middle.to(z.device)
+    times, middle = (v.to(teacher.clock_device(z.device)) for v in (times, middle))
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         x_hat, eps_hat = model(z, t, cond, guidance, uncond)
         if callback:
             callback(dict(i=i, t=t, t_next=t_next, z=z, x_hat=x_hat, eps_hat=eps_hat))
         if not single[i]:
-            a, b = (c.to(z.dtype) for c in model.coefficients(middle[i], z.ndim))
+            a, b = (c.to(z.dtype).to(z.device) for c in model.coefficients(middle[i], z.ndim))
             _, eps_m = model(a * x_hat + b * eps_hat, middle[i], cond, guidance, uncond)
             change = (eps_m - eps_hat) / (2 * r)
             # the same z is a (x_hat - b/a change) + b (eps_hat + change)
             a, b = model.coefficients(t, z.ndim)
-            x_hat, eps_hat = x_hat - (b / a).to(z.dtype) * change, eps_hat + change
-        a, b = (c.to(z.dtype) for c in model.coefficients(t_next, z.ndim))
+            x_hat, eps_hat = x_hat - (b / a).to(z.dtype).to(z.device) * change, eps_hat + change
+        a, b = (c.to(z.dtype).to(z.device) for c in model.coefficients(t_next, z.ndim))
         z = a * x_hat + b * eps_hat
     return z
 
@@ -119,7 +119,7 @@ def from_diffusers(name, scheduler_class, draws=False, **options):
         visited = torch.cat([(scheduler.timesteps.double() + 1) / len(betas),
                            torch.zeros(1, dtype=torch.float64)])
         check_on_schedule(name, model, visited[:-1])
-        visited = visited.to(z.device).reshape(-1, 1).expand(-1, len(z))
+        visited = visited.to(teacher.clock_device(z.device)).reshape(-1, 1).expand(-1, len(z))
         for i, timestep in enumerate(scheduler.timesteps):
             x_hat, eps_hat = model(z, visited[i], cond, guidance, uncond)
             if callback:

@@ -27,10 +27,10 @@ from data import captioned
 from models import load
 from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
-from options import Config, command, fit_prediction, resolve_recipe
 from pairs import Pairs, cache_folder, check_images, check_windows
 from runtime import checkpoints, cli, plan, processes, progress, store, updates
 from runtime.cli import UserError
+from runtime.options import Config, command, fit_prediction, resolve_recipe
 from teacher import PRECISIONS
 
 # what may differ between two starts of one run
@@ -98,7 +98,7 @@ def claim_out(c, out, settings):
 
 def open_pairs(c, recipe, device, processes):
     """The data, the teacher on its device, and their pairs, cached as the Config says.
-    Returns: (c with the model's default data filled in, dataset, pipeline, pairs).
+    Returns: (c with the model's default data filled in, what progress.Grid shows, pipeline, pairs).
     Raises UserError."""
     c = with_data(c)
     rank, _, barrier = processes
@@ -147,10 +147,9 @@ def open_pairs(c, recipe, device, processes):
         del pipeline
         pipeline = opened(**dict.fromkeys(models.TEXT_ENCODERS)).to(device)
     pairs = Pairs(c, recipe, pipeline, dataset, conditions, processes)
-    pairs.shown = shown
     if c.shard:  # FSDP wants one dtype for all it shards together; only now: what is cached must not
         models.network(pipeline).float()    # depend on --shard, which may differ between two starts
-    return c, dataset, pipeline, pairs
+    return c, shown, pipeline, pairs
 
 
 def make_cache(c, recipe, device, processes):
@@ -210,10 +209,10 @@ def main(c):
         return folders[-1]
 
     # teacher and pairs; what has been cached need not stay in memory
-    c, dataset, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
+    c, shown, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
     whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
-    grid = progress.Grid(pipeline, pairs.shape, pairs.shown, out / "grids")
+    grid = progress.Grid(pipeline, pairs.shape, shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
@@ -265,7 +264,6 @@ def main(c):
                 times, ends, cond = pairs.ends(next(batches), solving, solver_steps // windows, model)
                 values, parts = reflow.student_loss(model, ends, times, cond, recipe, predict,
                                                     pairs.autocast())
-
                 updates.backward(scaler.scale(values.sum() / share), network, student, i + micro == share)
                 seen.append(progress.row(parts, times))
                 bar.update(micro / share)
@@ -301,8 +299,7 @@ def main(c):
                 sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
         # the stage is done: its running average is the student
-        if ema:
-            checkpoints.swap_ema_(student, ema)
+        checkpoints.swap_ema_(student, ema)
         del optimizer, ema                                 # room for the export
         if c.grid_steps:                                   # the picture of its card
             grid.draw(plain, windows, first + count, board)

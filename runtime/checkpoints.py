@@ -98,8 +98,9 @@ def restore(file, done, student, normalizer, optimizer, ema, scaler=None):
 
 @torch.no_grad()
 def swap_ema_(student, ema):
-    """Exchange the trained weights and their running average, tensor by tensor."""
-    for p, average in zip(trained(student).values(), ema.shadow_params):
+    """Exchange the trained weights and their running average, tensor by tensor; nothing where there
+    is no average (None)."""
+    for p, average in zip(trained(student).values(), ema.shadow_params if ema else ()):
         before = p.detach().clone()
         p.copy_(average)
         average.copy_(before)

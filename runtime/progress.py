@@ -190,13 +190,14 @@ def validation_prompts(c):
 
 def shown(c, pipeline, dataset):
     """The prompts of a run's pictures, those of --validation-prompts or up to four of the data's, and
-    their conditions, encoded while the text encoders are there."""
+    their conditions, encoded while the text encoders are there; none where --grid-steps 0 shows no
+    picture."""
     if c.validation_prompts:
         prompts = validation_prompts(c)
     else:
         own = dict.fromkeys(dataset.caption_indices(range(64)))
         prompts = [dataset.captions[i] for i in own if i][:4] or [""]
-    return prompts, encode(c, pipeline, prompts)
+    return prompts, encode(c, pipeline, prompts) if c.grid_steps else {}
 
 
 class Grid:
@@ -215,8 +216,7 @@ class Grid:
         """One step per window, by the running average if it is given. All processes call; the first
         one, which has the board, writes FOLDER/STEP.png and shows it there."""
         network = models.network(self.pipeline)
-        if ema:
-            swap_ema_(network, ema)
+        swap_ema_(network, ema)
         z = sampler.noise(range(len(self.prompts)), self.shape).to(network.device)
         network.eval()                                     # no dropout
         images = []
@@ -226,8 +226,7 @@ class Grid:
                                                                     sampler.time_grid(windows), cond)))
         images = torch.cat(images)
         network.train()
-        if ema:
-            swap_ema_(network, ema)
+        swap_ema_(network, ema)
         if board:
             self.folder.mkdir(exist_ok=True)
             self.last = self.folder / f"{step:06d}.png"

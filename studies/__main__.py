@@ -1,8 +1,9 @@
 """The evidence: questions about reflow, answered by runs that anybody can repeat.
 
-    python -m studies ablation             # one of STUDIES: trains what is missing, measures it,
-    writes its table and figure python -m studies all                  # all of them
+    python -m studies ablation             # one of STUDIES
+    python -m studies all                  # all of them
 
+A study trains what is missing, measures it, and writes its table and its figure.
 A study names its runs in train.py's own options and its rows by what eval.py measures.
 Both are kept under --out: a study that was stopped goes on, a second call costs nothing.
 What it finds goes to --results as NAME.json, NAME.md and NAME.png.

@@ -10,8 +10,9 @@ from conftest import ROOT, SMALL, slow, start_python
 from fake_cuda import CudaTensor, fake_cuda
 from torch.distributed.tensor import DTensor
 
+import sampler
 import train
-from models import architectures, load, student
+from models import architectures, load, saved, student
 from runtime import checkpoints, cli, processes, progress
 
 
@@ -85,6 +86,17 @@ def test_a_run_on_a_device_without_float64_gives_the_losses_of_the_cpu(model, tm
         with pytest.raises(TypeError, match="float64"):
             torch.zeros(2, dtype=torch.float64).to("mps")
     assert losses(tmp_path / "mps") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in sampler.SOLVERS if name != "lcm"])           # which draws noise
+def test_every_solver_samples_on_a_device_without_float64(model, name):
+    latents = []
+    for device in ("cpu", "mps"):
+        with fake_cuda("mps") if device == "mps" else contextlib.nullcontext():
+            pipeline, contract, _ = saved.open_model(str(model), device)
+            z = sampler.generate(pipeline, contract, ["fox"], [3], sampler.time_grid(4), solver=sampler.SOLVERS[name])
+            latents.append(z.cpu())
+    assert torch.allclose(*latents, atol=1e-4)
 
 
 @pytest.fixture

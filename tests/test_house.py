@@ -1,5 +1,6 @@
 """The house: what may import what, measured from the code (imports inside functions included), and how large things are."""
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -59,14 +60,22 @@ def test_nothing_below_imports_the_commands_the_studies_or_the_tools():
         folder = module.split(".")[0]
         above = {"studies", "tools"} if folder == "eval" else {"eval", "studies", "tools"} if folder in ("train", "export", "sampler", "app") else {
             "train", "eval", "export", "studies", "tools"} if folder in (*CORE, "models", "data", "runtime", "evaluation") else set()
-        if module in ("evaluation.measuring", "models.student", "options"):
+        if module in ("evaluation.measuring", "models.student", "runtime.options"):
             above -= {"export"}
         assert not {target for target in ARROWS[module] if target.split(".")[0] in above}, module
 
 
 def test_the_root_shows_the_method_and_no_file_is_a_drawer():
-    assert len([module for module, file in FILES.items() if file.parent == ROOT]) <= 11
+    assert len([module for module, file in FILES.items() if file.parent == ROOT]) <= 10
     assert not [module for module in FILES if set(module.split(".")) & {"utils", "common", "helpers", "misc"}]
+
+
+def test_a_docstring_begins_each_command_on_its_own_line():
+    """--help shows them as they stand."""
+    for module, file in FILES.items():
+        for line in (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines():
+            command = re.search(r"^    .*?((OMP_NUM_THREADS=1 )?(python|torchrun) (-|\w+\.py))", line)
+            assert not command or command.start(1) == 4, (module, line)
 
 
 def test_what_a_reader_reads_is_short():

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from test_house import ARROWS, FILES
 
-import options
+from runtime import options
 from runtime.cli import UserError, extra
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -15,9 +15,9 @@ import models
 import sampler
 import train
 from models import architectures, load, saved
-from options import command
 from runtime import progress
 from runtime.cli import UserError
+from runtime.options import command
 
 SIZE, SEEDS, PROMPTS = 32, [3, 4], ["red heart on blue", "a fox"]
 VAE = dict(SMALL["sd15"]["vae"], latent_channels=4)

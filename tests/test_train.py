@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import losses
 import models
-import options
 import reflow
 import sampler
 import teacher
@@ -26,7 +25,7 @@ from data import captioned, imaging
 from models import load, saved, student
 from models.conditions import Conditions
 from pairs import cache_bytes
-from runtime import checkpoints, cli, progress
+from runtime import checkpoints, cli, options, progress
 from tools import tiny
 
 SMALL = dict(data="sprites", windows=[2, 1], updates=12, batch=4, trajectories=8, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")

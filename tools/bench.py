@@ -1,12 +1,13 @@
 """What training and sampling cost, side by side: memory by part, network evaluations per update,
 overhead of our own code.
 
-    python -m tools.bench                                                    # the embedded model, a
-    minute python -m tools.bench --model sd15 --random-init --gradient-checkpointing  # full size
-    without a download python -m tools.bench --model sdxl --random-init --lora 16 --precision bf16
-    --gradient-checkpointing --size 512 python -m tools.bench --model sd15 --random-init --device
-    cuda --batch 8 --precision bf16      # adds MFU and latency
+    python -m tools.bench
+    python -m tools.bench --model sd15 --random-init --gradient-checkpointing
+    python -m tools.bench --model sd15 --random-init --device cuda --batch 8 --precision bf16
     python -m tools.bench --model flux --random-init --layers 2 --lora 16 --precision bf16 --parts training
+
+The first takes a minute, on the embedded model; --random-init takes full size without a download;
+--device cuda adds MFU and latency; --layers keeps a transformer's width and so many of its blocks.
 
 Ratios are taken within one run, on whatever machine this is. Every training is the product's own
 train.py, in a process of its own, with timers around the network, the optimizer and the average;

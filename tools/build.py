@@ -1,11 +1,14 @@
 """Builds the embedded Stable Diffusion at 64 pixels from data/scenes.py: CLIP, autoencoder, UNet,
 in SD's own classes.
 
-    torchrun --nproc_per_node=2 -m tools.build      # hours on two cores; resumable, run it again to
-    go on python -m tools.build --stop-after autoencoder  # a part of it
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m tools.build
+    python -m tools.build --stop-after autoencoder
+
+The whole takes hours on two cores, and goes on where it was when it is run again.
 
 Order of work: draw the pictures, train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a
-small CLIP (its text tower becomes the pipeline's text encoder), cache the latents, train the UNet.
+small CLIP (its text tower becomes the pipeline's text encoder), train the judge (for evaluation
+alone), cache the latents, train the UNet.
 Everything is kept under --runs and reused when the command is run again.
 """
 import argparse
@@ -83,9 +86,6 @@ def build(runs, pictures, autoencoder_updates, clip_updates, judge_updates, unet
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
-    torch.set_num_threads(max(1, (os.cpu_count() if world == 1 else 1)) if "OMP_NUM_THREADS" not in os.environ
-                          else
-                          int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     plans = scenes.plan(pictures, torch.Generator().manual_seed(0), only=False)
 
@@ -113,10 +113,8 @@ def build(runs, pictures, autoencoder_updates, clip_updates, judge_updates, unet
     vae = autoencoder.autoencoder.eval()
     with torch.no_grad():
         test = scenes.render(scenes.plan(256, torch.Generator().manual_seed(1)))
-        psnr = (10 *
-                (4 /
-                 (vae.decode(vae.encode(test).latents).sample.clamp(-1, 1) -
-                  test).square().mean((1, 2, 3))).log10()).mean()
+        error = (vae.decode(vae.encode(test).latents).sample.clamp(-1, 1) - test).square()
+        psnr = (10 * (4 / error.mean((1, 2, 3))).log10()).mean()
     print(f"autoencoder: {psnr:.2f} dB mean PSNR on 256 fresh scenes")
     if stop_after == "autoencoder":
         return

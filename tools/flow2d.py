@@ -2,8 +2,9 @@
 a small network, and a picture.
 
     python -m tools.flow2d           # some 20 seconds; saves reflow-2d.png, asserts what it shows
-    python -m tools.flow2d uniform   # the same with times drawn uniformly: students of many windows
-    hardly learn (see reflow.starts)
+    python -m tools.flow2d uniform   # the same with times drawn uniformly
+
+With uniform times students of many windows hardly learn (see reflow.starts).
 """
 import sys
 

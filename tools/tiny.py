@@ -1,10 +1,12 @@
 """Builds the embedded default: Stable Diffusion's own architecture and classes at 1/200 of its
 size, trained on sprites.
 
-    python -m tools.tiny                                  # about three hours on two cores;
-    resumable, run it again to go on torchrun --nproc_per_node=2 -m tools.tiny             # the
-    same in about half the time (one thread per process) OMP_NUM_THREADS=1 python -m tools.tiny
-    --pixel        # the class-conditional model in pixels: half an hour on one thread, resumable
+    torchrun --nproc_per_node=2 -m tools.tiny
+    OMP_NUM_THREADS=1 python -m tools.tiny --pixel
+
+The first takes an hour and a half on two cores (twice that without torchrun), the second, the
+class-conditional model in pixels, half an hour on one. Either goes on where it was when it is run
+again.
 
 Order of work: draw the pictures (sprites.py), train a small CLIP on them (its text tower becomes
 the pipeline's text encoder, both towers serve the evaluation), train the autoencoder, cache latents
