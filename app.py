@@ -4,6 +4,7 @@ Above, what is drawn: prompt, models, steps, solver, guidance, seed. Below, of e
 the time it took, and what the network believed the picture to be along its way: where trajectories
 are straight, it believes the same from its first step on. Needs gradio: pip install '.[app]'.
 """
+import contextlib
 import functools
 import os
 import shlex
@@ -68,6 +69,17 @@ def command(student, prompt, steps, solver, guidance, seed):
                                            in given.items() if value != default[key])
 
 
+@contextlib.contextmanager
+def warnings_to(show):
+    """What is told to the user goes to show(text). Warnings for developers (an event loop of the server
+    that is not closed) do not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: show(str(message))
+        yield
+
+
 def page(gradio, first, device, dtype):
     """The page as gradio's Blocks, nothing opened yet. first: the student it starts with."""
     @functools.lru_cache(maxsize=2)                        # a student and a teacher stay in memory
@@ -80,9 +92,7 @@ def page(gradio, first, device, dtype):
         return info.get("teacher", student), info.get("windows", TEACHER_STEPS)
 
     def compare(student, teacher, prompt, steps, teacher_steps, *rest):  # solver, guidance, seed
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *_: gradio.Warning(str(message))
+        with warnings_to(gradio.Warning):
             try:
                 for doubt in saved.doubts(student, saved.read_about(student), [prompt], steps, rest[1]):
                     gradio.Warning(doubt)

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -37,6 +38,14 @@ def test_the_picture_is_the_one_that_its_command_draws(student, tmp_path, monkey
     assert re.fullmatch(rf"{steps} steps, {count} network evaluations: \d+\.\d\d s", took)
     tiles = [np.asarray(strip)[-100:-4, left:left + 96] for left in range(0, app.SHOWN * 100, 100)]
     assert [tile.min() < 255 for tile in tiles] == [i < steps for i in range(app.SHOWN)]     # as many beliefs as steps, SHOWN at most
+
+
+def test_what_a_user_can_act_on_is_shown_and_nothing_else():
+    shown = []
+    with app.warnings_to(shown.append):
+        warnings.warn("unknown word", stacklevel=1)
+        warnings.warn("unclosed event loop", ResourceWarning, stacklevel=1)
+    assert shown == ["unknown word"]
 
 
 def test_steps_that_cannot_cross_the_windows_are_one_line(student):
