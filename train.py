@@ -192,9 +192,10 @@ def export_stage(folder, student, info, rank, barrier):
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 
-def main(c):
-    """Train as the Config says.  Returns: the folder of the last student; with --cache-only, of the
-    cache."""
+def main(c, draws=progress.Grid):
+    """Train as the Config says. draws: what is made of the network every --grid-steps, a class like
+    progress.Grid.
+    Returns: the folder of the last student; with --cache-only, of the cache."""
     recipe = resolve_recipe(c)
     per_stage = reflow.stage_updates(recipe, c.updates)
     rank, world, device, barrier = processes.start_processes(c)
@@ -212,7 +213,7 @@ def main(c):
     c, shown, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
     whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
-    grid = progress.Grid(pipeline, pairs.shape, shown, out / "grids")
+    grid = draws(pipeline, pairs.shape, shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()

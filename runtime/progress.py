@@ -212,9 +212,9 @@ class Grid:
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()
-    def draw(self, model, windows, step, board, ema=None):
-        """One step per window, by the running average if it is given. All processes call; the first
-        one, which has the board, writes FOLDER/STEP.png and shows it there."""
+    def pictures(self, model, steps, ema=None):
+        """One picture of every prompt, by the running average if it is given.
+        Returns: float32 (N, 3, H, W) in [-1, 1], CPU."""
         network = models.network(self.pipeline)
         swap_ema_(network, ema)
         z = sampler.noise(range(len(self.prompts)), self.shape).to(network.device)
@@ -223,10 +223,15 @@ class Grid:
         for part in (slice(i, i + self.BATCH) for i in range(0, len(z), self.BATCH)):
             cond = {key: value[part] for key, value in self.cond.items()}
             images.append(models.decode(self.pipeline, sampler.ddim(model, z[part],
-                                                                    sampler.time_grid(windows), cond)))
-        images = torch.cat(images)
+                                                                    sampler.time_grid(steps), cond)))
         network.train()
         swap_ema_(network, ema)
+        return torch.cat(images)
+
+    def draw(self, model, windows, step, board, ema=None):
+        """One step per window. All processes call; the first one, which has the board, writes
+        FOLDER/STEP.png and shows it there."""
+        images = self.pictures(model, windows, ema)
         if board:
             self.folder.mkdir(exist_ok=True)
             self.last = self.folder / f"{step:06d}.png"

@@ -192,10 +192,10 @@ class Browser:
             assert time.monotonic() < end, f"{code}: not within {seconds} s"
             time.sleep(0.1)
 
-    def open(self, width, scheme="light"):
+    def open(self, width, scheme="light", file=ROOT / "docs" / "index.html"):
         self("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
         self("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=scheme)])
-        self("Page.navigate", url=(ROOT / "docs" / "index.html").as_uri())
+        self("Page.navigate", url=file.as_uri())
         self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'", 20)
 
     def screenshot(self, file, whole=True):
@@ -244,17 +244,17 @@ def test_point_and_window_are_moved_by_keys_and_by_pointer(browser):
 
     def says(name):
         return browser.evaluate(f"document.getElementById('{name}-says').textContent")
-    assert "Noise at (\N{MINUS SIGN}1.90, 1.70) ends at" in says("curve")
+    assert "Noise at (\N{MINUS SIGN}1.70,\N{NO-BREAK SPACE}1.40) ends at" in says("curve")
     browser.evaluate("document.getElementById('curve').focus()")
     for kind in ("keyDown", "keyUp"):
         browser("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
-    assert "Noise at (\N{MINUS SIGN}1.80, 1.70) ends at" in says("curve")
+    assert "Noise at (\N{MINUS SIGN}1.60,\N{NO-BREAK SPACE}1.40) ends at" in says("curve")
     x, y = browser.evaluate("(() => {document.getElementById('curve').scrollIntoView({behavior: 'instant'});"
                             "const box = document.getElementById('curve').getBoundingClientRect();"
                             "return [box.x + box.width / 2, box.y + box.height / 2]})()")
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
-    assert re.match(r"Noise at \(.?0\.0\d, .?0\.0\d\) ends", says("curve"))
+    assert re.match(r"Noise at \(.?0\.0\d,\s.?0\.0\d\) ends", says("curve"))
     for name, value, window in (("end", 20, "0.63 to 0.31"), ("start", 10, "0.16 to 0.14"), ("end", 32, "0.52 to 0.50")):
         browser.evaluate(f"(slider => {{slider.value = {value}; slider.dispatchEvent(new Event('input'))}})"
                          f"(document.getElementById('window-{name}'))")
@@ -270,6 +270,14 @@ def test_it_fits_every_width_and_everything_that_can_be_set_has_a_name(browser, 
     unnamed = browser.evaluate("""[...document.querySelectorAll("input, select, button, svg, [tabindex]")].filter(each => !(each.labels?.length
         || each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.textContent.trim())).map(each => each.id)""")
     assert unnamed == []
+    # nothing scrolls sideways in a box of its own; words above what is set stand on one line where there is room for one
+    assert browser.evaluate("[...document.querySelectorAll('#live, .scroll')].every(each => each.scrollWidth <= each.clientWidth)")
+    heights = browser.evaluate("[...document.querySelectorAll('.controls.wide label')].map(each => each.getBoundingClientRect().bottom)")
+    assert width < 1000 or max(heights) - min(heights) < 1
+    # what is moved by hand and what moves it are on one screen
+    for figure, hand in (("curve", "missed-1"), ("chord", "window-inside")):
+        assert browser.evaluate(f"document.getElementById('{hand}').getBoundingClientRect().bottom - "
+                                f"document.getElementById('{figure}').getBoundingClientRect().top") < 844
     # words against what is behind them: WCAG's 4.5
     worst = browser.evaluate("""(() => {
         const light = color => color.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
@@ -281,6 +289,29 @@ def test_it_fits_every_width_and_everything_that_can_be_set_has_a_name(browser, 
             return (a + 0.05) / (b + 0.05); }));
         })()""")
     assert worst >= 4.5
+
+
+def test_no_label_stands_on_a_point_or_on_another_label(browser):
+    browser.open(1280)
+    crossed = browser.evaluate("""(() => {
+        const found = [], meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+        const box = (each, by) => { const {left, right, top, bottom} = each.getBoundingClientRect();
+            return {left: left + by, right: right - by, top: top + by, bottom: bottom - by}; };
+        for (const [x, y] of [[-1.7, 1.4], [-1.3, 1], [-2, -1.2], [0.9, 1.2], [1.9, 0.2], [0.2, -1.9], [1.6, -1.5], [-0.8, -1.6]]) {
+            movePoint(x, y);
+            for (const id of ["curve", "chord"]) {
+                const labels = [...document.querySelectorAll(`#${id} .label`)], boxes = labels.map(each => box(each, 2));
+                const dots = [...document.querySelectorAll(`#${id} .dot[r="5"]`)].map(each => box(each, 3));
+                boxes.forEach((one, i) => {
+                    if (dots.some(dot => meet(one, dot))) found.push([id, x, y, labels[i].textContent, "on a point"]);
+                    boxes.slice(0, i).forEach((two, j) => {
+                        if (meet(one, two)) found.push([id, x, y, labels[i].textContent, labels[j].textContent]); });
+                });
+            }
+        }
+        return found;
+    })()""")
+    assert crossed == []
 
 
 # ---- the files -----------------------------------------------------------------------------------------------------------
@@ -319,7 +350,7 @@ def test_the_table_is_the_logs():
 
 def test_the_pictures_are_the_models(tmp_path):
     """Prompt 0 again, by one and two steps of the teacher and two of the student: the committed sheet, up to what WebP loses."""
-    table = json.loads(re.search(r"const SPRITES = (.*);", (PAGE / "sprites.js").read_text(), re.S).group(1))
+    table = sprites(PAGE)
     sheet = Image.open(PAGE / "sprites.webp").convert("RGB")
     tile, names = table["tile"], [table["model"], *(f"assets/student-{each['windows']}" for each in table["models"][1:])]
     assert sheet.size == (table["columns"] * tile, table["rows"] * tile)
@@ -340,29 +371,119 @@ def test_the_pictures_are_the_models(tmp_path):
             assert np.abs(np.asarray(shown, float) - np.asarray(picture, float)).mean() < 6
 
 
-def test_pictures_are_made_of_any_model_that_says_whose_they_are(tmp_path, monkeypatch, small_models):
-    monkeypatch.setattr(page, "STEPS", (2, 1))
-    page.main(page.Config(students=["assets/student-2"], prompts=["fox", "red heart on blue"], seed=3, out=str(tmp_path)))
-    table = json.loads(re.search(r"const SPRITES = (.*);", (tmp_path / "sprites.js").read_text(), re.S).group(1))
-    assert table["prompts"] == [dict(prompt="fox", seed=3), dict(prompt="red heart on blue", seed=4)]
-    assert [each["windows"] for each in table["models"]] == [1, 2] and "OpenMoji" in table["credit"] and "CC BY-SA 4.0" in table["credit"]
-    sheet = np.asarray(Image.open(tmp_path / "sprites.webp").convert("RGB"), float)
-    assert sheet.shape == (4 * 32, 3 * 32, 3)
-    assert sheet[32:64, 64:].max() < 40 < sheet[32:64, :64].std()              # a student of two windows has no picture in one step
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A copy of the page with pictures made of the committed student and two more, which are its copies under other names."""
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("live", "*.md"))
+    for windows in (1, 4):
+        student = shutil.copytree(ROOT / "assets" / "student-2", folder / f"student-{windows}")
+        about = json.loads((student / "reflow.json").read_text())
+        (student / "reflow.json").write_text(json.dumps({**about, "windows": windows}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "STEPS", (4, 2, 1))
+        page.main(page.Config(students=[str(folder / "student-1"), str(folder / "student-4"), str(ROOT / "assets" / "student-2")],
+                              prompts=["fox"], seed=3, out=str(folder / "docs" / "page")))
+    return folder
+
+
+def sprites(folder):
+    return json.loads(re.search(r"const SPRITES = (.*);", (folder / "sprites.js").read_text(), re.S).group(1))
+
+
+def test_pictures_are_made_of_any_number_of_students(made, tmp_path, small_models):
+    table = sprites(made / "docs" / "page")
+    assert table["prompts"] == [dict(prompt="fox", seed=3)] and "license" in table["credit"].lower()
+    assert table["models"] == [dict(name="teacher", windows=1), *(dict(name=f"{n}-window student", windows=n) for n in (4, 2, 1))]
+    sheet, tile = np.asarray(Image.open(made / "docs" / "page" / "sprites.webp").convert("RGB"), float), table["tile"]
+    assert sheet.shape == (4 * tile, 7 * tile, 3)
+    rows, (four, two, one) = sheet.reshape(4, tile, -1, 3), ((0, 4 * tile), (4 * tile, 6 * tile), (6 * tile, 7 * tile))
+    black = [[bool(row[:, start:end].max() < 40) for start, end in (four, two, one)] for row in rows]
+    assert black == [[False] * 3, [False, True, True], [False, False, True], [False] * 3]      # no picture in fewer steps than windows
+    about = json.loads((made / "student-1" / "reflow.json").read_text())
+
+    def another(name, **changed):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reflow.json").write_text(json.dumps({**about, **changed}))
+        return str(tmp_path / name)
+    both = [str(made / "student-1"), another("reflow", method="reflow")]
+    assert [each[2] for each in page.read_students("tiny", both)] == [f"1-window {about['method']}", "1-window reflow"]
     for options, message in ((dict(out=str(tmp_path / "none")), "--out .*none: no such folder"),
                              (dict(students=["elsewhere"]), "--students elsewhere: no student there"),
+                             (dict(students=[another("foreign", teacher="sd15")]), "--students .*foreign: a student of sd15, not of --model tiny"),
+                             (dict(students=[both[0], another("twin")]), "would call both \"1-window default\""),
                              (dict(model=str(small_models["sd15"])), "Data and license"),
                              (dict(model="pixel"), "--students: none given, and pixel has none")):
         with pytest.raises(UserError, match=message):
             page.main(page.Config(**{"out": str(tmp_path), **options}))
 
 
-def test_the_animation_shows_every_stage_as_it_trains(tmp_path):
+def test_a_sheet_that_is_too_large_leaves_the_old_one(made, monkeypatch):
+    before = (made / "docs" / "page" / "sprites.webp").read_bytes()
+    monkeypatch.setattr(page, "STEPS", (1,))
+    monkeypatch.setattr(page, "LIMIT", 100)
+    with pytest.raises(UserError, match="bytes, more than 100; give fewer --prompts or less --quality"):
+        page.main(page.Config(students=["assets/student-2"], prompts=["fox"], out=str(made / "docs" / "page")))
+    assert (made / "docs" / "page" / "sprites.webp").read_bytes() == before
+
+
+def test_students_stand_side_by_side_at_every_number_of_steps(browser, made):
+    for width in (1280, 390):
+        browser.open(width, file=made / "docs" / "index.html")
+        for place, drawn in enumerate(([4, 2, 1], [2, 1], [1])):
+            browser.evaluate(f"(slider => {{slider.value = {place}; slider.dispatchEvent(new Event('input'))}})"
+                             "(document.getElementById('steps'))")
+            words = browser.evaluate("[...document.querySelectorAll('#grid .row figcaption')].map(each => each.innerText.replace('\\n', ': '))")
+            count = (4, 2, 1)[place]
+            steps = f"{count} step{'s' * (count > 1)}"
+            assert words == ["teacher: 4 steps", f"plain DDIM: {steps}",
+                             *(f"{n}-window student: {steps if n in drawn else f'needs {n} steps'}" for n in (4, 2, 1))]
+            assert browser.evaluate("document.querySelectorAll('#grid .tile.none').length") == 3 - len(drawn)
+            strips = browser.evaluate("[...document.querySelectorAll('#beliefs .strip')].map(each => each.children.length)")
+            assert strips == [count] * (1 + len(drawn))
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def rows_of(frame):
+    """The two rows of pictures in a frame of the animation, as numbers: (2, SIDE, ...)."""
+    pixels = np.asarray(frame.convert("RGB"), float)
+    tops = [animation.HEIGHT - row * (animation.SIDE + 8) for row in (2, 1)]
+    return np.stack([pixels[top:top + animation.SIDE, 130:] for top in tops])
+
+
+def test_the_animation_shows_both_students_as_they_train(tmp_path, monkeypatch):
+    """The pictures are the ones that sampling draws from the same noise: the teacher's in 32 steps, the student's in one."""
+    monkeypatch.setattr(animation, "SHARES", (0.0, 1.0))
+    monkeypatch.setattr(animation, "BATCH", 4)
+    prompts, seen, trained = ["fox on green", "food"], [], animation.train_pictures
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    monkeypatch.setattr(animation, "train_pictures", lambda *given: seen.append(trained(*given)) or seen[0])
     file = tmp_path / "flow.webp"
-    animation.main(animation.Config(updates=1, trajectories=64, paths=5, out=str(file)))
+    animation.main(animation.Config(updates=1, trajectories=64, paths=5, picture_updates=4, picture_trajectories=4,
+                                    prompts=str(tmp_path / "prompts.txt"), out=str(file)))
+    pipeline, model, _ = saved.open_model("tiny")
+    (sharp, pictures), = seen
+    for found, steps in ((sharp, 32), (pictures[8][0], 1)):
+        z = sampler.generate(pipeline, model, prompts, [0, 1], sampler.time_grid(steps))
+        assert torch.allclose(found, models.decode(pipeline, z), atol=1e-4)
+    assert {windows: len(each) for windows, each in pictures.items()} == {8: 2, 4: 2, 2: 2, 1: 2}
+    for each in (pictures[8], pictures[1]):                                # an update changes them
+        assert not torch.equal(each[0], each[1])
     frames = Image.open(file)
-    assert frames.n_frames == 1 + 4 * 2 and frames.size == (720, 370)            # the teacher; each stage after 0 updates and 1
-    committed = Image.open(ROOT / "results" / "reflow-2d.webp")
-    assert committed.n_frames == 1 + 4 * len(animation.SNAPSHOTS) and (ROOT / "results" / "reflow-2d.webp").stat().st_size <= animation.LIMIT
-    with pytest.raises(UserError, match="--out .*flow.gif"):
-        animation.main(animation.Config(out=str(tmp_path / "flow.gif")))
+    assert frames.n_frames == 1 + 4 * 2 and frames.size == (animation.WIDTH, animation.HEIGHT)
+    for options, message in ((dict(out=str(tmp_path / "flow.gif")), "--out .*flow.gif"),
+                             (dict(picture_updates=0), "--picture-updates 0")):
+        with pytest.raises(UserError, match=message):
+            animation.main(animation.Config(**options))
+
+
+def test_the_committed_animation_is_whole_and_its_pictures_become_the_teachers():
+    file = ROOT / "results" / "reflow-2d.webp"
+    frames = Image.open(file)
+    assert frames.n_frames == 1 + 4 * len(animation.SHARES) and file.stat().st_size <= animation.LIMIT
+    distances = []
+    for number in (0, frames.n_frames - 1):
+        frames.seek(number)
+        sharp, one_step = rows_of(frames)
+        distances.append(np.abs(sharp - one_step).mean())
+    assert distances[1] < 0.8 * distances[0]

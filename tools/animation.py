@@ -1,9 +1,15 @@
-"""The animation at the head of the README: the flow in the plane while windows merge and its paths
-become straight.
+"""The animation at the head of the README: windows merge from 8 to 1. Above, the flow in the plane, whose
+paths become straight; below, pictures of the embedded model in one step, which become sharp.
 
-    python -m tools.animation                   # a minute or two; writes results/reflow-2d.webp
+    python -m tools.animation                   # writes results/reflow-2d.webp; ten minutes on two cores
+
+Both students go through the same stages, and every frame shows them equally far. The plane's is trained
+here, the pictures' by train.py, which also says what to draw: the first prompts of its data.
 """
+import dataclasses
+import functools
 import io
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,85 +21,185 @@ from PIL import Image
 import reflow
 import sampler
 import teacher
-from runtime import cli
+import train
+from data import imaging
+from runtime import cli, options, progress
 from tools import flow2d
 
-SNAPSHOTS = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65, 1.0)     # of a stage's updates
-LIMIT = 1_500_000               # bytes
+SHARES = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65, 1.0)     # of a stage's updates: a frame each
+WIDTH, HEIGHT, SIDE = 720, 672, 138                     # pixels, of a frame and of a picture in it
+BATCH = 64                                              # of the pictures' student
+LIMIT = 1_500_000                                       # bytes
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#666666"
 
 
 @dataclass
 class Config:
-    updates: int = 800          # of each stage, batches of 512
-    trajectories: int = 8192    # to train on
+    model: str = "tiny"         # whose pictures: what train.py takes, with the data it has by default
+    updates: int = 800          # of each stage in the plane, batches of 512
+    trajectories: int = 8192    # to train on in the plane
     paths: int = 70             # drawn
+    picture_updates: int = 200  # of the pictures' student, over all stages
+    picture_trajectories: int = 512  # of the pictures' teacher
+    prompts: str = ""           # text file, one prompt per line: what the pictures show, up to four; default:
+                                # the first of its data
     out: str = "results/reflow-2d.webp"  # animated WebP
 
 
-def frame(path, windows, steps, distance, untrained):
-    """One picture. path: list of (t, z) as of flow2d.fine_path; windows: 0 for the teacher."""
-    figure = plt.figure(figsize=(7.2, 3.7), dpi=100)
-    plane, words = figure.add_axes((0.01, 0.01, 0.5, 0.98)), figure.add_axes((0.55, 0.05, 0.42, 0.9))
-    seen = [z / sum(v.float() for v in flow2d.SCHEDULE(t))[:, None] for t, z in path]   # chords look straight
-    line = torch.stack(seen).numpy()
-    plane.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.5, linewidth=1.2)
-    plane.plot(*line[0].T, ".", color="#999999", markersize=4)
-    plane.plot(*line[-1].T, ".", color="#D55E00", markersize=7)
-    plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
-    words.set(xlim=(0, 1), ylim=(0, 1))
-    title = f"student, {windows} window{'s' * (windows > 1)}" if windows else "teacher"
-    words.text(0, 0.86, title, fontsize=17, weight="bold")
-    for k in range(windows or 1):
-        wide = 1 / (windows or 1)
-        words.add_patch(plt.Rectangle((k * wide + 0.006, 0.66), wide - 0.012, 0.08,
-                                      color="#0072B2" if windows else "#bbbbbb"))
-    words.text(0, 0.59, "noise", fontsize=10, color="#555555")
-    words.text(1, 0.59, "data", fontsize=10, color="#555555", ha="right")
-    if windows:
-        words.text(0, 0.40, f"{steps} step{'s' * (steps > 1)}, from the teacher's 32:", fontsize=11)
-        words.text(0, 0.26, f"{distance:.2f}", fontsize=22, weight="bold", color="#0072B2")
-        words.text(0.30, 0.27, f"untrained {untrained:.2f}", fontsize=11, color="#555555")
-    else:
-        words.text(0, 0.40, "32 steps along curved paths", fontsize=11)
-    for axis in (plane, words):
-        axis.axis("off")
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
-    plt.close(figure)
-    return picture
+# ---- training both -----------------------------------------------------------------------------------------
 
 
-def main(c):
-    cli.at_least(c, updates=1, trajectories=1, paths=1)
-    out = Path(c.out)
-    if out.suffix != ".webp" or not out.parent.is_dir():
-        raise cli.UserError(f"--out {out}: must be a .webp in a folder that is there")
+def train_plane(c, stages):
+    """Returns: [the teacher's path], and windows -> SHARES -> (path, distance in one step per window, the
+    same of the untrained); paths as of flow2d.fine_path."""
     torch.manual_seed(0)
     exact = teacher.Model(flow2d.exact, flow2d.SCHEDULE, "v_prediction")
-    train, test = flow2d.solve(exact, c.trajectories), flow2d.solve(exact, 1024)
-    frames, durations = [frame(flow2d.fine_path(exact, test[:c.paths, 0]), 0, 32, 0, 0)], [1500]
-    network = flow2d.Student()
+    paths, test = flow2d.solve(exact, c.trajectories), flow2d.solve(exact, 1024)
+    network, seen = flow2d.Student(), {}
 
     def few_steps(model, windows):
         with torch.no_grad():
             end = sampler.ddim(model, test[:, 0], sampler.time_grid(windows), {})
         return end, (end - test[:, -1]).norm(dim=1).mean().item()
 
-    for windows in (8, 4, 2, 1):
-        wanted = {round(share * c.updates) for share in SNAPSHOTS}
-        untrained = few_steps(exact, windows)[1]
+    for windows in stages:
+        untrained, states = few_steps(exact, windows)[1], {}
 
-        def look(done, model, windows=windows, wanted=wanted, untrained=untrained):
-            if done in wanted:
+        def look(done, model, windows=windows, untrained=untrained, states=states):
+            if done in moments(c.updates):
                 end, distance = few_steps(model, windows)
-                path = flow2d.fine_path(model, test[:c.paths, 0], end[:c.paths])
-                frames.append(frame(path, windows, windows, distance, untrained))
-                durations.append(1500 if done == c.updates else 120)
+                states[done] = (flow2d.fine_path(model, test[:c.paths, 0], end[:c.paths]), distance, untrained)
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
-        flow2d.straighten(network, windows, train, reflow.Recipe(), c.updates, look)
+        flow2d.straighten(network, windows, paths, reflow.Recipe(), c.updates, look)
+        seen[windows] = [states[done] for done in moments(c.updates)]
+    return flow2d.fine_path(exact, test[:c.paths, 0]), seen
+
+
+def moments(updates):
+    """After how many updates of a stage each frame is."""
+    return [round(share * updates) for share in SHARES]
+
+
+class OneStep(progress.Grid):
+    """Instead of one step per window, written to files: one step in all, kept in `kept`, step -> pictures,
+    with the teacher's 32 steps before any training at kept["teacher"]. wanted: (windows, step)s."""
+
+    def __init__(self, kept, wanted, *given):
+        super().__init__(*given)
+        self.kept, self.wanted = kept, wanted
+
+    def draw(self, model, windows, step, board, ema=None):
+        if not self.kept:
+            self.kept["teacher"] = self.pictures(model, 32)
+        if (windows, step) in self.wanted:
+            self.kept[windows, step] = self.pictures(model, 1, ema)
+
+
+def train_pictures(c, recipe):
+    """Returns: the teacher's pictures in 32 steps, and windows -> SHARES -> the student's in one, each
+    float (N, 3, H, W) in [-1, 1]."""
+    counts, first, kept, at = reflow.stage_updates(recipe, c.picture_updates), 0, {}, {}
+    for windows, count in zip(recipe.stages, counts):
+        at[windows] = [(windows, first + done) for done in moments(count)]
+        first += count
+    wanted = {each for steps in at.values() for each in steps}
+    with tempfile.TemporaryDirectory() as out:
+        train.main(options.Config(model=c.model, updates=c.picture_updates, batch=BATCH, grid_steps=1, out=out,
+                                  trajectories=c.picture_trajectories, checkpoint_steps=c.picture_updates,
+                                  validation_prompts=c.prompts),
+                   functools.partial(OneStep, kept, wanted))
+    return kept["teacher"], {windows: [kept[step] for step in steps] for windows, steps in at.items()}
+
+
+# ---- one frame ---------------------------------------------------------------------------------------------
+
+
+def place(figure, left, top, width, height):
+    """Axes without axes, in pixels from the frame's upper left."""
+    axis = figure.add_axes((left / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT))
+    axis.axis("off")
+    return axis
+
+
+def words(figure, x, y, text, size=22, color="black", **style):
+    """Text whose baseline is y pixels below the top; size in pixels."""
+    figure.text(x / WIDTH, 1 - y / HEIGHT, text, fontsize=size * 0.72, color=color, **style)
+
+
+def frame(path, windows, distance, untrained, rows):
+    """path: list of (t, z) as of flow2d.fine_path; windows: 0 for the teacher; rows: the pictures in 32
+    steps and in one, PIL.  Returns: RGB, PIL."""
+    figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
+    plane = place(figure, 4, 4, 364, 364)
+    line = torch.stack([z / sum(v.float() for v in flow2d.SCHEDULE(t))[:, None] for t, z in path]).numpy()
+    plane.plot(line[..., 0], line[..., 1], color=BLUE, alpha=0.5, linewidth=1.4)    # chords look straight
+    plane.plot(*line[0].T, ".", color="#999999", markersize=5)
+    plane.plot(*line[-1].T, ".", color=ORANGE, markersize=8)
+    plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
+
+    left, wide = 396, 308
+    words(figure, left, 52, "student" if windows else "teacher", 38, weight="bold")
+    count = windows or 1
+    bars = place(figure, left, 76, wide, 26)
+    bars.set(xlim=(0, wide), ylim=(0, 1))
+    for k in range(count):
+        bars.add_patch(plt.Rectangle((k * wide / count + 1.5, 0), wide / count - 3, 1,
+                                     color=BLUE if windows else "#bbbbbb"))
+    words(figure, left, 126, "noise", 20, GRAY)
+    words(figure, left + wide, 126, "data", 20, GRAY, ha="right")
+    if windows:
+        ending = "s" * (windows > 1)
+        words(figure, left, 188, f"{windows} window{ending}, {windows} step{ending}", 26, weight="bold")
+        words(figure, left, 250, "land", 24)
+        words(figure, left + 68, 250, f"{distance:.2f}", 44, BLUE, weight="bold")
+        words(figure, left + 188, 250, "off", 24)
+        words(figure, left, 296, f"untrained {untrained:.2f}", 24, GRAY)
+    else:
+        words(figure, left, 188, "32 steps", 26, weight="bold")
+        words(figure, left, 240, "along curved paths", 24)
+
+    labels = ("teacher", "32 steps"), ("student" if windows else "teacher", "1 step")
+    for row, (pictures, (who, steps)) in enumerate(zip(rows, labels)):
+        top = HEIGHT - (2 - row) * (SIDE + 8)
+        words(figure, 12, top + SIDE / 2 - 6, who, 24, weight="bold")
+        words(figure, 12, top + SIDE / 2 + 24, steps, 24)
+        for i, picture in enumerate(pictures):
+            place(figure, 130 + i * (SIDE + 8), top, SIDE, SIDE).imshow(picture, interpolation="nearest",
+                                                                       aspect="auto")
+    figure.canvas.draw()
+    whole = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())
+    plt.close(figure)
+    return whole
+
+
+def shown(pictures):
+    """At most as many as a row holds, each SIDE pixels: whole pixels where they are small."""
+    return [each.resize((SIDE, SIDE), Image.Resampling.BICUBIC if each.width < SIDE else
+                        Image.Resampling.LANCZOS) for each in imaging.to_pil(pictures[:4])]
+
+
+# ---- python -m tools.animation -----------------------------------------------------------------------------
+
+
+def main(c):
+    cli.at_least(c, updates=1, trajectories=1, paths=1, picture_updates=1, picture_trajectories=1)
+    out = Path(c.out)
+    if out.suffix != ".webp" or not out.parent.is_dir():
+        raise cli.UserError(f"--out {out}: must be a .webp in a folder that is there")
+    recipe = reflow.RECIPES["default"]
+    first, plane = train_plane(c, recipe.stages)
+    sharp, pictures = train_pictures(c, recipe)
+    sharp = shown(sharp)
+    frames, durations = [frame(first, 0, 0, 0, (sharp, shown(pictures[recipe.stages[0]][0])))], [2000]
+    for windows in recipe.stages:
+        for state, drawn in zip(plane[windows], pictures[windows]):
+            frames.append(frame(state[0], windows, *state[1:], (sharp, shown(drawn))))
+            durations.append(140)
+        durations[-1] = 1500
+    durations[-1] = 3000
     whole = io.BytesIO()                                        # an interrupted run leaves the old file
     frames[0].save(whole, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0,
-                   quality=75)
+                   quality=75, method=6)
     if whole.tell() > LIMIT:
         raise cli.UserError(f"{out}: {whole.tell():,} bytes, more than {LIMIT:,}; give fewer --paths")
     out.write_bytes(whole.getvalue())

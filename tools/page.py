@@ -1,12 +1,14 @@
 """The pictures of docs/index.html: what a teacher and its students believe at each step of 32, 16, 8,
 4, 2 and 1, as one sprite sheet.
 
-    python -m tools.page                                     # the embedded model and the student in assets/
-    python -m tools.page --model tiny --students runs/demo/student-4 runs/demo/student-1
+    python -m tools.page                # the embedded model and its students in assets/
+    make demo                           # or its students of 8, 4, 2 and 1 windows, in a quarter of an hour, then
+    python -m tools.page --students runs/demo/student-4 runs/demo/student-2 runs/demo/student-1
 
 Writes docs/page/sprites.webp (a row per prompt and model, a column per step) and docs/page/sprites.js
 (what is where). The last step's belief is the picture.
 """
+import io
 import json
 import re
 from dataclasses import dataclass, field
@@ -15,14 +17,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import eval as evaluation
 import models
 import sampler
 from models import load, saved
 from runtime import cli
 from runtime.cli import UserError
 
-PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange", "fox on green",
-           "on purple")
+PROMPTS = (*evaluation.GRID_PROMPTS[:5], evaluation.GRID_PROMPTS[-1])         # the last one is vague
 STEPS = (32, 16, 8, 4, 2, 1)
 LIMIT = 3_500_000               # bytes of the sheet: the whole page stays below 4 MB
 
@@ -67,6 +69,29 @@ def credit(model):
     return " ".join(found.group(1).split())
 
 
+def read_students(model, folders):
+    """Raises UserError on a folder without a student of this teacher, and on two that the page could not
+    tell apart.  Returns: [(folder, windows, what the page calls it)], the most windows first."""
+    found = []
+    for folder in folders:
+        saved.read_info("--students", folder)
+        info = saved.read_about(folder, "teacher", "method", "windows")
+        if info["teacher"] != model:
+            raise UserError(f"--students {folder}: a student of {info['teacher']}, not of --model {model}; "
+                            "name students of one teacher")
+        found.append((folder, info["windows"], info["method"]))
+    found.sort(key=lambda each: -each[1])
+    counts = [windows for _, windows, _ in found]
+    named = [(folder, windows, f"{windows}-window {method if counts.count(windows) > 1 else 'student'}")
+             for folder, windows, method in found]
+    for i, (folder, _, name) in enumerate(named):
+        for other, _, same in named[:i]:
+            if name == same:
+                raise UserError(f"--students {other} {folder}: the page would call both \"{name}\"; leave one "
+                                "out, or train it with another --name")
+    return named
+
+
 def main(c):
     cli.at_least(c, quality=1)
     out, credits = Path(c.out), credit(c.model)
@@ -78,28 +103,28 @@ def main(c):
     if not students:
         raise UserError(f"--students: none given, and {c.model} has none in assets/; train one, or name its "
                         "folder")
-    infos = [saved.read_info("--students", folder) for folder in students]
+    rows = [(c.model, 1, "teacher"), *read_students(c.model, map(str, students))]
     seeds = [c.seed + i for i in range(len(c.prompts))]
-    sheets, described = [], [dict(name="teacher", windows=1)]
-    ordered = sorted(zip(map(str, students), infos), key=lambda each: -each[1]["windows"])
-    for name, info in [(c.model, {}), *ordered]:
-        pipeline, model, _ = saved.open_model(name)
-        sheets.append(beliefs(pipeline, model, info.get("windows", 1), c.prompts, seeds))
-        described += [dict(name="student", windows=info["windows"])] if info else []
+    sheets = []
+    for folder, windows, _ in rows:
+        pipeline, model, _ = saved.open_model(folder)
+        sheets.append(beliefs(pipeline, model, windows, c.prompts, seeds))
     pictures = torch.stack(sheets, 1)                                   # (prompts, models, columns, 3, H, W)
     height, width = pictures.shape[-2:]
     sheet = pictures.permute(0, 1, 4, 2, 5, 3).reshape(-1, pictures.shape[2] * width, 3)
-    file = out / "sprites.webp"
-    Image.fromarray(sheet.numpy()).save(file, quality=c.quality, method=6)
-    if file.stat().st_size > LIMIT:
-        raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than {LIMIT:,}; give fewer --prompts "
-                        "or less --quality")
+    file, whole = out / "sprites.webp", io.BytesIO()
+    Image.fromarray(sheet.numpy()).save(whole, "WEBP", quality=c.quality, method=6)
+    if whole.tell() > LIMIT:                                            # the old sheet stays
+        raise UserError(f"{file}: {whole.tell():,} bytes, more than {LIMIT:,}; give fewer --prompts or less "
+                        "--quality")
+    file.write_bytes(whole.getvalue())
     table = dict(model=Path(c.model).name, tile=width, columns=sum(STEPS), rows=len(sheet) // height,
-                 steps=STEPS, credit=credits, models=described,
+                 steps=STEPS, credit=credits,
+                 models=[dict(name=name, windows=windows) for _, windows, name in rows],
                  prompts=[dict(prompt=p, seed=s) for p, s in zip(c.prompts, seeds)])
     (out / "sprites.js").write_text("// Written by `python -m tools.page`: what is where in sprites.webp.\n"
                                     f"const SPRITES = {json.dumps(table, indent=1)};\n")
-    print(f"{file}: {file.stat().st_size:,} bytes, {len(sheet) // height} rows of {sum(STEPS)} pictures")
+    print(f"{file}: {whole.tell():,} bytes, {len(sheet) // height} rows of {sum(STEPS)} pictures")
 
 
 if __name__ == "__main__":

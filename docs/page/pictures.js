@@ -20,7 +20,6 @@
   }
 
   const stepsText = count => `${count} step${count > 1 ? "s" : ""}`;
-  const studentText = windows => `${windows}-window student`;
   const shown = (windows, count) => count >= windows && count % windows === 0;
 
   /** A picture with two lines below it. */
@@ -38,24 +37,26 @@
     grid.replaceChildren(...prompts.map((item, i) => {
       const row = document.createElement("button");
       row.className = "row";
+      row.type = "button";
       row.setAttribute("aria-pressed", i === chosen);
-      row.addEventListener("click", () => { chosen = i; drawPictures(); grid.children[i].focus(); });
       const text = `${item.prompt}, seed ${item.seed}`;
+      row.setAttribute("aria-label", `${text}: show what is believed at each step`);
+      row.addEventListener("click", () => { chosen = i; drawPictures(); grid.children[i].focus(); });
       row.append(figure("teacher", stepsText(steps[0]), picture(i, 0, steps[0], steps[0], `${text}: teacher in 32 steps`)),
         figure("plain DDIM", stepsText(count), picture(i, 0, count, count, `plain DDIM in ${stepsText(count)}`)),
-        ...models.slice(1).map(({windows}, m) => shown(windows, count)
-          ? figure(studentText(windows), stepsText(count), picture(i, m + 1, count, count, `${studentText(windows)} in ${stepsText(count)}`))
-          : figure(studentText(windows), `needs ${windows} steps`, Object.assign(document.createElement("div"), {className: "tile none"}))));
+        ...models.slice(1).map(({name, windows}, m) => shown(windows, count)
+          ? figure(name, stepsText(count), picture(i, m + 1, count, count, `${name} in ${stepsText(count)}`))
+          : figure(name, `needs ${windows} steps`, Object.assign(document.createElement("div"), {className: "tile none"}))));
       const name = document.createElement("span");
       name.textContent = text;
       row.prepend(name);
       return row;
     }));
     const beliefs = document.getElementById("beliefs");
-    beliefs.replaceChildren(...models.flatMap(({windows}, m) => {
+    beliefs.replaceChildren(...models.flatMap(({name, windows}, m) => {
       if (!shown(windows, count)) return [];
       const title = document.createElement("h4"), strip = document.createElement("div");
-      title.textContent = m ? studentText(windows) : "the teacher by plain DDIM";
+      title.textContent = m ? name : "the teacher by plain DDIM";
       strip.className = "strip";
       for (let at = 1; at <= count; at++) strip.append(picture(chosen, m, count, at, `step ${at} of ${count}`, 64));
       return [title, strip];
@@ -64,6 +65,7 @@
   }
 
   let chosen = 0;
+  document.getElementById("grid").style.setProperty("--tiles", models.length + 1);
   const slider = document.getElementById("steps");
   slider.max = bySlider.length - 1;
   slider.value = bySlider.indexOf(2) < 0 ? 0 : bySlider.indexOf(2);

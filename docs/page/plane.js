@@ -13,7 +13,7 @@ function shape(parent, kind, attributes, text) {
   return element;
 }
 
-const RANGE = 2.6;                                                  // the plane shows [-RANGE, RANGE] in both directions
+const RANGE = 2.2;                                                  // the plane shows [-RANGE, RANGE] in both directions
 const toX = x => 200 + x / RANGE * 200, toY = y => 200 - y / RANGE * 200;
 
 /** [[x, y], ...] as the d of a path. */
@@ -24,23 +24,52 @@ function clearPlane(svg, flow) {
   svg.querySelectorAll(".drawn").forEach(each => each.remove());
   const layer = shape(svg, "g", {class: "drawn"});
   svg.prepend(layer);
-  layer.labels = [];                                                // where text stands already
+Object.assign(layer, {dots: [], texts: [], traced: []});           // what labels keep clear of
   for (const [x, y] of flow.BLOBS) {
     for (const times of [2, 1]) shape(layer, "circle", {cx: toX(x), cy: toY(y), r: times * flow.SPREAD / RANGE * 200, class: "blob"});
   }
   return layer;
 }
 
-/** A point with a text beside it, at the first of four corners where no other text stands. */
+/** A line through points, which labels keep clear of. */
+function trace(layer, kind, points) {
+  shape(layer, "path", {class: `line ${kind}`, d: polyline(points)});
+  points.slice(1).forEach(([x, y], i) => {
+    const [fromX, fromY] = [toX(points[i][0]), toY(points[i][1])], [byX, byY] = [toX(x) - fromX, toY(y) - fromY];
+    const pieces = Math.ceil(Math.hypot(byX, byY) / 5);
+    for (let k = 1; k <= pieces; k++) layer.traced.push([fromX + byX * k / pieces, fromY + byY * k / pieces]);
+  });
+}
+
+/** A point; its text is written by writeLabels, once everything is drawn. */
 function dot(layer, [x, y], kind, text) {
   shape(layer, "circle", {cx: toX(x), cy: toY(y), r: 5, class: `dot ${kind}`});
-  if (!text) return;
-  const width = 7.5 * text.length, corners = [[9, -7], [9, 17], [-9 - width, -7], [-9 - width, 17], [9, -25], [9, 35]]
-    .map(([right, down]) => [Math.min(Math.max(toX(x) + right, 4), 396 - width), Math.min(Math.max(toY(y) + down, 14), 394)]);
-  const free = corners.find(([left, base]) => layer.labels.every(each =>
-    left > each.left + each.width || each.left > left + width || Math.abs(base - each.base) > 15)) ?? corners[0];
-  layer.labels.push({left: free[0], base: free[1], width});
-  shape(layer, "text", {x: free[0], y: free[1], class: `label ${kind}`}, text);
+  layer.dots.push([toX(x), toY(y)]);
+  if (text) layer.texts.push({x: toX(x), y: toY(y), kind, text});
+}
+
+/** Writes every text beside its point: of eight directions and two distances, where it crosses least: no other text, no
+ *  point, as little of the lines as can be. */
+function writeLabels(layer) {
+  const around = [[1, -1], [1, 1], [-1, -1], [-1, 1], [1, 0], [-1, 0], [0, -1], [0, 1]], written = [];
+  for (const {x, y, kind, text} of layer.texts) {
+    const element = shape(layer, "text", {class: `label ${kind}`}, text), width = element.getComputedTextLength(), height = 14;
+    let best = {cost: Infinity};
+    [9, 22].forEach((far, f) => around.forEach(([right, down], i) => {
+      const gap = right && down ? far * 0.7 : far;
+      const left = right > 0 ? x + gap : right < 0 ? x - gap - width : x - width / 2;
+      const top = down > 0 ? y + gap : down < 0 ? y - gap - height : y - height / 2;
+      if (left < 3 || top < 3 || left + width > 397 || top + height > 397) return;
+      const holds = ([px, py], margin) => px > left - margin && px < left + width + margin && py > top - margin && py < top + height + margin;
+      const cost = f * 3 + i / 10 + 0.5 * layer.traced.filter(each => holds(each, 1)).length
+        + 20 * layer.dots.filter(each => holds(each, 5)).length
+        + 40 * written.filter(each => left < each.left + each.width + 4 && each.left < left + width + 4 && Math.abs(top - each.top) < height).length;
+      if (cost < best.cost) best = {cost, left, top, width};
+    }));
+    element.setAttribute("x", best.left);
+    element.setAttribute("y", best.top + 11);
+    written.push(best);
+  }
 }
 
 /** Point n of every time of a trajectory, where chords look straight. visited, times: as flow.ddim takes and returns. */

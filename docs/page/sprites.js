@@ -19,7 +19,7 @@ const SPRITES = {
    "windows": 1
   },
   {
-   "name": "student",
+   "name": "2-window student",
    "windows": 2
   }
  ],

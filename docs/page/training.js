@@ -140,4 +140,5 @@ document.getElementById("direction-weight").addEventListener("input", event => s
   const z = flow.noise(48, flow.uniforms(1));
   drawPaths(flow.ddim(flow.exact, z, flow.timeGrid(32)));
   drawCurves(document.getElementById("curves"), [], [], 0);
+  shape(document.querySelector("#curves .drawn"), "text", {x: 300, y: 100, class: "axis middle"}, "drawn while it trains");
 }
