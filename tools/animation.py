@@ -6,7 +6,6 @@ paths become straight; below, pictures of the embedded model in one step, which 
 Both students go through the same stages, and every frame shows them equally far. The plane's is trained
 here, the pictures' by train.py, which also says what to draw: the first prompts of its data.
 """
-import dataclasses
 import functools
 import io
 import tempfile
@@ -26,9 +25,9 @@ from data import imaging
 from runtime import cli, options, progress
 from tools import flow2d
 
-SHARES = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65, 1.0)     # of a stage's updates: a frame each
+SHARES = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65, 1.0)     # of a stage's updates, by frame
 WIDTH, HEIGHT, SIDE = 720, 672, 138                     # pixels, of a frame and of a picture in it
-BATCH = 64                                              # of the pictures' student
+BATCH = 32                                              # of the pictures' student
 LIMIT = 1_500_000                                       # bytes
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#666666"
 
@@ -39,8 +38,8 @@ class Config:
     updates: int = 800          # of each stage in the plane, batches of 512
     trajectories: int = 8192    # to train on in the plane
     paths: int = 70             # drawn
-    picture_updates: int = 200  # of the pictures' student, over all stages
-    picture_trajectories: int = 512  # of the pictures' teacher
+    picture_updates: int = 400  # of the pictures' student, over all stages
+    picture_trajectories: int = 768  # of the pictures' teacher
     prompts: str = ""           # text file, one prompt per line: what the pictures show, up to four; default:
                                 # the first of its data
     out: str = "results/reflow-2d.webp"  # animated WebP
@@ -68,7 +67,8 @@ def train_plane(c, stages):
         def look(done, model, windows=windows, untrained=untrained, states=states):
             if done in moments(c.updates):
                 end, distance = few_steps(model, windows)
-                states[done] = (flow2d.fine_path(model, test[:c.paths, 0], end[:c.paths]), distance, untrained)
+                path = flow2d.fine_path(model, test[:c.paths, 0], end[:c.paths])
+                states[done] = path, distance, untrained
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
         flow2d.straighten(network, windows, paths, reflow.Recipe(), c.updates, look)
         seen[windows] = [states[done] for done in moments(c.updates)]
@@ -104,9 +104,9 @@ def train_pictures(c, recipe):
         first += count
     wanted = {each for steps in at.values() for each in steps}
     with tempfile.TemporaryDirectory() as out:
-        train.main(options.Config(model=c.model, updates=c.picture_updates, batch=BATCH, grid_steps=1, out=out,
-                                  trajectories=c.picture_trajectories, checkpoint_steps=c.picture_updates,
-                                  validation_prompts=c.prompts),
+        train.main(options.Config(model=c.model, updates=c.picture_updates, batch=BATCH, out=out,
+                                  trajectories=c.picture_trajectories, validation_prompts=c.prompts,
+                                  grid_steps=1, checkpoint_steps=c.picture_updates + 1),
                    functools.partial(OneStep, kept, wanted))
     return kept["teacher"], {windows: [kept[step] for step in steps] for windows, steps in at.items()}
 

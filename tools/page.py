@@ -2,7 +2,7 @@
 4, 2 and 1, as one sprite sheet.
 
     python -m tools.page                # the embedded model and its students in assets/
-    make demo                           # or its students of 8, 4, 2 and 1 windows, in a quarter of an hour, then
+    make demo                           # trains students of 8, 4, 2 and 1 windows: a quarter of an hour
     python -m tools.page --students runs/demo/student-4 runs/demo/student-2 runs/demo/student-1
 
 Writes docs/page/sprites.webp (a row per prompt and model, a column per step) and docs/page/sprites.js
@@ -79,6 +79,9 @@ def read_students(model, folders):
         if info["teacher"] != model:
             raise UserError(f"--students {folder}: a student of {info['teacher']}, not of --model {model}; "
                             "name students of one teacher")
+        if all(steps % info["windows"] for steps in STEPS):
+            raise UserError(f"--students {folder}: {info['windows']} windows divide none of the page's steps, "
+                            f"{' '.join(map(str, STEPS))}; name another student")
         found.append((folder, info["windows"], info["method"]))
     found.sort(key=lambda each: -each[1])
     counts = [windows for _, windows, _ in found]
@@ -87,7 +90,7 @@ def read_students(model, folders):
     for i, (folder, _, name) in enumerate(named):
         for other, _, same in named[:i]:
             if name == same:
-                raise UserError(f"--students {other} {folder}: the page would call both \"{name}\"; leave one "
+                raise UserError(f"--students {other} {folder}: the page would call both {name!r}; leave one "
                                 "out, or train it with another --name")
     return named
 

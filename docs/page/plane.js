@@ -48,14 +48,14 @@ function dot(layer, [x, y], kind, text) {
   if (text) layer.texts.push({x: toX(x), y: toY(y), kind, text});
 }
 
-/** Writes every text beside its point: of eight directions and two distances, where it crosses least: no other text, no
+/** Writes every text beside its point: of eight directions and three distances, where it crosses least: no other text, no
  *  point, as little of the lines as can be. */
 function writeLabels(layer) {
   const around = [[1, -1], [1, 1], [-1, -1], [-1, 1], [1, 0], [-1, 0], [0, -1], [0, 1]], written = [];
   for (const {x, y, kind, text} of layer.texts) {
     const element = shape(layer, "text", {class: `label ${kind}`}, text), width = element.getComputedTextLength(), height = 14;
     let best = {cost: Infinity};
-    [9, 22].forEach((far, f) => around.forEach(([right, down], i) => {
+    [9, 22, 36].forEach((far, f) => around.forEach(([right, down], i) => {
       const gap = right && down ? far * 0.7 : far;
       const left = right > 0 ? x + gap : right < 0 ? x - gap - width : x - width / 2;
       const top = down > 0 ? y + gap : down < 0 ? y - gap - height : y - height / 2;
