@@ -457,6 +457,7 @@ def test_the_animation_shows_both_students_as_they_train(tmp_path, monkeypatch):
     """The pictures are the ones that sampling draws from the same noise: the teacher's in 32 steps, the student's in one."""
     monkeypatch.setattr(animation, "SHARES", (0.0, 1.0))
     monkeypatch.setattr(animation, "BATCH", 4)
+    monkeypatch.setattr(animation, "EFFORT", 0)
     prompts, seen, trained = ["fox on green", "food"], [], animation.train_pictures
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     monkeypatch.setattr(animation, "train_pictures", lambda *given: seen.append(trained(*given)) or seen[0])

@@ -28,6 +28,7 @@ from tools import flow2d
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.65, 1.0)     # of a stage's updates, by frame
 WIDTH, HEIGHT, SIDE = 720, 672, 138                     # pixels, of a frame and of a picture in it
 BATCH = 32                                              # of the pictures' student
+EFFORT = 6                                              # of the encoder, 0 to 6: smaller, but slow
 LIMIT = 1_500_000                                       # bytes
 BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#666666"
 
@@ -199,7 +200,7 @@ def main(c):
     durations[-1] = 3000
     whole = io.BytesIO()                                        # an interrupted run leaves the old file
     frames[0].save(whole, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0,
-                   quality=75, method=6)
+                   quality=75, method=EFFORT)
     if whole.tell() > LIMIT:
         raise cli.UserError(f"{out}: {whole.tell():,} bytes, more than {LIMIT:,}; give fewer --paths")
     out.write_bytes(whole.getvalue())
