@@ -6,6 +6,7 @@ paths become straight; below, pictures of the embedded model in one step, which 
 Both students go through the same stages, and every frame shows them equally far. The plane's is trained
 here, the pictures' by train.py, which also says what to draw: the first prompts of its data.
 """
+import contextlib
 import functools
 import io
 import tempfile
@@ -50,8 +51,8 @@ class Config:
 
 
 def train_plane(c, stages):
-    """Returns: [the teacher's path], and windows -> SHARES -> (path, distance in one step per window, the
-    same of the untrained); paths as of flow2d.fine_path."""
+    """Returns: the teacher's path, and windows -> at each of SHARES (path, distance in one step per window,
+    the same of the untrained); paths as of flow2d.fine_path."""
     torch.manual_seed(0)
     exact = teacher.Model(flow2d.exact, flow2d.SCHEDULE, "v_prediction")
     paths, test = flow2d.solve(exact, c.trajectories), flow2d.solve(exact, 1024)
@@ -82,8 +83,8 @@ def moments(updates):
 
 
 class OneStep(progress.Grid):
-    """Instead of one step per window, written to files: one step in all, kept in `kept`, step -> pictures,
-    with the teacher's 32 steps before any training at kept["teacher"]. wanted: (windows, step)s."""
+    """Instead of one step per window, written to files: one step in all, kept[windows, step], and before
+    any training the teacher's 32 steps, kept["teacher"]. kept: a dict to fill; wanted: (windows, step)s."""
 
     def __init__(self, kept, wanted, *given):
         super().__init__(*given)
@@ -97,14 +98,15 @@ class OneStep(progress.Grid):
 
 
 def train_pictures(c, recipe):
-    """Returns: the teacher's pictures in 32 steps, and windows -> SHARES -> the student's in one, each
-    float (N, 3, H, W) in [-1, 1]."""
+    """Returns: the teacher's pictures in 32 steps, and windows -> at each of SHARES the student's in one,
+    each float (N, 3, H, W) in [-1, 1]."""
     counts, first, kept, at = reflow.stage_updates(recipe, c.picture_updates), 0, {}, {}
     for windows, count in zip(recipe.stages, counts):
         at[windows] = [(windows, first + done) for done in moments(count)]
         first += count
     wanted = {each for steps in at.values() for each in steps}
-    with tempfile.TemporaryDirectory() as out:
+    # of what it prints, the bar is enough: the last line names a folder that is about to go
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         train.main(options.Config(model=c.model, updates=c.picture_updates, batch=BATCH, out=out,
                                   trajectories=c.picture_trajectories, validation_prompts=c.prompts,
                                   grid_steps=1, checkpoint_steps=c.picture_updates + 1),
@@ -183,11 +185,12 @@ def shown(pictures):
 
 
 def main(c):
-    cli.at_least(c, updates=1, trajectories=1, paths=1, picture_updates=1, picture_trajectories=1)
+    recipe = reflow.RECIPES["default"]
+    cli.at_least(c, updates=1, trajectories=1, paths=1, picture_updates=len(recipe.stages),
+                 picture_trajectories=1)
     out = Path(c.out)
     if out.suffix != ".webp" or not out.parent.is_dir():
         raise cli.UserError(f"--out {out}: must be a .webp in a folder that is there")
-    recipe = reflow.RECIPES["default"]
     first, plane = train_plane(c, recipe.stages)
     sharp, pictures = train_pictures(c, recipe)
     sharp = shown(sharp)

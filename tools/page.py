@@ -80,8 +80,8 @@ def read_students(model, folders):
             raise UserError(f"--students {folder}: a student of {info['teacher']}, not of --model {model}; "
                             "name students of one teacher")
         if all(steps % info["windows"] for steps in STEPS):
-            raise UserError(f"--students {folder}: {info['windows']} windows divide none of the page's steps, "
-                            f"{' '.join(map(str, STEPS))}; name another student")
+            raise UserError(f"--students {folder}: {info['windows']} windows divide none of the page's steps "
+                            f"({' '.join(map(str, STEPS))}); name another student")
         found.append((folder, info["windows"], info["method"]))
     found.sort(key=lambda each: -each[1])
     counts = [windows for _, windows, _ in found]
