@@ -249,7 +249,7 @@ def test_evaluations_are_counted_for_every_solver_and_a_pair_is_two(judge, solve
     assert (row["method"], row["windows"], row["solver"], row["guidance"]) == ("teacher", None, solver, guidance)
 
 
-@pytest.mark.parametrize("steps, windows", [(1, 1), (3, 1), (8, 8), (12, 4)])
+@pytest.mark.parametrize("steps, windows", [slow(1, 1), (3, 1), (8, 8), slow(12, 4)])
 def test_windows_of_a_teacher_are_what_its_steps_have_in_common_with_8(judge, steps, windows):
     row = judge.row(judge.c.teacher, steps)
     assert len(row["straightness"]) == windows

@@ -81,7 +81,8 @@ ROWS = {
     "sana": row(published("sana", SANA)),
 }
 
-SIBLINGS = ("sdxl", "sd35 without t5", "flux-schnell", "pixart")     # of a family that another row walks
+# of a family that another row walks; or test_train.py, test_export.py and test_pixel.py, step by step
+SIBLINGS = ("sd15", "sdxl", "pixel", "sd35 without t5", "flux-schnell", "pixart")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from transformers import CLIPModel
 
 import reflow
@@ -285,8 +285,9 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_
     assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"]
 
 
-def test_a_run_that_fails_names_itself_and_its_reason(lab):
+def test_a_run_that_fails_names_itself_and_its_reason(lab, monkeypatch):
     lab.c.model = "/nowhere"
+    monkeypatch.setattr(runner.subprocess, "run", lambda command, **_: run_python(command[1:], ROOT))
     with pytest.raises(UserError, match=r"broken: python train.py .*nowhere.* ended with status 2: error: .*nowhere"):
         lab.train({"broken": "--recipe perflow --updates 8"})
 
