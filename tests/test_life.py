@@ -83,6 +83,7 @@ ROWS = {
 
 # of a family that another row walks; or test_train.py, test_export.py and test_pixel.py, step by step
 SIBLINGS = ("sd15", "sdxl", "pixel", "sd35 without t5", "flux-schnell", "pixart")
+OWN_FILE = ("dit", "pixart-sigma", "sana")                # whose students are compared with the stock call there
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def by_stock(row, stock, call, steps, shape):
     return row.unpack(stock([row.prompts[i % len(row.prompts)] for i in range(2)], latents=given, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in SIBLINGS else name for name in ROWS])
+@pytest.mark.parametrize("name", [slow(name) if name in (*SIBLINGS, *OWN_FILE) else name for name in ROWS])
 def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", cache=str(tmp_path / "cache"))

@@ -26,7 +26,7 @@ PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "READ
 # script or module, with the words that must be there as well -> what makes it short; the last that fits
 # (bf16 takes a CPU ten times as long)
 SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4 --precision fp32",
-         "train.py --lora": "--updates 4 --batch 2 --trajectories 8 --solver-steps 8 --checkpoint-steps 2 --precision fp32",
+         "train.py --lora": "--updates 4 --batch 2 --trajectories 2 --solver-steps 8 --checkpoint-steps 2 --precision fp32 --grid-steps 0",
          "export.py push": "--dry-run",
          "train.py --cache-only": "--trajectories 2 --solver-steps 8", "tools.bench": "--parts training", "tools.tiny": "--help",
          "studies": "--model {sd15} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip",

@@ -240,6 +240,7 @@ def test_velocities_are_those_the_sampler_meets(random_sd):
     assert u.shape[:2] == (4, 2) and u.isfinite().all() and not torch.allclose(u[0], u[3])
 
 
+@pytest.mark.slow
 def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd):
     lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "sprites", 0.01
     spread = simple_reflow.loss_spread(lab, random_sd, count=256, bins=4)

@@ -545,6 +545,7 @@ def without(file, name):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("small", [slow("sd15"), slow("sd21"), "sdxl"], indirect=True)
 def test_what_is_loaded_is_whole_or_refused_by_name(small, tmp_path):
     for part in PARTS[:3 + (small.name == "sdxl")]:
         folder = shutil.copytree(small, tmp_path / part)

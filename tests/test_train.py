@@ -105,12 +105,13 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
         assert set(line["loss_per_window"]) <= {str(k) for k in range(1, line["windows"] + 1)} and line["samples_per_second"] > 0
 
 
-@pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(path="linear", space="velocity"),
-                                     dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
-                                     dict(guidance_teacher=3.0), dict(windows=[1]), dict(time_law="uniform"), dict(solver_steps=16),
-                                     dict(loss="high-pass"), dict(normalization="learned"), dict(normalization="per-sample"),
-                                     dict(time_law="exponential"), dict(time_inside=True), dict(forward_rate=0.5), dict(dropout=0.2),
-                                     dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(text_dropout=1.0), dict(ema=0.0), dict(lr=1e-4)],
+@pytest.mark.parametrize("changes", [
+    dict(pairs="data"), dict(path="linear", space="velocity"), dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
+    dict(time_law="uniform"), dict(time_law="exponential"), dict(time_inside=True), dict(solver_steps=16), dict(loss="high-pass"),
+    dict(normalization="per-sample"), dict(text_dropout=1.0), dict(lr=1e-4),
+    # without these, other tests fail as well
+    *map(slow, [dict(pairs="student"), dict(guidance_teacher=3.0), dict(windows=[1]), dict(normalization="learned"), dict(forward_rate=0.5),
+                dict(dropout=0.2), dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(ema=0.0)])],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_every_column_of_a_recipe_changes_the_student(short, changes):
     assert not same_bits(weights(short(**changes)), weights(short()))
@@ -153,7 +154,7 @@ def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
     assert not torch.equal(network(*inputs).sample, plain)
 
 
-def test_the_learnt_normalizer_learns_and_levels_the_loss(tmp_path):
+def test_the_learnt_normalizer_learns_and_levels_the_loss(random_sd, tmp_path):
     """Its own loss falls: it comes to predict what is usual, and every window then weighs about 1."""
     from losses import LossNormalizer
     made = []
@@ -164,7 +165,7 @@ def test_the_learnt_normalizer_learns_and_levels_the_loss(tmp_path):
         made.append(self)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LossNormalizer, "__init__", init)
-        train.main(small("tiny", tmp_path, windows=[1], updates=40, batch=4, trajectories=8, normalization="learned"))
+        train.main(small(random_sd, tmp_path, windows=[1], updates=40, trajectories=8, normalization="learned"))
     z, t = torch.randn(16, 8, 8, 8), torch.full((16,), 1.0)
     predicted = made[0](z, t).mean().item()
     assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(loss_curve(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
@@ -194,7 +195,7 @@ def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddi
 
 
 def test_the_loss_falls(random_sd, tmp_path):
-    train.main(small(random_sd, tmp_path, recipe="reflow", windows=None, updates=60, batch=16, lr=1e-3, trajectories=16))
+    train.main(small(random_sd, tmp_path, recipe="reflow", windows=None, updates=40, batch=8, lr=1e-3, trajectories=8))
     assert np.mean(loss_curve(tmp_path)[-10:]) < 0.8 * np.mean(loss_curve(tmp_path)[:10])
 
 
