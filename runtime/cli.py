@@ -6,6 +6,7 @@ Each field of the dataclass is an option; the comment behind it in the source is
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -85,6 +86,7 @@ def check_png(file):
         raise UserError(f"--out {file}: cannot be written ({error.strerror}); choose another file") from error
 
 
+@functools.cache                     # a study parses the options of each of its runs
 def comments(config_class):
     """The help of each field of a dataclass: name -> the comment behind it in the source, or what it
     brings along as metadata."""

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -140,16 +141,20 @@ def small(request, small_models):
 
 
 def run_two(command, cwd, timeout=300):
-    """What torchrun with two processes makes of the same: one group, ranks 0 and 1.  Returns: CompletedProcess, its status the worse of both."""
+    """What torchrun with two processes makes of the same: one group, ranks 0 and 1, and where one fails the other is killed.
+    Returns: CompletedProcess, its status the worse of both."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         group = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
         free.close()
         files = [[Path(folder) / f"{name}-{rank}" for name in ("out", "err")] for rank in range(2)]
         both = [start_python(command, cwd, *files[rank], RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+        while (alive := [process.sentinel for process in both if process.exitcode is None]) and not any(process.exitcode for process in both):
+            if not wait(alive, timeout):
+                break
         for process in both:
-            process.join(timeout)
             process.kill()
+            process.join()
         texts = ["".join(file.read_text() for file in streams) for streams in zip(*files)]
         return subprocess.CompletedProcess(command, max(abs(process.exitcode) for process in both), *texts)
 

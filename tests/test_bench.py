@@ -5,6 +5,7 @@ import re
 import diffusers
 import pytest
 import torch
+from conftest import slow
 from test_export import PROMPTS, SEEDS
 
 import export
@@ -38,10 +39,10 @@ def test_pairs_asked_at_several_times_cost_a_fraction():
     assert found["evaluations"] == dict(student=12, solver=32)                    # 4 pairs, 8 steps each
 
 
-def test_the_flops_of_a_forward_are_those_of_the_published_architectures():
-    """402 and 3381 G multiply-adds for SD 1.5 and XL: the analytic counts of others, to within the rounding of theirs."""
-    assert bench.forward_flops(bench.Config(model="sd15")) / 2e9 == pytest.approx(402, rel=0.01)
-    assert bench.forward_flops(bench.Config(model="sdxl")) / 2e9 == pytest.approx(3381, rel=0.01)
+@pytest.mark.parametrize("name, expected", [("sd15", 402), slow("sdxl", 3381)])
+def test_the_flops_of_a_forward_are_those_of_the_published_architectures(name, expected):
+    """In G multiply-adds: the analytic counts of others, to within the rounding of theirs."""
+    assert bench.forward_flops(bench.Config(model=name)) / 2e9 == pytest.approx(expected, rel=0.01)
 
 
 def test_every_part_prints_its_table_and_writes_its_figures(small_models, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """What a user types: good commands and bad input. Bad input is one line, exit status 2, and nothing lost."""
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -59,10 +60,10 @@ def delta(student, tmp_path_factory):
     return file
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch, random_sd):
-    """An empty working folder with a few bad things in it; MODEL stands for the random teacher."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory, random_sd):
+    """A folder with a few bad things in it."""
+    tmp_path = tmp_path_factory.mktemp("mistakes")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "file").write_text("")
@@ -84,6 +85,13 @@ def here(tmp_path, monkeypatch, random_sd):
             (tmp_path / name / "a.txt").write_text("a caption")
     (tmp_path / "stray" / "b.txt").write_text("a caption")
     return tmp_path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, mistakes):
+    """A working folder with these things in it, and no other; MODEL stands for the random teacher."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(mistakes, tmp_path, copy_function=os.link, dirs_exist_ok=True)
 
 
 BAD = [
@@ -293,7 +301,7 @@ def test_a_recipe_that_starts_from_images_needs_images(cli, here, random_sd):
 
 
 def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
-    line = f"train.py --model {random_sd} --data sprites --updates 4 --batch 2 --trajectories 2 --solver-steps 8 --out o"
+    line = f"train.py --model {random_sd} --data sprites --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --out o"
     assert cli(line)[0] == 0
     status, _, err = cli(line, "--lr", 0.01)
     assert status == 2 and "lr 0.0002 -> 0.01" in err
@@ -301,7 +309,7 @@ def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
 
 
 def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
-    line = "train.py --data sprites --updates 4 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
+    line = "train.py --data sprites --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
     assert cli(line, "nowhere")[0] == 2
     assert cli(line, random_sd)[0] == 0
     status, _, err = cli(line, random_sd, "--no-resume")
@@ -309,7 +317,7 @@ def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
 
 
 def test_a_cache_of_another_teacher_is_refused(cli, here, random_sd, small_models):
-    line = "train.py --data sprites --updates 4 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
+    line = "train.py --data sprites --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
     assert cli(line, random_sd, "--out", "a")[0] == 0
     status, _, err = cli(line, small_models["sd15"], "--out", "b")
     assert status == 2 and "--cache c/prompts: made with other settings" in err and "'text'" in err and err.count("\n") == 1
@@ -362,7 +370,7 @@ def test_data_cache_makes_what_training_then_uses(here, random_sd, run_file):
     done = run_file("train.py", "--cache-only", *options)
     assert done.returncode == 0 and "c: 3 trajectories" in done.stdout, done.stderr[-2000:]
     made = {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
-    train.main(train.Config(model=str(random_sd), data="sprites", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", updates=4,
+    train.main(train.Config(model=str(random_sd), data="sprites", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", updates=2, windows=[1],
                             batch=2, grid_steps=0))
     assert made and made == {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
     Image.new("RGB", (40, 40)).save(here / "empty" / "a.png")

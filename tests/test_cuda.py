@@ -46,9 +46,9 @@ def stopped_after(step, c):
         train.main(c)
 
 
-@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), slow(dict(pairs="student", normalization="learned", precision="bf16")),
+@pytest.mark.parametrize("changes", [slow(dict(grid_steps=2, windows=[1])), slow(dict(pairs="student", normalization="learned", precision="bf16")),
                                      slow(dict(pairs="student", lora=2, precision="bf16")),
-                                     dict(pairs="consistency", windows=[1])],
+                                     dict(pairs="consistency", windows=[1], grid_steps=2)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
     """The device of every part is asserted by what fake_cuda refuses, and here of all that a resume restores."""
@@ -76,8 +76,8 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=4e-2 if "precision" in changes else 1e-3)  # bf16 rounds otherwise there
 
 
-@pytest.mark.parametrize("changes", [dict(grid_steps=2, windows=[1]), slow(dict(pairs="student", normalization="learned")),
-                                     slow(dict(pairs="consistency", windows=[1])), dict(updates=12, windows=[1], time_law="log-normal")],
+@pytest.mark.parametrize("changes", [slow(dict(grid_steps=2, windows=[1])), slow(dict(pairs="student", normalization="learned")),
+                                     slow(dict(pairs="consistency", windows=[1])), dict(windows=[1], time_law="log-normal")],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_a_device_without_float64_gives_the_losses_of_the_cpu(model, tmp_path, changes):
     train.main(options(model, tmp_path / "cpu", "cpu", **changes))

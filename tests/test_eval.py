@@ -242,14 +242,14 @@ def test_measures_of_batches_are_those_of_all_trajectories(judge, parts, student
         assert two[column] == pytest.approx(one[column], rel=1e-3, abs=1e-6), column
 
 
-@pytest.mark.parametrize("solver, steps, guidance", [("heun", 3, 1.5), ("unipc", 3, 1.0), ("dpmsolver++", 2, 0.0), ("lcm", 2, 2.0)])
+@pytest.mark.parametrize("solver, steps, guidance", [("heun", 3, 1.5), slow("unipc", 3, 1.0), slow("dpmsolver++", 2, 0.0), ("lcm", 2, 2.0)])
 def test_evaluations_are_counted_for_every_solver_and_a_pair_is_two(judge, solver, steps, guidance):
     row, once = judge.row(judge.c.teacher, steps, solver=solver, guidance=guidance), sampler.evaluations(solver, steps)
     assert (row["nfe_pairs_as_one"], row["nfe"]) == (once, once * (2 if guidance > 1 else 1))
     assert (row["method"], row["windows"], row["solver"], row["guidance"]) == ("teacher", None, solver, guidance)
 
 
-@pytest.mark.parametrize("steps, windows", [(1, 1), (3, 1), (8, 8), (12, 4)])
+@pytest.mark.parametrize("steps, windows", [slow(1, 1), (3, 1), (8, 8), slow(12, 4)])
 def test_windows_of_a_teacher_are_what_its_steps_have_in_common_with_8(judge, steps, windows):
     row = judge.row(judge.c.teacher, steps)
     assert len(row["straightness"]) == windows
@@ -369,7 +369,7 @@ def test_a_retrained_student_has_rows_of_its_own(judge, small_models, tmp_path):
     assert judge.row(moved, 2) == after                             # weights decide, not where they lie; even the seconds are the same
 
 
-@pytest.mark.parametrize("change", [dict(seed=7), slow(dict(guidance=2.0)), slow(dict(dtype="bf16")), dict(size=24)], ids=str)
+@pytest.mark.parametrize("change", [slow(dict(seed=7)), slow(dict(guidance=2.0)), slow(dict(dtype="bf16")), dict(size=24)], ids=str)
 def test_other_settings_are_other_rows(judge, tmp_path, change):
     other = measuring.Evaluator(dataclasses.replace(judge.c, **change))
     for find in (lambda e: e.teacher_rows[range(16)]["inception"], lambda e: e.trajectories(e.c.teacher, 2)[range(5)]["straightness"]):

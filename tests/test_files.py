@@ -101,7 +101,7 @@ def test_a_single_file_is_read_back_to_the_bit_in_every_precision(students, fami
         assert json.loads(opened.metadata()["info"])["windows"] == 2
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", [slow("sd15"), "sdxl"])
 def test_a_kohya_file_on_the_teacher_is_the_student(students, teachers, family, tmp_path):  # noqa: F811
     folder, file = students(family, lora=3) / "student-2", tmp_path / "lora.safetensors"
     export.export_kohya(export.FileConfig(str(folder), str(file), "fp32"))

@@ -81,7 +81,9 @@ ROWS = {
     "sana": row(published("sana", SANA)),
 }
 
-SIBLINGS = ("sdxl", "sd35 without t5", "flux-schnell", "pixart")     # of a family that another row walks
+# of a family that another row walks; or test_train.py, test_export.py and test_pixel.py, step by step
+SIBLINGS = ("sd15", "sdxl", "pixel", "sd35 without t5", "flux-schnell", "pixart")
+OWN_FILE = ("dit", "pixart-sigma", "sana")                # whose students are compared with the stock call there
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +146,7 @@ def by_stock(row, stock, call, steps, shape):
     return row.unpack(stock([row.prompts[i % len(row.prompts)] for i in range(2)], latents=given, output_type="latent", **options).images)
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in SIBLINGS else name for name in ROWS])
+@pytest.mark.parametrize("name", [slow(name) if name in (*SIBLINGS, *OWN_FILE) else name for name in ROWS])
 def test_the_life_of_a_student(families, name, tmp_path, monkeypatch):
     family = row, teacher, _ = families(name)
     c = config(family, tmp_path / "run", cache=str(tmp_path / "cache"))
@@ -246,7 +248,7 @@ def test_a_range_of_embedded_guidance_is_told_to_teacher_and_student(families, t
 @pytest.mark.parametrize("shard", [slow(False), True], ids=["ddp", "fsdp"])
 def test_two_processes_train_a_transformer_as_one_does(families, name, shard, tmp_path):
     family = families(name)
-    options = dict(windows=[2, 1], updates=4, cache=str(tmp_path / "cache"), shard=shard)
+    options = dict(windows=[2, 1], updates=4, cache=str(tmp_path / "cache"), shard=shard, normalization="learned", grid_steps=2)
     done = run_two([str(ROOT / "train.py"), *command(config(family, tmp_path / "two", **options)).split()[2:]], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     one = train.main(config(family, tmp_path / "one", **{**options, "shard": False}))

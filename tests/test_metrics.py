@@ -469,7 +469,7 @@ def exact_chord(network, z, t, t_end):
 def test_straightness_of_the_gaussian_flow_is_its_integral(gaussian):
     """Against the exact flow, integrated over each window; DDIM's own error is of first order in the step."""
     network, model = gaussian
-    z, windows, points = noise(), 2, 500
+    z, windows, points = noise(), 2, 100
     exact, edges = [], reflow.boundaries(windows)
     for start, end in zip(edges, edges[1:]):
         at_start = network.flow(z, 1.0, start)

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, slow
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
+from test_eval import parts  # noqa: F401  a fixture
 from test_train import same_bits, small, weights
 
 import eval as evaluation
@@ -47,7 +48,7 @@ def folders(tmp_path_factory):
 
 
 def options(folder, out, **changes):
-    return small(folder, out, **{"data": "sprites-by-group", "updates": 8, "lr": 1e-3, **changes})
+    return small(folder, out, **{"data": "sprites-by-group", "updates": 4, "lr": 1e-3, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def students(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["unconditional", "gray"])
-@pytest.mark.parametrize("windows, steps", [(4, 8), (2, 2), (1, 1)])
+@pytest.mark.parametrize("windows, steps", [(4, 8), slow(2, 2), (1, 1)])
 def test_an_unconditional_student_is_sampled_alike_by_ddim_pipeline(students, kind, windows, steps):
     folder = students(kind) / f"student-{windows}"
     stock = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -80,7 +81,7 @@ def test_an_unconditional_student_is_sampled_alike_by_ddim_pipeline(students, ki
     assert (models.decode(pipeline, z) / 2 + 0.5 - theirs).abs().max() <= 1e-4      # its pictures are in [0, 1]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.5, 0.0])
+@pytest.mark.parametrize("guidance", [slow(1.0), 2.5, 0.0])
 def test_a_student_with_classes_is_sampled_alike_by_its_own_stock_scheduler(students, guidance):
     folder, prompts = students("classes") / "student-4", ["food", "heart", ""]
     stock = diffusers.DiffusionPipeline.from_pretrained(folder)
@@ -177,11 +178,14 @@ def test_a_latent_model_without_text_is_still_refused(tmp_path):
 # ---- from training to tables ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [dict(pairs="trajectory"), dict(pairs="student"), dict(pairs="data", reuse=2),
-                                     dict(pairs="consistency", windows=[1])], ids=lambda changes: changes["pairs"])
-@pytest.mark.parametrize("kind", ["unconditional", "classes"])
+@pytest.mark.parametrize("kind, changes", [
+    ("unconditional", dict(pairs="student")), ("unconditional", dict(pairs="consistency", windows=[1])),
+    ("classes", dict(pairs="trajectory")), ("classes", dict(pairs="data", reuse=2)),
+    slow("unconditional", dict(pairs="trajectory")), slow("unconditional", dict(pairs="data", reuse=2)),
+    slow("classes", dict(pairs="student")), slow("classes", dict(pairs="consistency", windows=[1]))],
+    ids=lambda value: value if isinstance(value, str) else value["pairs"])
 def test_the_same_loop_trains_pixels_from_every_kind_of_pairs(folders, tmp_path, kind, changes):
-    last = train.main(options(folders[kind], tmp_path, grid_steps=4, **changes))
+    last = train.main(options(folders[kind], tmp_path, grid_steps=2, **changes))
     assert not same_bits(weights(last), weights(folders[kind])) and list((tmp_path / "grids").glob("*.png"))
 
 
@@ -206,7 +210,7 @@ def test_a_student_keeps_the_labels_says_how_it_is_sampled_and_is_resumed(folder
     c = options(folders["classes"], tmp_path / "again", windows=[4, 2, 1], cache=str(students("classes") / "cache"))
     settings = json.loads((tmp_path / "again" / "config.json").read_text())
     (tmp_path / "again" / "config.json").write_text(json.dumps({**settings, "out": c.out, "cache": c.cache}))
-    (tmp_path / "again" / "checkpoint-000008.safetensors").unlink(missing_ok=True)
+    (tmp_path / "again" / "checkpoint-000004.safetensors").unlink(missing_ok=True)
     assert same_bits(weights(train.main(c)), weights(last))
 
 
@@ -214,8 +218,9 @@ def test_a_difference_is_merged_into_another_pixel_model(folders, students, tmp_
     student = students("unconditional") / "student-4"
     export.export_delta(export.DeltaConfig(str(student), "", str(tmp_path / "d.safetensors")))
     export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(folders["unconditional"]), str(tmp_path / "merged")))
+    merged = weights(tmp_path / "merged")
     for name, value in weights(student).items():
-        assert torch.allclose(weights(tmp_path / "merged")[name], value, atol=1e-6)
+        assert torch.allclose(merged[name], value, atol=1e-6)
 
 
 def test_lora_is_refused(folders, tmp_path):
@@ -255,9 +260,10 @@ def test_sampler_needs_a_prompt_only_where_there_is_a_class(folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["classes", slow("unconditional")])
-def test_protocol_pixel_measures_students_against_their_teacher(students, tmp_path, kind):
-    result = evaluation.main(protocols.Config(run=str(students(kind)), protocol="pixel", n=640, real=640, steps=[1], ddim_steps=[1],
-                                               teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu"))
+def test_protocol_pixel_measures_students_against_their_teacher(students, parts, tmp_path, kind, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(measuring, "STRAIGHTNESS_STEPS", 2)
+    result = evaluation.main(protocols.Config(run=str(students(kind)), protocol="pixel", n=80, real=80, steps=[1], ddim_steps=[1],
+                                               teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu", clip=str(parts / "tiny-clip")))
     found = result["protocol"]
     assert found["size"] == "16 pixels as generated, 32 as both networks see them"
     assert found["resize"].endswith("of real and generated images")

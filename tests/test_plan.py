@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from conftest import slow
 from PIL import Image
 from test_cuda import losses, model, options, stopped_after  # noqa: F401  model is a fixture
 
@@ -25,10 +26,10 @@ def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path
     assert events.count(b"PNG") == 3
 
 
-@pytest.mark.parametrize("changes", [dict(pairs="data"), dict(pairs="student"), dict(pairs="consistency", windows=[1]),
+@pytest.mark.parametrize("changes", [slow(dict(pairs="data")), dict(pairs="student"), dict(pairs="consistency", windows=[1]),
                                      dict(pairs="data", guidance_teacher=2.0, reuse=2, micro_batch=2), dict(guidance_teacher=2.0)], ids=str)
 def test_the_evaluations_said_are_those_made(model, tmp_path, monkeypatch, changes):  # noqa: F811
-    c, real, made = options(model, tmp_path, "cpu", **changes), train.models.as_model, [0]
+    c, real, made = options(model, tmp_path, "cpu", updates=2, **changes), train.models.as_model, [0]
 
     def as_model(*args):
         counted = real(*args)
@@ -56,7 +57,7 @@ def test_what_cannot_fit_is_refused_before_any_cache(model, tmp_path, monkeypatc
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", slow("trackio")])
 def test_a_run_is_reported_where_it_is_asked_for(model, tmp_path, monkeypatch, name):  # noqa: F811
     """The two packages have these names in common; a module that records calls stands in."""
     calls = []

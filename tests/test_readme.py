@@ -26,10 +26,10 @@ PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "READ
 # script or module, with the words that must be there as well -> what makes it short; the last that fits
 # (bf16 takes a CPU ten times as long)
 SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4 --precision fp32",
-         "train.py --lora": "--updates 4 --batch 2 --trajectories 8 --solver-steps 8 --checkpoint-steps 2 --precision fp32",
+         "train.py --lora": "--updates 4 --batch 2 --trajectories 2 --solver-steps 8 --checkpoint-steps 2 --precision fp32 --grid-steps 0",
          "export.py push": "--dry-run",
          "train.py --cache-only": "--trajectories 2 --solver-steps 8", "tools.bench": "--parts training", "tools.tiny": "--help",
-         "studies": "--n 80 --real 80 --paths 2 --clip {parts}/tiny-clip",
+         "studies": "--model {sd15} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip",
          "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2",
          "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
                                "--inception {parts}/inception.pt",
@@ -63,7 +63,7 @@ def shrunk(line, models, fakes):
         words = words[1:]
     name = words[1] if words[0] == "-m" else words[0]
     options = [value for key, value in SMALL.items() if key.split()[0] == name and set(key.split()[1:]) <= set(words)]
-    words += [word for word in options[-1].format(parts=fakes).split() if word != "--dry-run" or word not in words] if options else []
+    words += [word for word in options[-1].format(parts=fakes, **models).split() if word != "--dry-run" or word not in words] if options else []
     return program, words if words[0] == "-m" else [str(ROOT / words[0]), *words[1:]]
 
 

@@ -1,6 +1,7 @@
 """Identities of sampler.py's grids and solvers: closed forms, convergence orders, diffusers' own pipelines."""
 import functools
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import slow
 from PIL import Image
 
 import models
@@ -438,7 +440,11 @@ def stock_pipeline(folder, solver):
     return pipeline
 
 
-@pytest.mark.parametrize("solver", STOCK)
+EACH_ONCE = ("sd15-lcm", "sd21-unipc", "sdxl-dpmsolver++")      # every solver, every family
+
+
+@pytest.mark.parametrize("small, solver", [case if "-".join(case) in EACH_ONCE else slow(*case)
+                                           for case in itertools.product(("sd15", "sd21", "sdxl"), STOCK)], indirect=["small"])
 def test_stock_solvers_equal_diffusers_own_pipelines(small, solver):
     """From seeds alone: diffusers draws the first latents, and lcm's noise after them, from the same generators."""
     ours, theirs = load.load_pipeline(str(small)), stock_pipeline(small, solver)

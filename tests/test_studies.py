@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_python
 from transformers import CLIPModel
 
 import reflow
@@ -240,6 +240,7 @@ def test_velocities_are_those_the_sampler_meets(random_sd):
     assert u.shape[:2] == (4, 2) and u.isfinite().all() and not torch.allclose(u[0], u[3])
 
 
+@pytest.mark.slow
 def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd):
     lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "sprites", 0.01
     spread = simple_reflow.loss_spread(lab, random_sd, count=256, bins=4)
@@ -285,8 +286,9 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_
     assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"]
 
 
-def test_a_run_that_fails_names_itself_and_its_reason(lab):
+def test_a_run_that_fails_names_itself_and_its_reason(lab, monkeypatch):
     lab.c.model = "/nowhere"
+    monkeypatch.setattr(runner.subprocess, "run", lambda command, **_: run_python(command[1:], ROOT))
     with pytest.raises(UserError, match=r"broken: python train.py .*nowhere.* ended with status 2: error: .*nowhere"):
         lab.train({"broken": "--recipe perflow --updates 8"})
 

@@ -10,6 +10,7 @@ import warnings
 import diffusers
 import pytest
 import torch
+from conftest import slow
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -323,6 +324,7 @@ def test_what_is_left_out_or_given_is_neither_read_nor_touched(small, tmp_path):
         load.load_pipeline(str(folder), vea=None)
 
 
+@pytest.mark.parametrize("small", [slow("sd15"), slow("sd21"), "sdxl"], indirect=True)
 def test_random_weights_for_a_folder_keep_its_architecture_and_depend_on_the_seed(small):
     trained, first, second, other = (load.load_pipeline(str(small), **options) for options in
                                      ({}, dict(random_init=True, seed=3), dict(random_init=True, seed=3), dict(random_init=True)))
@@ -543,6 +545,7 @@ def without(file, name):
     save_file(weights, file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("small", [slow("sd15"), slow("sd21"), "sdxl"], indirect=True)
 def test_what_is_loaded_is_whole_or_refused_by_name(small, tmp_path):
     for part in PARTS[:3 + (small.name == "sdxl")]:
         folder = shutil.copytree(small, tmp_path / part)
@@ -796,30 +799,32 @@ def test_a_truncated_json_file_is_named(small_models, tmp_path, file, options):
         saved.doubts(str(folder), {}, ["fox"], 1, 1.0)
 
 
-def test_a_single_file_says_what_it_predicts(small_models, tmp_path):
+@pytest.mark.parametrize("name", [slow("sd15"), "sdxl"])
+def test_a_single_file_says_what_it_predicts(small_models, tmp_path, name):
     """By the keys and metadata that ComfyUI and sd-scripts know it by; the configs beside it are those of an epsilon model."""
     edm = dict(edm_mean=torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1), edm_std=torch.full((1, 4, 1, 1), 5.0))
     empty = torch.zeros(0)
-    for name in ("sd15", "sdxl"):
-        single, folder = tmp_path / f"{name}.safetensors", small_models[name]
+    single, folder = tmp_path / f"{name}.safetensors", small_models[name]
 
-        def read(metadata=None, **keys):
-            save_file({**weights, **keys}, single, metadata)
-            pipeline = load.load_pipeline(str(single), model_config=str(folder))
-            return pipeline, *configs.read_schedule(pipeline.scheduler)
-        weights = original_layout(folder)
-        _, plain, prediction = read()
-        assert prediction == "epsilon"
-        for said in (dict(v_pred=empty), dict(metadata={"modelspec.prediction_type": "v"})):
-            _, schedule, prediction = read(**said)
-            assert prediction == "v_prediction" and schedule.key == plain.key
-        pipeline, schedule, prediction = read(v_pred=empty, ztsnr=empty)
-        assert prediction == "v_prediction" and schedule.alpha[-1] == 0 and abs(schedule.alpha[1] - plain.alpha[1]) < 1e-6
-        assert read(v_pred=empty, metadata={"modelspec.prediction_type": "epsilon"})[2] == "v_prediction"
-        with pytest.raises(UserError, match="predicts epsilon at zero terminal SNR"):
-            read(ztsnr=empty)
-        _, schedule, prediction = read(**{"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.25)})
-        assert (schedule.key, prediction) == (("edm", 0.25, 120, 1), "v_prediction")
+    def read(metadata=None, **keys):
+        save_file({**weights, **keys}, single, metadata)
+        pipeline = load.load_pipeline(str(single), model_config=str(folder))
+        return pipeline, *configs.read_schedule(pipeline.scheduler)
+    weights = original_layout(folder)
+    _, plain, prediction = read()
+    assert prediction == "epsilon"
+    for said in (dict(v_pred=empty), dict(metadata={"modelspec.prediction_type": "v"})):
+        _, schedule, prediction = read(**said)
+        assert prediction == "v_prediction" and schedule.key == plain.key
+    pipeline, schedule, prediction = read(v_pred=empty, ztsnr=empty)
+    assert prediction == "v_prediction" and schedule.alpha[-1] == 0 and abs(schedule.alpha[1] - plain.alpha[1]) < 1e-6
+    assert read(v_pred=empty, metadata={"modelspec.prediction_type": "epsilon"})[2] == "v_prediction"
+    with pytest.raises(UserError, match="predicts epsilon at zero terminal SNR"):
+        read(ztsnr=empty)
+    _, schedule, prediction = read(**{"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.25)})
+    assert (schedule.key, prediction) == (("edm", 0.25, 120, 1), "v_prediction")
+    if name == "sd15":
+        return
     pipeline, schedule, prediction = read(**edm)
     assert (schedule.key, prediction) == (("edm", 0.002, 80, 0.5), "epsilon")
     assert latents.latent_statistics(pipeline.vae)[0] == 0.5
@@ -882,6 +887,7 @@ def test_an_autoencoder_that_overflows_in_half_precision_gives_no_black_picture(
         models.decode(whole, z)
 
 
+@pytest.mark.parametrize("small", [slow("sd15"), slow("sd21"), "sdxl"], indirect=True)
 def test_sampler_options_for_large_models(small_models, single, small, tmp_path, capsys):
     def run(prompt="fox", **options):
         sampler.main(sampler.Config(prompt=[prompt], steps=2, out=str(tmp_path / "a.png"), scale=1, **options))

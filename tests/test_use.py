@@ -4,7 +4,7 @@ import re
 import diffusers
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 
 import models
 import sampler
@@ -90,7 +90,10 @@ def table():
     return {name: [float(value) for value in values] for name, *values in rows}
 
 
-@pytest.mark.parametrize("row", ROWS)
+QUICK = ("as it is: DDIM, trailing", "Euler, trailing", "guidance 2")     # the others are diffusers' own
+
+
+@pytest.mark.parametrize("row", [row if row in QUICK else slow(row) for row in ROWS])
 def test_the_table_of_schedulers_and_guidance_is_measured(student, row):
     make, options = ROWS[row]
     found = [distance(student, make, num_inference_steps=steps, **options) for steps in (1, 2, 4)]
@@ -98,7 +101,7 @@ def test_the_table_of_schedulers_and_guidance_is_measured(student, row):
     assert table()[row] == pytest.approx(found, abs=0.02)
 
 
-@pytest.mark.parametrize("schedule", ["simple", "sgm_uniform", "normal"])
+@pytest.mark.parametrize("schedule", ["simple", slow("sgm_uniform"), slow("normal")])
 def test_the_table_of_comfyuis_schedules_is_measured(student, schedule):
     row, found = f"ComfyUI: euler, {schedule}", [comfy(student, schedule, steps) for steps in (1, 2, 4)]
     print(f"| {row} | {found[0]:.2f} | {found[1]:.2f} | {found[2]:.2f} |")
@@ -107,6 +110,7 @@ def test_the_table_of_comfyuis_schedules_is_measured(student, schedule):
     assert table()[row] == pytest.approx(found, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_plain_call_is_what_the_page_says(student):
     found = distance(student, None, guidance_scale=7.5, num_inference_steps=50)
     print(f"plain call {found:.2f}")
