@@ -241,6 +241,8 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
     shows.  Returns: the module, frozen, in eval mode."""
     with init_empty_weights():  # parameters only: CLIP's position_ids are a real buffer
         module = make()
+    if not weights:
+        module.to(dtype)                                    # whoever asks how large it will be
     if hasattr(module, "tie_weights"):
         module.tie_weights()                                # T5's two names of one embedding
     if weights:
