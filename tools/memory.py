@@ -14,11 +14,11 @@ allocator cannot use. Nor --compile and --shard, which change what is held.
 import contextlib
 import weakref
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -87,16 +87,14 @@ class Live(TorchDispatchMode):
         self.now -= nbytes
 
 
-class NormsInFloat32(TorchFunctionMode):
-    """What autocast does on CUDA and not on a CPU, whose autocast is what runs here: these are computed
-    in fp32, and keep that for the backward."""
-    NORMS = functional.group_norm, functional.layer_norm
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.NORMS and torch.is_autocast_enabled("cpu"):
+def in_float32(norm):
+    """What autocast does with a norm on CUDA and not on a CPU, whose autocast is what runs here: computed in
+    fp32, which is kept for the backward as well."""
+    def computed(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu"):
             args = [each.float() if torch.is_tensor(each) else each for each in args]
-            kwargs = {name: each.float() if torch.is_tensor(each) else each for name, each in (kwargs or {}).items()}
-        return function(*args, **(kwargs or {}))
+        return norm(*args, **kwargs)
+    return computed
 
 
 def peak(function, *modules):
@@ -119,13 +117,14 @@ def phases(c):
         raise UserError("counted are runs with cached trajectories, on one process, without --compile; leave "
                         "out what asks for others")
     dtype, half = PRECISIONS[c.precision] if c.lora else torch.float32, c.precision != "fp32"
-    pipeline = load.load_pipeline(c.model, dtype, c.model in architectures.ARCHITECTURES, empty=models.NETWORKS,
-                                  model_config=c.model_config)
+    pipeline = load.load_pipeline(c.model, dtype, c.model in architectures.ARCHITECTURES,
+                                  empty=models.NETWORKS, model_config=c.model_config)
     network, vae = models.network(pipeline), models.autoencoder(pipeline)
     check_lora(c, network)
     module, shape = models.family_of(network), models.latent_shape(pipeline, c.size)
     guided = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range) not in (0, 1)
-    on_cuda = NormsInFloat32() if half and c.device != "cpu" else contextlib.nullcontext()
+    on_cuda = contextlib.nullcontext() if c.device == "cpu" else mock.patch.multiple(
+        functional, **{name: in_float32(getattr(functional, name)) for name in ("group_norm", "layer_norm")})
     weights, beside = plan.nbytes(network), plan.nbytes(*vae)
 
     def evaluate(batch):
@@ -139,7 +138,8 @@ def phases(c):
         length = getattr(encoder.config, "max_position_embeddings", tokens)
         return encoder(torch.zeros(CAPTIONS, min(length, tokens), dtype=torch.long))
 
-    tokens = max([value.shape[1] for value in module.meta_condition(network).values() if value.ndim == 3], default=0)
+    tokens = max((value.shape[1] for value in module.meta_condition(network).values() if value.ndim == 3),
+                 default=0)
     with torch.random.fork_rng(()):
         make_student(c, network, torch.device("cpu"))
     trained = checkpoints.trained(network)
@@ -156,12 +156,11 @@ def phases(c):
         before = size * (micro < share)                    # gradients of the micro-batches before
         for p in checkpoints.trained(network).values() if before else ():
             p.grad = torch.empty_like(p)
-        # not .backward(), inside of which a function mode is off, and recomputed norms would be others
-        updated = before + peak(lambda: torch.autograd.backward(evaluate(micro).float().mean()), network)
-    state = plan.nbytes(network) + plan.added(c, size) - size              # without gradients, which are in the peak
+        updated = before + peak(lambda: evaluate(micro).float().mean().backward(), network)
+    state = plan.nbytes(network) + plan.added(c, size) - size              # gradients are in the peak
     shown = beside * bool(c.grid_steps)
-    return dict(zip(PHASES, (max(captions, default=0), weights + beside + solved, state + shown + updated,
-                             (state + beside + max(drawn)) * bool(c.grid_steps))))
+    return dict(zip(PHASES, (max(captions, default=0), weights + beside + solved,
+                             state + shown + updated, (state + beside + max(drawn)) * bool(shown))))
 
 
 def options(model, flags):
@@ -171,8 +170,9 @@ def options(model, flags):
 
 def row(card, model, flags):
     """A line of the table: what is computed, in GiB, in the order of PHASES."""
-    found = phases(options(model, flags))
-    return " | ".join([f"| {card} GB", f"`--model {model} {flags}`", *(f"{n / 2 ** 30:.1f}" if n else "-" for n in found.values())]) + " |"
+    found = phases(options(model, flags)).values()
+    figures = " | ".join(f"{nbytes / 2 ** 30:.1f}" if nbytes else "-" for nbytes in found)
+    return f"| {card} GB | `--model {model} {flags}` | {figures} |"
 
 
 def main(c):
