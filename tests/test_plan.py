@@ -113,5 +113,32 @@ def test_an_overflow_in_fp16_leaves_the_update_out_and_halves_the_scale():
         assert torch.equal(student.weight, before) != moved
 
 
+class AdamW8bit(torch.optim.Optimizer):
+    """What bitsandbytes' keeps of a parameter, under its names: the count in Python, and one table for all parameters, which on a CPU is
+    one tensor. The arithmetic is not Adam's."""
+
+    def __init__(self, parameters, lr, weight_decay, eps):
+        super().__init__(parameters, dict(lr=lr))
+        self.table = torch.linspace(-1, 1, 256)
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            kept = self.state[p]
+            if not kept:
+                kept |= dict(step=0, state1=torch.zeros_like(p), state2=torch.zeros(p.numel(), dtype=torch.uint8), qmap1=self.table)
+            kept["step"] += 1
+            kept["state1"].lerp_(p.grad, 0.1)
+            p -= self.param_groups[0]["lr"] * kept["state1"] / kept["step"]
+
+
+def test_a_run_with_8_bit_moments_is_checkpointed_and_goes_on_to_the_bits_of_one_that_was_not_stopped(model, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit)))
+    runs = [options(model, tmp_path / name, "cpu", windows=[1], optimizer="adamw8bit") for name in ("stopped", "straight")]
+    stopped_after(3, runs[0])
+    stopped, straight = (export.trained_weights(train.main(c), 0) for c in runs)
+    assert all(torch.equal(stopped[name], straight[name]) for name in straight)
+
+
 def test_durations_are_words():
     assert [progress.duration(s) for s in (3, 89, 120, 3661, 90000)] == ["3 s", "89 s", "2 min", "1 h 1 min", "25 h 0 min"]
