@@ -64,6 +64,7 @@ def test_a_run_is_reported_where_it_is_asked_for(model, tmp_path, monkeypatch, n
                                  log=lambda values, step: calls.append((step, sorted(values))), Image=lambda picture: picture)
     monkeypatch.setitem(sys.modules, name, tool)
     train.main(options(model, tmp_path, "cpu", windows=[1], updates=2, grid_steps=2, report_to=[name]))
+    assert "/" not in calls[0][1]["name"] and calls[0][1]["name"].endswith(tmp_path.name)              # a folder of trackio's, with pictures
     assert calls[0][1]["project"] == "reflow" and calls[0][1]["config"]["updates"] == 2 and calls[-1] == ("finish",)
     assert [step for step, _ in calls[1:-1]] == [0, 1, 2, 2] and calls[1][1] == ["grid"] and "loss" in calls[2][1]
     monkeypatch.setitem(sys.modules, name, None)

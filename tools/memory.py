@@ -12,6 +12,8 @@ Not counted: what a device takes for itself (CUDA's context, work space of convo
 allocator cannot use. Nor --compile and --shard, which change what is held.
 """
 import contextlib
+import dataclasses
+import functools
 import weakref
 from dataclasses import dataclass
 from unittest import mock
@@ -44,14 +46,11 @@ CARDS = (
     (8, "sdxl", f"--lora 16 {LESS} 1 --grid-steps 0"),
     (12, "sd15", f"{LESS} 1 --optimizer adamw8bit --ema-device cpu"),
     (12, "sdxl", f"--lora 16 {LESS} 1"),
-    (16, "sd15", f"{LESS} 2 --optimizer adamw8bit"),
-    (16, "sdxl", f"--lora 16 {LESS} 4"),
-    (16, "sd3", f"--lora 16 {LESS} 2"),
-    (24, "sd15", f"{LESS} 8"),
-    (24, "sd3", f"--lora 16 {LESS} 8"),
-    (80, "sd15", "--precision bf16 --micro-batch 16"),
-    (80, "sdxl", f"{LESS} 8"),
-    (80, "sd3", f"{LESS} 8"),
+    (16, "sd15", f"{LESS} 1 --optimizer adamw8bit"),
+    (16, "sd3", f"--lora 16 {LESS} 1"),
+    (24, "sd15", f"{LESS} 1"),
+    (80, "sdxl", f"{LESS} 1"),
+    (80, "sd3", f"{LESS} 1"),
 )
 
 
@@ -108,24 +107,20 @@ def peak(function, *modules):
 # ---- the phases of a run -----------------------------------------------------------------------------------
 
 
-def phases(c):
-    """c: train.Config.  Returns: {phase: bytes at its highest}, of PHASES.
-    Raises UserError as train.py does, and for what is not counted."""
-    recipe = resolve_recipe(c)
-    share, micro = train.split_batch(c, recipe, 1)
-    if recipe.pairs != "trajectory" or c.shard or c.compile:
-        raise UserError("counted are runs with cached trajectories, on one process, without --compile; leave "
-                        "out what asks for others")
-    dtype, half = PRECISIONS[c.precision] if c.lora else torch.float32, c.precision != "fp32"
-    pipeline = load.load_pipeline(c.model, dtype, c.model in architectures.ARCHITECTURES,
-                                  empty=models.NETWORKS, model_config=c.model_config)
+@functools.cache
+def counted(model, model_config, size, lora, precision, micro, before, checkpointing, device, guided):
+    """Bytes of what does not depend on the optimizer, the average and the pictures. before: there are other
+    micro-batches in an update; guided: trajectories take two evaluations.  Returns: dict."""
+    c = Options(model, lora=lora, gradient_checkpointing=checkpointing)
+    dtype, half = PRECISIONS[precision] if lora else torch.float32, precision != "fp32"
+    pipeline = load.load_pipeline(model, dtype, model in architectures.ARCHITECTURES, empty=models.NETWORKS,
+                                  model_config=model_config)
     network, vae = models.network(pipeline), models.autoencoder(pipeline)
     check_lora(c, network)
-    module, shape = models.family_of(network), models.latent_shape(pipeline, c.size)
-    guided = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range) not in (0, 1)
-    on_cuda = contextlib.nullcontext() if c.device == "cpu" else mock.patch.multiple(
+    module, shape = models.family_of(network), models.latent_shape(pipeline, size)
+    models.embed_guidance(pipeline, 1.0)
+    on_cuda = contextlib.nullcontext() if device == "cpu" else mock.patch.multiple(
         functional, **{name: in_float32(getattr(functional, name)) for name in ("group_norm", "layer_norm")})
-    weights, beside = plan.nbytes(network), plan.nbytes(*vae)
 
     def evaluate(batch):
         z = torch.empty(batch, *shape)
@@ -140,27 +135,43 @@ def phases(c):
 
     tokens = max((value.shape[1] for value in module.meta_condition(network).values() if value.ndim == 3),
                  default=0)
+    found = dict(weights=plan.nbytes(network), autoencoder=plan.nbytes(*vae))
     with torch.random.fork_rng(()):
         make_student(c, network, torch.device("cpu"))
-    trained = checkpoints.trained(network)
-    size = sum(p.nbytes for p in trained.values())
+    trained = sum(p.nbytes for p in checkpoints.trained(network).values())
     with FakeTensorMode(allow_non_fake_inputs=True), on_cuda:
         for part in (*models.text_encoders(pipeline), *vae, network):
             part.to_empty(device="cpu")
         with torch.no_grad():
-            captions = [plan.nbytes(part) + peak(lambda: encode(part), part)
-                        for part in models.text_encoders(pipeline)]
+            encoded = [plan.nbytes(part) + peak(lambda: encode(part), part)
+                       for part in models.text_encoders(pipeline)]
             solved = peak(lambda: evaluate(micro * (1 + guided)), network)
             drawn = [peak(lambda: evaluate(Grid.BATCH), network),
                      *[peak(lambda: part.decode(torch.empty(1, *shape, dtype=dtype)), part) for part in vae]]
-        before = size * (micro < share)                    # gradients of the micro-batches before
         for p in checkpoints.trained(network).values() if before else ():
             p.grad = torch.empty_like(p)
-        updated = before + peak(lambda: evaluate(micro).float().mean().backward(), network)
-    state = plan.nbytes(network) + plan.added(c, size) - size              # gradients are in the peak
-    shown = beside * bool(c.grid_steps)
-    return dict(zip(PHASES, (max(captions, default=0), weights + beside + solved,
-                             state + shown + updated, (state + beside + max(drawn)) * bool(shown))))
+        updated = trained * before + peak(lambda: evaluate(micro).float().mean().backward(), network)
+    return dict(found, student=plan.nbytes(network), trained=trained, solved=solved, drawn=max(drawn),
+                captions=max(encoded, default=0), updated=updated)
+
+
+def phases(c):
+    """c: train.Config.  Returns: {phase: bytes at its highest}, of PHASES.
+    Raises UserError as train.py does, and for what is not counted."""
+    cli.choose("--optimizer", c.optimizer, plan.OPTIMIZERS)
+    recipe = resolve_recipe(dataclasses.replace(c, optimizer="adamw"))     # the other need not be installed
+    share, micro = train.split_batch(c, recipe, 1)
+    if recipe.pairs != "trajectory" or c.shard or c.compile:
+        raise UserError("counted are runs with cached trajectories, on one process, without --compile; leave "
+                        "out what asks for others")
+    guided = c.guidance_range is not None or c.guidance_teacher not in (0, 1)
+    found = counted(c.model, c.model_config, c.size, c.lora, c.precision, micro, micro < share,
+                    c.gradient_checkpointing, c.device, guided)
+    state = found["student"] + plan.added(c, found["trained"]) - found["trained"]   # gradients: in the peak
+    beside, drawing = found["autoencoder"], bool(c.grid_steps)     # without pictures it has left
+    return dict(zip(PHASES, (found["captions"], found["weights"] + beside + found["solved"],
+                             state + beside * drawing + found["updated"],
+                             (state + beside + found["drawn"]) * drawing)))
 
 
 def options(model, flags):
