@@ -34,8 +34,9 @@ def test_the_peak_of_a_chain_is_what_it_keeps(grad, alive):
     with FakeTensorMode():
         x = torch.empty(1000, requires_grad=grad)
         assert memory.peak(lambda: x.exp().exp().exp()) == alive * 4000
-        assert memory.peak(lambda: x.view(10, 100)[0].t()) == 0                # a view takes nothing
         with memory.Live([x]) as live:
+            x.view(10, 100)[0].t()
+            assert live.peak == 0                                               # a view takes nothing
             y = x.exp().sum()
             if grad:
                 y.backward()
@@ -57,7 +58,7 @@ def measured(function):
 
 @pytest.mark.parametrize("name, words", [("sd15", []), ("sd15", ["--gradient-checkpointing"]),
                                          slow("sd15", ["--lora", "2", "--precision", "bf16", "--gradient-checkpointing"]),
-                                         ("sd3", ["--lora", "2", "--precision", "bf16"])], ids=str)
+                                         ("sd3", ["--lora", "2"])], ids=str)
 def test_the_peak_of_an_update_is_that_of_a_real_one(folders, name, words):
     c = config(folders[name], "--batch", "4", "--grid-steps", "0", *words)
     computed = memory.phases(c)["updates"]

@@ -155,7 +155,10 @@ def no_text(c, pipeline, captions, device="cpu", part=None):
 
 
 def noise_for_text(pipeline, parts):
-    """In the place of models.join_text, of no_text's rows."""
+    """In the place of models.join_text, of no_text's rows; {} where there are none, as no pictures are
+    drawn."""
+    if not parts:
+        return {}
     rows, network = next(iter(parts.values()))["row"], models.network(pipeline)
     return {name: (torch.randn if value.is_floating_point() else torch.ones)(
                 len(rows), *value.shape[1:], dtype=value.dtype)

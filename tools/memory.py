@@ -44,7 +44,7 @@ LESS = "--precision bf16 --gradient-checkpointing --micro-batch"
 CARDS = (
     (8, "sd15", f"--lora 16 {LESS} 4"),
     (8, "sdxl", f"--lora 16 {LESS} 1 --grid-steps 0"),
-    (12, "sd15", f"{LESS} 1 --optimizer adamw8bit --ema-device cpu"),
+    (12, "sd15", "--gradient-checkpointing --micro-batch 1 --optimizer adamw8bit --ema-device cpu"),
     (12, "sdxl", f"--lora 16 {LESS} 1"),
     (16, "sd15", f"{LESS} 1 --optimizer adamw8bit"),
     (16, "sd3", f"--lora 16 {LESS} 1"),
