@@ -58,7 +58,7 @@ def measured(function):
 
 @pytest.mark.parametrize("name, words", [("sd15", []), ("sd15", ["--gradient-checkpointing"]),
                                          slow("sd15", ["--lora", "2", "--precision", "bf16", "--gradient-checkpointing"]),
-                                         ("sd3", ["--lora", "2"])], ids=str)
+                                         ("sd3", ["--lora", "2", "--precision", "bf16"])], ids=str)
 def test_the_peak_of_an_update_is_that_of_a_real_one(folders, name, words):
     c = config(folders[name], "--batch", "4", "--grid-steps", "0", *words)
     computed = memory.phases(c)["updates"]
@@ -66,16 +66,16 @@ def test_the_peak_of_an_update_is_that_of_a_real_one(folders, name, words):
     pipeline = memory.load.load_pipeline(c.model, dtype)
     network = memory.make_student(c, models.network(pipeline), torch.device("cpu"))
     module, shape = models.family_of(network), models.latent_shape(pipeline, c.size)
-    cond = {key: torch.randn(4, *value.shape[1:]) for key, value in module.meta_condition(network).items()}
-    z, t = torch.randn(4, *shape), torch.full((4,), 500.0)
 
     def update():
+        cond = {key: torch.randn(4, *value.shape[1:]) for key, value in module.meta_condition(network).items()}
+        z, t = torch.randn(4, *shape), torch.full((4,), 500.0)
         with torch.autocast("cpu", torch.bfloat16, c.precision == "bf16"):
             out = module.forward(network)(z, t, **cond)
         out.float().mean().backward()
     trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
     states = plan.nbytes(network) + plan.added(c, trained) - trained
-    assert computed - states == pytest.approx(measured(update), rel=0.1)
+    assert computed - states == pytest.approx(measured(update), rel=0.05)
 
 
 def test_options_change_the_peak_as_they_should(folders):
@@ -86,8 +86,8 @@ def test_options_change_the_peak_as_they_should(folders):
     assert found("--optimizer", "adamw8bit")["updates"] == pytest.approx(plain["updates"] - 1.5 * weights)
     assert found("--gradient-checkpointing")["updates"] < plain["updates"]
     assert found("--micro-batch", "1")["trajectories"] < plain["trajectories"]
-    one, four = (found("--micro-batch", str(n), "--batch", "4")["updates"] for n in (1, 2))
-    assert one < four < plain["updates"] + weights         # gradients of the micro-batches before are there all along
+    alone, after_others = (found("--batch", n, "--micro-batch", "2")["updates"] for n in ("2", "4"))
+    assert alone < after_others <= alone + weights         # gradients of the micro-batches before are there, once
     assert found("--grid-steps", "0")["pictures"] == 0 < plain["pictures"]
 
 
@@ -107,9 +107,6 @@ def test_the_table_of_cards_has_its_rows_and_each_fits():
         assert max(float(cell) for cell in row[2:] if cell != "-") <= card - 1, row
 
 
-CHEAP = next(k for k, (_, model, flags) in enumerate(memory.CARDS) if model == "sd15" and "lora" not in flags)
-
-
-@pytest.mark.parametrize("k", [k if k == CHEAP else slow(k) for k in range(len(memory.CARDS))])
-def test_a_row_of_the_table_is_what_is_computed(k):
-    assert memory.row(*memory.CARDS[k]) == "| " + " | ".join(TABLE[k]) + " |"
+def test_the_rows_of_the_table_are_what_is_computed():
+    """They share one count of the network."""
+    assert [memory.row(*card) for card in memory.CARDS] == ["| " + " | ".join(row) + " |" for row in TABLE]

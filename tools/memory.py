@@ -42,15 +42,9 @@ CAPTIONS = 64                    # encoded at once
 LESS = "--precision bf16 --gradient-checkpointing --micro-batch"
 # of a card's memory (GiB), the model, and the options that fit: the table of docs/costs.md
 CARDS = (
-    (8, "sd15", f"--lora 16 {LESS} 4"),
-    (8, "sdxl", f"--lora 16 {LESS} 1 --grid-steps 0"),
-    (12, "sd15", "--gradient-checkpointing --micro-batch 1 --optimizer adamw8bit --ema-device cpu"),
-    (12, "sdxl", f"--lora 16 {LESS} 1"),
+    (12, "sd15", f"{LESS} 1 --optimizer adamw8bit --ema-device cpu"),
     (16, "sd15", f"{LESS} 1 --optimizer adamw8bit"),
-    (16, "sd3", f"--lora 16 {LESS} 1"),
     (24, "sd15", f"{LESS} 1"),
-    (80, "sdxl", f"{LESS} 1"),
-    (80, "sd3", f"{LESS} 1"),
 )
 
 
@@ -133,6 +127,11 @@ def counted(model, model_config, size, lora, precision, micro, before, checkpoin
         length = getattr(encoder.config, "max_position_embeddings", tokens)
         return encoder(torch.zeros(CAPTIONS, min(length, tokens), dtype=torch.long))
 
+    def update():
+        for p in checkpoints.trained(network).values() if before else ():
+            p.grad = torch.empty_like(p)                   # of the micro-batches before
+        evaluate(micro).float().mean().backward()
+
     tokens = max((value.shape[1] for value in module.meta_condition(network).values() if value.ndim == 3),
                  default=0)
     found = dict(weights=plan.nbytes(network), autoencoder=plan.nbytes(*vae))
@@ -148,9 +147,7 @@ def counted(model, model_config, size, lora, precision, micro, before, checkpoin
             solved = peak(lambda: evaluate(micro * (1 + guided)), network)
             drawn = [peak(lambda: evaluate(Grid.BATCH), network),
                      *[peak(lambda: part.decode(torch.empty(1, *shape, dtype=dtype)), part) for part in vae]]
-        for p in checkpoints.trained(network).values() if before else ():
-            p.grad = torch.empty_like(p)
-        updated = trained * before + peak(lambda: evaluate(micro).float().mean().backward(), network)
+        updated = peak(update, network)
     return dict(found, student=plan.nbytes(network), trained=trained, solved=solved, drawn=max(drawn),
                 captions=max(encoded, default=0), updated=updated)
 
