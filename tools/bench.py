@@ -130,7 +130,7 @@ def measured_training(options, queue):
     if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
         # of random weights, a solved trajectory would mean as little, and text; its encoders are loaded
         sampler.ddim = noise_for_trajectories
-        conditions.encode, models.join_text = no_text, noise_for_text
+        conditions.encode, models.join_text = noise_for_text, noise_for_join
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text(options.pop("prompt", Config.prompt))
@@ -150,19 +150,22 @@ def noise_for_trajectories(model, z, times, cond, guidance, uncond, callback):
     return torch.randn_like(z)
 
 
-def no_text(c, pipeline, captions, device="cpu", part=None):
-    return {"row": torch.zeros(len(captions))}
+def noise_for_text(c, pipeline, captions, device="cpu", part=None):
+    """In the place of conditions.encode; of one of several encoders, rows of nothing."""
+    return noise_rows(pipeline, len(captions)) if part is None else {"row": torch.zeros(len(captions))}
 
 
-def noise_for_text(pipeline, parts):
-    """In the place of models.join_text, of no_text's rows; {} where there are none, as no pictures are
-    drawn."""
-    if not parts:
-        return {}
-    rows, network = next(iter(parts.values()))["row"], models.network(pipeline)
-    return {name: (torch.randn if value.is_floating_point() else torch.ones)(
-                len(rows), *value.shape[1:], dtype=value.dtype)
-            for name, value in models.family_of(network).meta_condition(network).items()}
+def noise_for_join(pipeline, parts):
+    """In the place of models.join_text."""
+    return noise_rows(pipeline, len(next(iter(parts.values()))["row"])) if any(parts) else parts.get(None, {})
+
+
+def noise_rows(pipeline, count):
+    network = models.network(pipeline)
+    rows = models.family_of(network).meta_condition(network)
+    return {name: (torch.randn if value.is_floating_point() else torch.ones)(count, *value.shape[1:],
+                                                                             dtype=value.dtype)
+            for name, value in rows.items()}
 
 
 def size_of(*modules):
