@@ -208,13 +208,17 @@ def card_data(pipeline, info):
 
 
 def export(folder, trained, info, run):
-    """Write a student as a complete diffusers pipeline in fp32 with the stock scheduler that samples
-    it (a network in EDM's form keeps its own), reflow.json beside it, and a LoRA file if it is one.
+    """Write a student as a complete diffusers pipeline in fp32, its text encoders as the teacher's files
+    have them, with the stock scheduler that samples it (a network in EDM's form keeps its own),
+    reflow.json beside it, and a LoRA file if it is one.
     trained: name -> whole CPU tensor, as the network's state_dict names them;
     of a LoRA only the adapters are read: what they sat on may have been rounded to bf16, and they
     are added to the teacher as it is stored. info: the contents of reflow.json (train.describe);
     run: the folder of the run."""
-    layers, pipeline = adapters(trained), saved.load_teacher(info)
+    kinds = [kind for kind in info["config"].get("export") or () if kind != "diffusers"]
+    copied = not ("single-file" in kinds or saved.settings(info)["random_init"])     # these need them loaded
+    pipeline = saved.load_teacher(info, empty=models.TEXT_ENCODERS if copied else ())
+    layers = adapters(trained)
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
     else:
@@ -224,11 +228,10 @@ def export(folder, trained, info, run):
         network.load_state_dict({**tables, **trained})
     lora = {f"{layer}.lora_{side}.weight": value for layer, pair in layers.items()
             for side, value in zip("AB", pair)}
-    for kind in info["config"].get("export") or ():         # first: the folder says that all is there
-        if kind != "diffusers":
-            write, _, ending = FILES[kind]
-            dtype = teacher.DTYPES[info["config"]["export_dtype"]]
-            write(folder.with_name(folder.name + ending), pipeline, layers, info, dtype)
+    for kind in kinds:                                      # first: the folder says that all is there
+        write, _, ending = FILES[kind]
+        dtype = teacher.DTYPES[info["config"]["export_dtype"]]
+        write(folder.with_name(folder.name + ending), pipeline, layers, info, dtype)
     write_pipeline(folder, pipeline, info, lora, run)
 
 
@@ -271,7 +274,7 @@ def make_portable(folder):
             part.pop("torch_dtype", None)
             part["dtype"] = "float32"
         file.write_text(json.dumps(settings, indent=2) + "\n")
-        if settings["architectures"] == ["CLIPTextModel"]:
+        if settings.get("architectures") == ["CLIPTextModel"]:
             weights = load_file(file.parent / "model.safetensors")
             save_file({"text_model." + name.removeprefix("text_model."): value
                        for name, value in weights.items()},
@@ -487,7 +490,7 @@ def merge(c):
         raise UserError(f"--delta {c.delta}: not a difference that export.py delta wrote")
     if not c.model:
         raise UserError("--model: name the model to add the difference to")
-    pipeline = load.load_pipeline(c.model, model_config=c.model_config)
+    pipeline = load.load_pipeline(c.model, model_config=c.model_config, empty=models.TEXT_ENCODERS)
     weights = models.network(pipeline).state_dict()
     check_same_architecture(f"--model {c.model}", weights, f"--delta {c.delta}", delta)
     for name, value in weights.items():

@@ -110,9 +110,12 @@ def open_pairs(c, recipe, device, processes):
             models.set_native_size(pipeline, c.size)
         return pipeline
 
-    # what is cached is encoded first, and its encoders leave: T5 never shares memory with a transformer
+    # what is cached is encoded first, by one encoder after the other: T5 never shares memory with another
     cached = recipe.pairs == "trajectory" or c.cache_latents
-    pipeline = opened(empty=models.NOT_TEXT) if cached else opened().to(device)
+    pipeline = opened(empty=models.NETWORKS) if cached else opened().to(device)
+    apart = models.encoded_apart(pipeline) if cached else []
+    if cached and not apart:
+        pipeline = opened(empty=models.NOT_TEXT)
     check_lora(c, models.network(pipeline))
     export.check_files(c, pipeline)
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
@@ -136,14 +139,22 @@ def open_pairs(c, recipe, device, processes):
         print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
               "--pairs data or --forward-rate R uses its pictures")
     check_images(c, recipe, pipeline, dataset)
-    for part in models.text_encoders(pipeline):
-        part.to(device)
+    for encoder in models.text_encoders(pipeline) if not apart else ():
+        encoder.to(device)
     conditions = Conditions(c, recipe, pipeline, dataset) if cached else None
-    shown = progress.shown(c, pipeline, dataset)
+    shown = progress.Shown(c, dataset)
     if rank == 0:
         plan.check(c, recipe, device, processes[1], pipeline, dataset, conditions)
+    for part in apart or [None]:
+        one = opened(empty=[name for name in models.NETWORKS if name != part]) if part else pipeline
+        if part:
+            getattr(one, part).to(device)
+        shown.encode(one, part)
+        if cached:
+            folder = cache_folder(c) / ("captions" if c.cache_latents else "prompts")
+            conditions.cache(folder, processes, one, part)
+        del one
     if cached:
-        conditions.cache(cache_folder(c) / f"{'captions' if c.cache_latents else 'prompts'}", processes)
         del pipeline
         pipeline = opened(**dict.fromkeys(models.TEXT_ENCODERS)).to(device)
     pairs = Pairs(c, recipe, pipeline, dataset, conditions, processes)

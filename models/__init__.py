@@ -7,7 +7,7 @@ forward, prompts, has_null, embed_guidance, encode_text, encode, decode, native_
 set_native_size, latent_geometry, as_student, stock_call, stock_notes, meta_condition.
 docs/extending.md says what each must do.
 """
-from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, zimage
+from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, text, zimage
 from models.configs import is_flow, read_schedule
 from runtime.cli import UserError
 from teacher import Model, clock_device
@@ -84,16 +84,34 @@ def other_tools(pipeline, function):
 # ---- text, pictures ----------------------------------------------------------------------------------------
 
 
-def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu"):
+def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu", part=None):
     """What the network is conditioned on. prompts: list of N strings, or None for the null
     embedding, what an unconditional call sees. null: "empty" encodes "", "zeros" gives zeros,
     "auto" does what the model was made for.
     size: (H, W) in pixels, for networks that are conditioned on it; default: the model's own.
+    part: one of encoded_apart, which alone is run, for join_text.
     Returns: dict of tensors (N, ...) on device, {} for an unconditional model.
     Warns of text beyond the encoder's length.
     Raises UserError on what the model cannot be conditioned on, and on an embedding that is not
     finite."""
-    return family(pipeline).encode_text(pipeline, prompts, batch, null, size, device)
+    module = family(pipeline)
+    if part is None:
+        return module.encode_text(pipeline, prompts, batch, null, size, device)
+    return text.encode(lambda texts: module.encode_part(pipeline, part, texts), prompts, batch, null, device)
+
+
+def encoded_apart(pipeline):
+    """The names of its text encoders where each can encode without the others being in memory, [] where
+    encode_text runs all at once."""
+    module = family(pipeline)
+    return [name for name in module.TEXT_ENCODERS
+            if hasattr(module, "encode_part") and getattr(pipeline, name, None) is not None]
+
+
+def join_text(pipeline, parts):
+    """parts: {name: what encode_text gives for this part}, for all of encoded_apart, or {None: what it
+    gives without}, or {}.  Returns: what encode_text gives without a part."""
+    return family(pipeline).join(pipeline, parts) if any(parts) else parts.get(None, {})
 
 
 def decode(pipeline, z, batch=64):

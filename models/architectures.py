@@ -241,6 +241,8 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
     shows.  Returns: the module, frozen, in eval mode."""
     with init_empty_weights():  # parameters only: CLIP's position_ids are a real buffer
         module = make()
+    if not weights:
+        module.to(dtype)                                    # whoever asks how large it will be
     if hasattr(module, "tie_weights"):
         module.tie_weights()                                # T5's two names of one embedding
     if weights:
@@ -258,13 +260,16 @@ def random_part(make, part, dtype=torch.float32, seed=0, weights=True):
 
 
 def shorten(name, layers):
-    """Give the network of an architecture this many blocks of each kind, at its own width."""
+    """Give the network of an architecture, and each of its text encoders, this many blocks of each kind, at
+    its own width."""
     parts = ARCHITECTURES[name]
-    part = next(part for part in ("transformer", "unet") if part in parts)
-    kind, config = parts[part]
-    known = inspect.signature(kind.__init__).parameters
-    counts = [key for key in ("num_layers", "num_single_layers", "n_layers") if key in known]
-    ARCHITECTURES[name] = {**parts, part: (kind, {**config, **dict.fromkeys(counts, layers)})}
+    for part, (kind, config) in parts.items():
+        known = inspect.signature(kind.__init__).parameters if part in ("transformer", "unet") else {}
+        counts = [key for key in ("num_layers", "num_single_layers", "n_layers") if key in known]
+        if part.startswith("text_encoder"):
+            counts = [key for key in ("num_layers", "num_hidden_layers") if key in config]
+        parts = {**parts, part: (kind, {**config, **dict.fromkeys(counts, layers)})}
+    ARCHITECTURES[name] = parts
 
 
 if __name__ == "__main__":

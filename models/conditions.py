@@ -41,19 +41,19 @@ def sample_settings(c, pipeline, dataset):
                 guidance=c.guidance_range or c.guidance_teacher, precision=c.precision)
 
 
-def encode(c, pipeline, captions, device="cpu"):
-    """captions: list of N strings, "" being the null embedding.  Returns: dict of tensors (N, ...) on
-    device."""
+def encode(c, pipeline, captions, device="cpu", part=None):
+    """captions: list of N strings, "" being the null embedding; part: as for models.encode_text.
+    Returns: dict of tensors (N, ...) on device."""
     return models.encode_text(pipeline, [caption or None for caption in captions], null=c.null_text,
-                              size=pixels(c, pipeline), device=device)
+                              size=pixels(c, pipeline), device=device, part=part)
 
 
 class Conditions:
     """The conditions of all samples that a run caches; on disk from cache() on.
-    c: train.Config; recipe: reflow.Recipe; pipeline: with its text encoders, of the other networks
-    nothing is read but the configs; dataset: from data.open_dataset.
+    c: train.Config; recipe: reflow.Recipe; pipeline: nothing is read but the configs, or, where
+    encoded_apart gives none, the text encoders as well; dataset: from data.open_dataset.
     Sequences of tokens are stored in bf16 where the run computes in bf16, which rounds them anyway;
-    the rest, and all of an fp32 run, as it is encoded."""
+    the rest, and all of an fp32 run, as it is encoded. Encoders that are run apart have a folder each."""
 
     def __init__(self, c, recipe, pipeline, dataset):
         self.c, self.pipeline, self.dataset = c, pipeline, dataset
@@ -65,31 +65,53 @@ class Conditions:
         # in the order in which samples need them: a run of more trajectories adds to the end
         self.captions = list(dict.fromkeys([*null, *captions]))
         self.row = {caption: i for i, caption in enumerate(self.captions)}
-        encoders = models.text_encoders(pipeline)
-        self.key, self.rows = models.fingerprint(*encoders), None
-        self.text_encoders = sum(p.numel() for part in encoders for p in part.parameters())     # how large
+        self.apart = models.encoded_apart(pipeline)
+        self.rows, self.keys = {}, []
+        self.text_encoders = sum(p.numel() for part in models.text_encoders(pipeline)       # how large
+                                 for p in part.parameters())
 
-    def encode(self, rows):
-        made = encode(self.c, self.pipeline, [self.dataset.captions[self.captions[row]] for row in rows])
-        half = [name for name, value in made.items() if value.ndim == 3 and self.c.precision == "bf16"]
-        return {**made, **{name: made[name].to(torch.bfloat16) for name in half}}
+    def in_half(self, name, value):
+        return value.ndim == 3 and self.c.precision == "bf16"
+
+    def encode(self, pipeline, part, rows):
+        texts = [self.dataset.captions[self.captions[row]] for row in rows]
+        made = encode(self.c, pipeline, texts, part=part)
+        return {name: value.to(torch.bfloat16) if self.in_half(name, value) else value
+                for name, value in made.items()}
 
     @functools.cached_property
     def nbytes(self):
-        """What all of them take on disk."""
-        return len(self.captions) * sum(value.nbytes for value in self.encode([0]).values())
+        """What all of them take on disk; at most so much, where encoders are run apart."""
+        if not self.apart:
+            return len(self.captions) * sum(value.nbytes
+                                            for value in self.encode(self.pipeline, None, [0]).values())
+        network = models.network(self.pipeline)
+        whole = models.family_of(network).meta_condition(network)
+        return len(self.captions) * sum(value.numel() * (2 if self.in_half(name, value) else 4)
+                                        for name, value in whole.items())
 
-    def cache(self, folder, processes):
-        """Encode and store what the folder lacks, and let the text encoders go. processes: (rank, world
-        size, barrier).  Raises UserError as store.cached does."""
-        if models.prompts(self.pipeline):
-            settings = dict(text=self.key, **sample_settings(self.c, self.pipeline, self.dataset))
-            self.rows = store.cached(folder, len(self.captions), settings, self.encode, SHARD, *processes,
-                                     desc="captions")
-        self.pipeline = None
+    def cache(self, folder, processes, pipeline, part=None):
+        """Encode and store what the folder lacks. processes: (rank, world size, barrier); pipeline: with
+        its text encoders, or the one that part names.  Raises UserError as store.cached does."""
+        encoders = models.text_encoders(pipeline) if part is None else [getattr(pipeline, part)]
+        self.keys.append(models.fingerprint(*encoders))
+        if models.prompts(pipeline):
+            settings = dict(text=self.keys[-1], **sample_settings(self.c, pipeline, self.dataset))
+            self.rows[part] = store.cached(folder / (part or ""), len(self.captions), settings,
+                                           functools.partial(self.encode, pipeline, part), SHARD, *processes,
+                                           desc=" of ".join(["captions", *[part] * bool(part)]))
+        if part is None:
+            self.pipeline = None                           # the text encoders may go
+
+    @property
+    def key(self):
+        """What a cache knows the text encoders by."""
+        return " ".join(self.keys)
 
     def __getitem__(self, captions):
         """captions: list of N indices into dataset.captions.  Returns: dict of tensors (N, ...), float32
         or int64, CPU; {} of an unconditional model."""
-        found = self.rows[[self.row[caption] for caption in captions]] if self.rows else {}
-        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+        rows = [self.row[caption] for caption in captions]
+        return models.join_text(self.pipeline, {
+            part: {name: value.float() if value.is_floating_point() else value
+                   for name, value in stored[rows].items()} for part, stored in self.rows.items()})

@@ -73,16 +73,28 @@ def embed_guidance(pipeline, guidance):
     return 1.0
 
 
+def encode_part(pipeline, name, texts):
+    """What one text encoder makes of the texts; join puts such parts together."""
+    device = getattr(pipeline, name).device
+    if name == "text_encoder":
+        return dict(pooled_projections=pipeline._get_clip_prompt_embeds(texts, device=device))
+    warn_of_cut(pipeline.tokenizer_2, texts, T5_TOKENS)
+    return dict(encoder_hidden_states=pipeline._get_t5_prompt_embeds(texts, 1, T5_TOKENS, device))
+
+
+def join(pipeline, parts):
+    """parts: {text encoder: of encode_part}.  Returns: as encode_text."""
+    whole = {**parts["text_encoder_2"], **parts["text_encoder"]}
+    told = {} if not pipeline.transformer.config.guidance_embeds else dict(
+        guidance=torch.full((len(whole["pooled_projections"]),), float(pipeline.embedded_guidance)))
+    return {**whole, **told}
+
+
 def encode_text(pipeline, prompts, batch, null, size, device):
     """{"encoder_hidden_states": (N, 512, D), "pooled_projections": (N, P)}, and with embedded guidance
     {"guidance": (N,)}, float32."""
     def chunk(texts):
-        warn_of_cut(pipeline.tokenizer_2, texts, T5_TOKENS)
-        states, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.text_encoder.device,
-                                                   max_sequence_length=T5_TOKENS)
-        told = {} if not pipeline.transformer.config.guidance_embeds else dict(
-            guidance=torch.full((len(texts),), float(pipeline.embedded_guidance)))
-        return dict(encoder_hidden_states=states, pooled_projections=pooled, **told)
+        return join(pipeline, {name: encode_part(pipeline, name, texts) for name in TEXT_ENCODERS})
     return encode_prompts(chunk, prompts, batch, null, device)
 
 

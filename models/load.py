@@ -1,5 +1,9 @@
 """Any pipeline of diffusers, whole or refused: presets, folders, hub ids, single files;
 students with their settings."""
+import functools
+import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -61,7 +65,7 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
     random_init: a preset or a folder with random weights from seed; nothing is downloaded.
     parts: ready components, or None to leave one out: neither is read, and what is given is not
     touched. empty: networks that are left without memory, on the meta device, but in a single file
-    of SD or SDXL; only their configs and shapes are true.
+    of SD or SDXL; only their configs and shapes are true, and they are written by copying their files.
     Only safetensors are read, no code comes with a model, safety checkers are not loaded.
     Every network is whole: all of its tensors come from its files, those of variant fp16 where
     there are no others.
@@ -175,6 +179,24 @@ def variant_of(folder):
     return None if None in found else "fp16" if "fp16" in found else min(found)
 
 
+def copy_network(source, folder, **options):
+    """What an empty network's save_pretrained does: its files as they are, in the dtype they have, those
+    of a variant under the plain names. Nothing is loaded. options: of diffusers, which it does not need."""
+    mark, folder = variant_of(source) or "", Path(folder)
+    weights = re.compile(rf"(\w*model)\.?({mark})(-\d+-of-\d+)?\.safetensors$")
+    index = re.compile(rf"(\w*model\.safetensors\.index)\.?({mark})(\.json)$")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if weights.match(file.name):
+            shutil.copyfile(file, folder / weights.sub(r"\1\3.safetensors", file.name))
+        if index.match(file.name):
+            names = configs.read_json(file)
+            names["weight_map"] = {name: weights.sub(r"\1\3.safetensors", at)
+                                   for name, at in names["weight_map"].items()}
+            (folder / index.sub(r"\1\3", file.name)).write_text(json.dumps(names, indent=2) + "\n")
+    shutil.copyfile(source / "config.json", folder / "config.json")
+
+
 def load_folder(folder, dtype, random_init, seed, empty, parts):
     """The pipeline in a folder; for the rest see load_parts."""
     parts = load_parts(folder, dtype, random_init, seed, empty, parts)
@@ -213,6 +235,8 @@ def load_parts(folder, dtype, random_init, seed, empty, parts):
             # late: it brings every class of diffusers and transformers that we name
             from models import architectures
             parts[part] = architectures.random_part(make, part, dtype, seed, weights=part not in empty)
+            if files:
+                parts[part].save_pretrained = functools.partial(copy_network, where)
             continue
         named = "torch_dtype" if library == "diffusers" else "dtype"  # the word that all their versions know
         try:

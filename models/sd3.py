@@ -2,6 +2,7 @@
 zeros in its place."""
 import torch
 from diffusers import SD3Transformer2DModel
+from torch.nn.functional import pad
 
 from models.configs import flow_map_euler
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
@@ -58,17 +59,34 @@ def embed_guidance(pipeline, guidance):
     return guidance
 
 
+def encode_part(pipeline, name, texts):
+    """What one text encoder makes of the texts; join puts such parts together."""
+    encoder = getattr(pipeline, name)
+    if name == "text_encoder_3":
+        warn_of_cut(pipeline.tokenizer_3, texts, T5_TOKENS)
+        return dict(states=pipeline._get_t5_prompt_embeds(texts, 1, T5_TOKENS, encoder.device))
+    if name == "text_encoder" and pipeline.text_encoder_3 is None:
+        warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
+    states, pooled = pipeline._get_clip_prompt_embeds(texts, device=encoder.device,
+                                                      clip_model_index=int(name == "text_encoder_2"))
+    return dict(states=states, pooled=pooled)
+
+
+def join(pipeline, parts):
+    """parts: {text encoder: of encode_part}.  Returns: as encode_text."""
+    first, second = parts["text_encoder"], parts["text_encoder_2"]
+    clip = torch.cat([first["states"], second["states"]], -1)
+    wide = pipeline.transformer.config.joint_attention_dim
+    t5 = parts.get("text_encoder_3", dict(states=clip.new_zeros(len(clip), T5_TOKENS, wide)))["states"]
+    return dict(encoder_hidden_states=torch.cat([pad(clip, (0, wide - clip.shape[-1])), t5], 1),
+                pooled_projections=torch.cat([first["pooled"], second["pooled"]], -1))
+
+
 def encode_text(pipeline, prompts, batch, null, size, device):
     """{"encoder_hidden_states": (N, 77 + 256, D), "pooled_projections": (N, P)}, float32."""
     def chunk(texts):
-        if pipeline.text_encoder_3 is None:
-            warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
-        else:
-            warn_of_cut(pipeline.tokenizer_3, texts, T5_TOKENS)
-        states, _, pooled, _ = pipeline.encode_prompt(texts, None, None, device=pipeline.text_encoder.device,
-                                                      do_classifier_free_guidance=False,
-                                                      max_sequence_length=T5_TOKENS)
-        return dict(encoder_hidden_states=states, pooled_projections=pooled)
+        return join(pipeline, {name: encode_part(pipeline, name, texts) for name in TEXT_ENCODERS
+                               if getattr(pipeline, name) is not None})
     return encode_prompts(chunk, prompts, batch, null, device)
 
 

@@ -111,14 +111,18 @@ def swap_ema_(student, ema):
 
 def gather_full(tensors, rank):
     """The whole of tensors that may be sharded, one at a time: name -> contiguous CPU tensor on the
-    first process, which alone keeps them; {} on the others. A collective call.
+    first process, which alone keeps them; {} on the others. No two share memory, which safetensors
+    refuses: bitsandbytes keeps one table for all parameters. A collective call.
     Raises UserError if one is not finite."""
-    found = {}
+    found, places = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach()
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if rank == 0:
             found[name] = whole.cpu().contiguous()
+            if found[name].data_ptr() in places:
+                found[name] = found[name].clone()
+            places.add(found[name].data_ptr())
             if not found[name].isfinite().all():
                 raise UserError(f"{name} is not finite: it is not kept, the last checkpoint is good; to "
                                 "train again, lower --lr and give another --out")

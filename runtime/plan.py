@@ -101,14 +101,16 @@ def check_memory(c, recipe, device, world, pipeline, trained):
     or, what is not opened yet, on meta; trained: bytes that will be, 0 for adapters."""
     online, free = recipe.pairs != "trajectory", free_memory(device, world)
     frozen = trained * PRECISIONS[c.precision].itemsize / 4 if online else 0
-    dropped = 0 if online and not c.cache_latents else nbytes(*models.text_encoders(pipeline))
+    dropped = 0 if online and not c.cache_latents else sum(
+        p.nbytes for part in models.text_encoders(pipeline) for p in part.parameters() if not p.is_meta)
     unopened = sum(p.nbytes for part in (models.network(pipeline), *models.autoencoder(pipeline))
                    for p in part.parameters() if p.is_meta)
     more = (added(c, trained) + frozen) / (world if c.shard else 1) + unopened - dropped
     if more > free:
-        raise UserError(f"memory: training every weight takes {size(more)} more on each process, before any "
-                        f"activation, and there are {size(free)}: {size(more - free)} too little; use --lora "
-                        "16, --ema-device cpu, --optimizer adamw8bit, or --shard on several GPUs")
+        what = "LoRA on it" if c.lora else "training every weight"
+        raise UserError(f"memory: {what} takes {size(more)} more on each process, before any activation, and "
+                        f"there are {size(free)}: {size(more - free)} too little; use --lora 16, --precision "
+                        "bf16, --ema-device cpu, --optimizer adamw8bit, or --shard on several GPUs")
 
 
 def measured_memory(device):

@@ -128,10 +128,11 @@ class Board:
 
     def __init__(self, c, out):
         self.tensorboard, self.others = SummaryWriter(out / "tensorboard"), []
+        name = "-".join(out.absolute().parts[1:])          # trackio makes a folder of it, for pictures
         for name in c.report_to or ():
             if REPORTS[name]:
                 tool = cli.extra(f"--report-to {name}", name, name)
-                tool.init(project="reflow", name=str(out), config=dataclasses.asdict(c), resume="allow",
+                tool.init(project="reflow", name=name, config=dataclasses.asdict(c), resume="allow",
                           **REPORTS[name](out))
                 self.others.append(tool)
 
@@ -188,26 +189,34 @@ def validation_prompts(c):
     return captioned.Prompts(c.validation_prompts, c.seed, option="--validation-prompts").captions[1:]
 
 
-def shown(c, pipeline, dataset):
+class Shown:
     """The prompts of a run's pictures, those of --validation-prompts or up to four of the data's, and
     their conditions, encoded while the text encoders are there; none where --grid-steps 0 shows no
     picture."""
-    if c.validation_prompts:
-        prompts = validation_prompts(c)
-    else:
-        own = dict.fromkeys(dataset.caption_indices(range(64)))
-        prompts = [dataset.captions[i] for i in own if i][:4] or [""]
-    return prompts, encode(c, pipeline, prompts) if c.grid_steps else {}
+
+    def __init__(self, c, dataset):
+        own, self.c, self.parts = dict.fromkeys(dataset.caption_indices(range(64))), c, {}
+        self.prompts = (validation_prompts(c) if c.validation_prompts else
+                        [dataset.captions[i] for i in own if i][:4] or [""])
+
+    def encode(self, pipeline, part=None):
+        """part: as for models.encode_text."""
+        if self.c.grid_steps:
+            self.parts[part] = encode(self.c, pipeline, self.prompts, part=part)
+
+    def cond(self, pipeline):
+        """Dict of tensors (N, ...), {} without pictures."""
+        return models.join_text(pipeline, self.parts)
 
 
 class Grid:
     """Pictures of the student while it trains, always of the same prompts and from the same
-    noise. shown: of shown()."""
+    noise. shown: Shown, encoded."""
     BATCH = 4                                              # pictures at once
 
     def __init__(self, pipeline, shape, shown, folder):
         self.pipeline, self.shape, self.folder, self.last = pipeline, shape, folder, None
-        self.prompts, cond = shown
+        self.prompts, cond = shown.prompts, shown.cond(pipeline)
         self.cond = {key: value.to(models.network(pipeline).device) for key, value in cond.items()}
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 

@@ -2,6 +2,7 @@
 card, difference, merge, LoRA. A family adds a row."""
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run_two, slow
 from diffusers import DDPMPipeline, DDPMScheduler, FluxPipeline, UNet2DModel
+from safetensors.torch import load_file
 
 import export
 import models
@@ -210,6 +212,30 @@ def test_a_lora_goes_back_onto_the_teacher_or_is_refused(families, name, tmp_pat
     inside = {where for where, each in network.named_modules() if id(each) in parts and isinstance(each, (torch.nn.Linear, torch.nn.Conv2d))
               and getattr(each, "groups", 1) == 1}         # depthwise ones are few weights
     assert inside <= layers, inside - layers                                    # no layer of a block is without one
+
+
+def test_an_export_copies_text_encoders_as_they_are_stored_and_loads_none(families, tmp_path, monkeypatch):
+    """Here one in half precision, and one whose only files are of variant fp16, in several shards."""
+    row, teacher, prompts = families("sd3")
+    stored, loaded, real = shutil.copytree(teacher, tmp_path / "stored"), [], train.export_stage
+    for name, options in (("text_encoder", {}), ("text_encoder_3", dict(variant="fp16", max_shard_size="60KB"))):
+        shutil.rmtree(stored / name)
+        getattr(load.load_pipeline(str(teacher)), name).half().save_pretrained(stored / name, **options)
+
+    def export_stage(*args):
+        whole = load.load_whole
+        with monkeypatch.context() as patch:
+            patch.setattr(load, "load_whole", lambda kind, folder, **options: loaded.append(folder.name) or whole(kind, folder, **options))
+            real(*args)
+    monkeypatch.setattr(train, "export_stage", export_stage)
+    folder = train.main(config((row, stored, prompts), tmp_path / "run", windows=[1], updates=1))
+    assert set(loaded) == {"transformer", "vae"}
+    assert len(list((folder / "text_encoder_3").glob("model-*-of-*.safetensors"))) > 1 and not list(folder.rglob("*fp16*"))
+    for name in ("text_encoder", "text_encoder_3"):
+        files = (folder / name).glob("*.safetensors")
+        assert {value.dtype for file in files for value in load_file(file).values()} == {torch.float16}
+    texts = [models.encode_text(load.load_pipeline(str(each)), PROMPTS) for each in (stored, folder)]
+    assert all(torch.equal(texts[0][name], texts[1][name]) for name in texts[0])
 
 
 def test_a_students_embedded_guidance_is_the_one_it_was_trained_with(families, tmp_path):

@@ -1,6 +1,8 @@
 """Where pairs come from: against the teacher run by hand, whatever the batching, the cache or the reuse."""
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import ot
@@ -10,13 +12,14 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_life import FLUX, SD3
 
 import models
 import reflow
 import sampler
 import teacher
 import train
-from models import conditions, load
+from models import architectures, conditions, load
 from models.conditions import drawn_captions
 from pairs import check_windows, couple
 from runtime import cli, plan, seeds, store
@@ -192,7 +195,7 @@ def test_distinct_captions_are_encoded_once_and_stored_once_whatever_draws_them(
     (tmp_path / "a.txt").write_text("fox\nheart\n" + "\n".join(f"never drawn {i}" for i in range(300)))
     (tmp_path / "b.txt").write_text("fox\nheart\n")
     told, real = [], conditions.encode
-    monkeypatch.setattr(conditions, "encode", lambda c, pipeline, texts, *device: told.extend(texts) or real(c, pipeline, texts, *device))
+    monkeypatch.setattr(conditions, "encode", lambda c, pipeline, texts, **part: told.extend(texts) or real(c, pipeline, texts, **part))
     pairs, *_ = make(data="", prompts=str(tmp_path / "b.txt"), trajectories=40, batch=40)
     asked = [text for text in told if text]
     assert sorted(set(told)) == ["", "fox", "heart"] and len(asked) == 2
@@ -233,20 +236,53 @@ def test_a_cache_of_the_layout_before_is_refused(make, tmp_path):
         make()
 
 
+def alive(pipeline):
+    """Which of a pipeline's networks are in memory."""
+    return [name for name in models.NETWORKS if getattr(pipeline, name, None) is not None
+            and not next(getattr(pipeline, name).parameters()).is_meta]
+
+
 def test_text_encoders_and_the_network_never_share_memory(small_models, photos, tmp_path, monkeypatch):
     opened, real = [], load.load_pipeline
 
     def watched(*args, **parts):
-        pipeline = real(*args, **parts)
-        opened.append([name for name in models.NETWORKS if getattr(pipeline, name, None) is not None
-                       and not next(getattr(pipeline, name).parameters()).is_meta])
+        assert not [ref for ref, _ in opened if ref() is not None and alive(ref())]         # the one before has gone
+        opened.append((weakref.ref(pipeline := real(*args, **parts)), alive(pipeline)))
         return pipeline
     monkeypatch.setattr(load, "load_pipeline", watched)
-    for name, cached in (("sdxl", {}), ("sd15", dict(pairs="data", cache_latents=True))):
-        c = train.Config(model=str(small_models[name]), data=str(photos), out=str(tmp_path / name), trajectories=2, solver_steps=8, device="cpu",
-                         **cached)
+    architectures.build("sd3", **SD3).save_pretrained(tmp_path / "sd3-model")
+    for name, folder, options in (("sdxl", small_models["sdxl"], {}), ("sd15", small_models["sd15"], dict(pairs="data", cache_latents=True)),
+                                  ("sd3", tmp_path / "sd3-model", dict(size=32))):
+        c = train.Config(model=str(folder), data=str(photos), out=str(tmp_path / name), trajectories=2, solver_steps=8, device="cpu", **options)
         train.open_pairs(c, train.resolve_recipe(c), torch.device("cpu"), (0, 1, lambda: None))
-    assert opened == [["text_encoder", "text_encoder_2"], ["unet", "vae"], ["text_encoder"], ["unet", "vae"]]
+        gc.collect()
+        assert [names for _, names in opened] == {
+            "sdxl": [[], ["text_encoder", "text_encoder_2"], ["unet", "vae"]], "sd15": [[], ["text_encoder"], ["unet", "vae"]],
+            "sd3": [[], ["text_encoder"], ["text_encoder_2"], ["text_encoder_3"], ["vae", "transformer"]]}[name]
+        opened.clear()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_encoders_run_one_after_the_other_give_the_bits_of_all_at_once(name, precision, tmp_path):
+    """As models.encode_text, whose bits are those of the stock pipeline; what is read back is rounded to bf16 where it is stored so."""
+    architectures.build(name, **dict(sd3=SD3, flux=FLUX)[name]).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("red heart on blue\na fox\n")
+    c = train.Config(model=str(tmp_path / "model"), prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "out"), trajectories=8, size=32,
+                     solver_steps=8, text_dropout=0.0 if name == "flux" else 0.1, precision=precision, device="cpu")
+    *_, shown, pipeline, pairs = train.open_pairs(c, train.resolve_recipe(c), torch.device("cpu"), (0, 1, lambda: None))
+    whole = load.load_pipeline(c.model)
+    found = pairs.text([1, 2])
+    expected = models.encode_text(whole, pairs.dataset.captions[1:3])
+    stock = whole.encode_prompt(pairs.dataset.captions[1:3], *([None] * (2 if name == "sd3" else 1)), device="cpu",
+                                **dict(sd3=dict(do_classifier_free_guidance=False), flux={})[name])
+    assert torch.equal(expected["encoder_hidden_states"], stock[0])
+    assert torch.equal(expected["pooled_projections"], stock[2 if name == "sd3" else 1])
+    for key, value in expected.items():
+        half = value.ndim == 3 and precision == "bf16"
+        assert torch.equal(found[key], value.bfloat16().float() if half else value), key
+    expected = models.encode_text(whole, shown.prompts)
+    assert all(torch.equal(value, shown.cond(pipeline)[key]) for key, value in expected.items())
 
 
 def test_a_guidance_of_each_trajectory_is_drawn_from_a_stream_of_its_own(make, small_models):

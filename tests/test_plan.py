@@ -65,6 +65,7 @@ def test_a_run_is_reported_where_it_is_asked_for(model, tmp_path, monkeypatch, n
                                  log=lambda values, step: calls.append((step, sorted(values))), Image=lambda picture: picture)
     monkeypatch.setitem(sys.modules, name, tool)
     train.main(options(model, tmp_path, "cpu", windows=[1], updates=2, grid_steps=2, report_to=[name]))
+    assert "/" not in calls[0][1]["name"] and calls[0][1]["name"].endswith(tmp_path.name)              # a folder of trackio's, with pictures
     assert calls[0][1]["project"] == "reflow" and calls[0][1]["config"]["updates"] == 2 and calls[-1] == ("finish",)
     assert [step for step, _ in calls[1:-1]] == [0, 1, 2, 2] and calls[1][1] == ["grid"] and "loss" in calls[2][1]
     monkeypatch.setitem(sys.modules, name, None)
@@ -112,6 +113,33 @@ def test_an_overflow_in_fp16_leaves_the_update_out_and_halves_the_scale():
         norm = updates.step(student, optimizer, None, scaler)
         assert (norm == 0) == (not moved) and scaler.get_scale() == scale / (1 if moved else 2)
         assert torch.equal(student.weight, before) != moved
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """What bitsandbytes' keeps of a parameter, under its names: the count in Python, and one table for all parameters, which on a CPU is
+    one tensor. The arithmetic is not Adam's."""
+
+    def __init__(self, parameters, lr, weight_decay, eps):
+        super().__init__(parameters, dict(lr=lr))
+        self.table = torch.linspace(-1, 1, 256)
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            kept = self.state[p]
+            if not kept:
+                kept |= dict(step=0, state1=torch.zeros_like(p), state2=torch.zeros(p.numel(), dtype=torch.uint8), qmap1=self.table)
+            kept["step"] += 1
+            kept["state1"].lerp_(p.grad, 0.1)
+            p -= self.param_groups[0]["lr"] * kept["state1"] / kept["step"]
+
+
+def test_a_run_with_8_bit_moments_is_checkpointed_and_goes_on_to_the_bits_of_one_that_was_not_stopped(model, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit)))
+    runs = [options(model, tmp_path / name, "cpu", windows=[1], optimizer="adamw8bit") for name in ("stopped", "straight")]
+    stopped_after(3, runs[0])
+    stopped, straight = (export.trained_weights(train.main(c), 0) for c in runs)
+    assert all(torch.equal(stopped[name], straight[name]) for name in straight)
 
 
 def test_durations_are_words():

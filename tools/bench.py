@@ -7,7 +7,8 @@ overhead of our own code.
     python -m tools.bench --model flux --random-init --layers 2 --lora 16 --precision bf16 --parts training
 
 The first takes a minute, on the embedded model; --random-init takes full size without a download;
---device cuda adds MFU and latency; --layers keeps a transformer's width and so many of its blocks.
+--device cuda adds MFU and latency; --layers keeps a transformer's width and so many of its blocks, and of
+its text encoders' blocks.
 
 Ratios are taken within one run, on whatever machine this is. Every training is the product's own
 train.py, in a process of its own, with timers around the network, the optimizer and the average;
@@ -49,7 +50,8 @@ class Config:
     prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of
                                           # its classes
     parts: list[str] = field(default_factory=lambda: list(PARTS))  # any of training, evaluations, sampling
-    layers: int = 0                  # blocks of each kind in a transformer preset; default: all of them
+    layers: int = 0                  # blocks of each kind in a transformer preset and in its text encoders;
+                                     # default: all of them
     size: int | None = None          # pixels; default: the model's own
     batch: int = 1                   # samples per update
     updates: int = 4                 # updates of training, spread over the stages 8 4 2 1;
@@ -124,9 +126,11 @@ def measured_training(options, queue):
         return student
     train.open_pairs, train.make_student = open_pairs, make_student
     train.export_stage = lambda *_: None                    # reads the whole teacher once more, in fp32
+    train.plan.check_disk = lambda *_: None                 # nor is there anything else to keep
     if options.get("random_init") and options.get("pairs", "trajectory") == "trajectory":
-        sampler.ddim = noise_for_trajectories  # of random weights, a solved trajectory would mean as little,
-        conditions.encode = noise_for_text                      # and text; its encoders are in memory
+        # of random weights, a solved trajectory would mean as little, and text; its encoders are loaded
+        sampler.ddim = noise_for_trajectories
+        conditions.encode, models.join_text = noise_for_text, noise_for_join
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text(options.pop("prompt", Config.prompt))
@@ -146,11 +150,21 @@ def noise_for_trajectories(model, z, times, cond, guidance, uncond, callback):
     return torch.randn_like(z)
 
 
-def noise_for_text(c, pipeline, captions, device="cpu"):
+def noise_for_text(c, pipeline, captions, device="cpu", part=None):
+    """In the place of conditions.encode; of one of several encoders, rows of nothing."""
+    return noise_rows(pipeline, len(captions)) if part is None else {"row": torch.zeros(len(captions))}
+
+
+def noise_for_join(pipeline, parts):
+    """In the place of models.join_text."""
+    return noise_rows(pipeline, len(next(iter(parts.values()))["row"])) if any(parts) else parts.get(None, {})
+
+
+def noise_rows(pipeline, count):
     network = models.network(pipeline)
     rows = models.family_of(network).meta_condition(network)
-    return {name: (torch.randn(len(captions), *value.shape[1:]) if value.is_floating_point() else
-                   torch.ones(len(captions), *value.shape[1:], dtype=value.dtype)).to(device)
+    return {name: (torch.randn if value.is_floating_point() else torch.ones)(count, *value.shape[1:],
+                                                                             dtype=value.dtype)
             for name, value in rows.items()}
 
 
@@ -196,7 +210,7 @@ def training(c, device):
     found = run_training(model=c.model, prompt=c.prompt, random_init=c.random_init, layers=c.layers,
                          size=c.size, batch=c.batch, updates=c.updates,
                          trajectories=1, windows=[8, 4, 2, 1] if c.updates >= 4 else [1], solver_steps=8,
-                         lora=c.lora,
+                         lora=c.lora, text_dropout=0.0,    # costs nothing, and FLUX.1 has no null embedding
                          precision=c.precision, compile=c.compile,
                          gradient_checkpointing=c.gradient_checkpointing, device=device)
     gib, weights = 2 ** 30, found["weights"]
