@@ -128,11 +128,11 @@ class Board:
 
     def __init__(self, c, out):
         self.tensorboard, self.others = SummaryWriter(out / "tensorboard"), []
-        name = "-".join(out.absolute().parts[1:])          # trackio makes a folder of it, for pictures
+        title = "-".join(out.absolute().parts[1:])         # trackio makes a folder of it, for pictures
         for name in c.report_to or ():
             if REPORTS[name]:
                 tool = cli.extra(f"--report-to {name}", name, name)
-                tool.init(project="reflow", name=name, config=dataclasses.asdict(c), resume="allow",
+                tool.init(project="reflow", name=title, config=dataclasses.asdict(c), resume="allow",
                           **REPORTS[name](out))
                 self.others.append(tool)
 
