@@ -204,8 +204,7 @@ def export_stage(folder, student, info, rank, barrier):
 
 
 def main(c, draws=progress.Grid):
-    """Train as the Config says. draws: what is made of the network every --grid-steps, a class like
-    progress.Grid.
+    """Train as the Config says. draws: a class like progress.Grid, for every --grid-steps.
     Returns: the folder of the last student; with --cache-only, of the cache."""
     recipe = resolve_recipe(c)
     per_stage = reflow.stage_updates(recipe, c.updates)

@@ -912,3 +912,9 @@ def test_times_outside_data_to_noise_are_refused(schedule):
         with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
             schedule(torch.tensor([0.5, t]))
     schedule(torch.tensor([0.0, 1.0], dtype=torch.float64) + 1e-12)           # rounding is not a mistake
+
+
+def test_the_embedded_tokenizer_is_the_same_whoever_makes_it():
+    """Two processes train one text tower with a tokenizer each: words must have the same numbers in both."""
+    one, *others = (tiny.make_tokenizer() for _ in range(3))
+    assert all(other.get_vocab() == one.get_vocab() for other in others)

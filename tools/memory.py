@@ -38,13 +38,16 @@ from teacher import PRECISIONS
 PHASES = ("captions", "trajectories", "updates", "pictures")
 CAPTIONS = 64                    # encoded at once
 
-
 LESS = "--precision bf16 --gradient-checkpointing --micro-batch"
 # of a card's memory (GiB), the model, and the options that fit: the table of docs/costs.md
 CARDS = (
+    (8, "sd15", f"--lora 16 {LESS} 1"),
     (12, "sd15", f"{LESS} 1 --optimizer adamw8bit --ema-device cpu"),
+    (12, "sdxl", f"--lora 16 {LESS} 1"),
     (16, "sd15", f"{LESS} 1 --optimizer adamw8bit"),
+    (16, "sd3", f"--lora 16 {LESS} 1"),
     (24, "sd15", f"{LESS} 1"),
+    (80, "sdxl", f"{LESS} 1"),
 )
 
 

@@ -68,8 +68,9 @@ def make_tokenizer(vocabulary=None):
     letters = sorted(set("".join(words) + "abcdefghijklmnopqrstuvwxyz0123456789-'!,.?"))
     alphabet = letters + [letter + "</w>" for letter in letters]
     bpe = Tokenizer(token_models.BPE(end_of_word_suffix="</w>"))
+    # the trainer breaks ties by number, and numbers letters in a random order unless they are given
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>",
-                                  show_progress=False)
+                                  show_progress=False, special_tokens=alphabet)
     bpe.train_from_iterator(words, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split())
