@@ -216,8 +216,10 @@ def export(folder, trained, info, run):
     are added to the teacher as it is stored. info: the contents of reflow.json (train.describe);
     run: the folder of the run."""
     kinds = [kind for kind in info["config"].get("export") or () if kind != "diffusers"]
-    copied = not ("single-file" in kinds or saved.settings(info)["random_init"])     # these need them loaded
-    pipeline = saved.load_teacher(info, empty=models.TEXT_ENCODERS if copied else ())
+    # text encoders that a single file holds are needed, and those that no file has
+    needed = saved.settings(info)["random_init"] or "single-file" in kinds and models.file_holds_text(
+        saved.load_teacher(info, empty=models.NETWORKS))
+    pipeline = saved.load_teacher(info, empty=() if needed else models.TEXT_ENCODERS)
     layers = adapters(trained)
     if layers:
         merge_lora(models.network(pipeline).state_dict(), layers)
@@ -317,7 +319,8 @@ def write_kohya(file, pipeline, layers, info, dtype):
 
 
 def write_single_file(file, pipeline, layers, info, dtype):
-    """A whole pipeline in the layout of the original code. layers: not needed, they are merged."""
+    """A whole pipeline in the layout of the original code, or a transformer without the rest. layers:
+    not needed, they are merged."""
     weights, metadata = models.other_tools(pipeline, "single_file")(pipeline)
     write_file(file, weights, metadata, info, dtype)
 
@@ -411,8 +414,9 @@ class FileConfig:
     dtype: str = "fp16"              # of its tensors: fp16, bf16 or fp32
 
 
-def open_student(c):
-    """Raises UserError.  Returns: (file to write, pipeline, adapters, reflow.json, dtype)."""
+def open_student(c, holds_text=lambda pipeline: False):
+    """holds_text: whether the file to write holds the text encoders, which are loaded then.
+    Raises UserError.  Returns: (file to write, pipeline, adapters, reflow.json, dtype)."""
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
     if Path(c.out).suffix != ".safetensors":
@@ -420,7 +424,8 @@ def open_student(c):
     if Path(c.out).exists():
         raise UserError(f"OUT {c.out}: exists already; choose another")
     layers = adapters(trained_weights(folder, lora=True)) if (folder / LORA_FILE).is_file() else {}
-    return Path(c.out), load.load_pipeline(c.folder), layers, info, dtype
+    empty = () if holds_text(load.load_pipeline(c.folder, empty=models.NETWORKS)) else models.TEXT_ENCODERS
+    return Path(c.out), load.load_pipeline(c.folder, empty=empty), layers, info, dtype
 
 
 def export_kohya(c):
@@ -432,8 +437,9 @@ def export_kohya(c):
 
 def export_single_file(c):
     """A whole student, text encoders and autoencoder included, in one file of the original layout
-    (Stable Diffusion 1.x, 2.x, XL), for ComfyUI, Forge and other web UIs."""
-    file, *_ = opened = open_student(c)
+    (Stable Diffusion 1.x, 2.x, XL), or its transformer alone (SD3, FLUX.1, Z-Image), for ComfyUI, Forge and
+    other web UIs."""
+    file, *_ = opened = open_student(c, models.file_holds_text)
     write_single_file(*opened)
     print(f"{file}: {file.stat().st_size / 1e9:.2f} GB")
 

@@ -72,13 +72,19 @@ def as_model(pipeline, network=None, path=None, windows=1):
 
 def other_tools(pipeline, function):
     """What a family knows about files of other tools: kohya_layers(network), layer -> its name in a
-    LoRA, or single_file(pipeline), (name -> tensor, metadata).
+    LoRA, or single_file(pipeline), (name -> tensor, metadata): of a UNet's family the whole
+    pipeline, of a transformer's the transformer.
     Raises UserError where the family has no such file."""
     module = family(pipeline)
     if not hasattr(module, function):
         raise UserError(f"{type(pipeline).__name__}: other tools have no such file for it; use the folder, "
                         "which diffusers reads")
     return getattr(module, function)
+
+
+def file_holds_text(pipeline):
+    """Whether a single file of this family holds its text encoders."""
+    return family(pipeline).NETWORK == "unet"
 
 
 # ---- text, pictures ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from models.configs import flow_match_euler
 from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
+from models.original import FLUX, as_transformer_file
 from models.text import encode as encode_prompts
 from models.text import warn_of_cut
 from runtime.cli import UserError
@@ -110,6 +111,11 @@ def latent_geometry(pipeline):
 
 def set_native_size(pipeline, size):
     pipeline.default_sample_size = size // pipeline.vae_scale_factor
+
+
+def single_file(pipeline):
+    """The transformer in its original layout."""
+    return as_transformer_file(FLUX, pipeline.transformer)
 
 
 # ---- a student's pipeline ----------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
-"""Stable Diffusion's original layout: the names that the first code gave the weights, by which
-ComfyUI and the web UIs know single files and LoRAs. Names are read off the network's own blocks, so
-that one table serves 1.x, 2.x and XL. Diffusers has the way from there to here (from_single_file),
-which the tests run on everything written here.
+"""The original layouts: the names that the first code gave the weights, by which ComfyUI and the web
+UIs know single files and LoRAs. Stable Diffusion's are read off the network's own blocks, so that
+one table serves 1.x, 2.x and XL; of SD3, FLUX.1 and Z-Image it is the transformer alone. Diffusers
+has the way from there to here (from_single_file), which the tests run on everything written here.
 """
+import re
+
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.normalization import AdaLayerNormContinuous
 
 from models.configs import is_edm
 from runtime.cli import UserError
@@ -155,3 +158,80 @@ def as_single_file(pipeline):
     weights |= {name: torch.tensor([]) for name, said in marks.items() if said}
     metadata = {"modelspec.architecture": kind, "modelspec.prediction_type": "v" if v else "epsilon"}
     return weights, metadata
+
+
+# ---- transformers ------------------------------------------------------------------------------------------
+
+
+def parts(ours, theirs, letters="qkv"):
+    """Names of queries, keys and values, which are one tensor there. ours has {} for the letter."""
+    return {ours.format(letter): f"{theirs}<{i}>" for i, letter in enumerate(letters)}
+
+
+def embedders(layers, **names):
+    """Names of the embeddings of time, pooled text and guidance, two layers each: ours=theirs."""
+    return {f"time_text_embed.{ours}_embedder.linear_{i + 1}": f"{theirs}.{layer}"
+            for ours, theirs in names.items() for i, layer in enumerate(layers)}
+
+
+# a transformer's tables: (prefix in diffusers, the original one, names behind it); the first that fits.
+# <0> to <3> are parts of one tensor, in this order
+SD3 = (("transformer_blocks.", "joint_blocks.", {
+            ".norm1.linear": ".x_block.adaLN_modulation.1",
+            ".norm1_context.linear": ".context_block.adaLN_modulation.1",
+            **parts(".attn.to_{}.", ".x_block.attn.qkv."), **parts(".attn2.to_{}.", ".x_block.attn2.qkv."),
+            **parts(".attn.add_{}_proj.", ".context_block.attn.qkv."),
+            ".attn.norm_q": ".x_block.attn.ln_q", ".attn.norm_k": ".x_block.attn.ln_k",
+            ".attn2.norm_q": ".x_block.attn2.ln_q", ".attn2.norm_k": ".x_block.attn2.ln_k",
+            ".attn.norm_added_q": ".context_block.attn.ln_q",
+            ".attn.norm_added_k": ".context_block.attn.ln_k",
+            ".attn.to_out.0": ".x_block.attn.proj", ".attn2.to_out.0": ".x_block.attn2.proj",
+            ".attn.to_add_out": ".context_block.attn.proj",
+            ".ff.net.0.proj": ".x_block.mlp.fc1", ".ff.net.2": ".x_block.mlp.fc2",
+            ".ff_context.net.0.proj": ".context_block.mlp.fc1",
+            ".ff_context.net.2": ".context_block.mlp.fc2"}),
+       ("", "", {"pos_embed.proj": "x_embedder.proj", "pos_embed.pos_embed": "pos_embed",
+                 "norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear",
+                 **embedders(("mlp.0", "mlp.2"), timestep="t_embedder", text="y_embedder")}))
+
+FLUX = (("transformer_blocks.", "double_blocks.", {
+             ".norm1.linear": ".img_mod.lin", ".norm1_context.linear": ".txt_mod.lin",
+             **parts(".attn.to_{}.", ".img_attn.qkv."), **parts(".attn.add_{}_proj.", ".txt_attn.qkv."),
+             ".attn.norm_q.weight": ".img_attn.norm.query_norm.scale",
+             ".attn.norm_k.weight": ".img_attn.norm.key_norm.scale",
+             ".attn.norm_added_q.weight": ".txt_attn.norm.query_norm.scale",
+             ".attn.norm_added_k.weight": ".txt_attn.norm.key_norm.scale",
+             ".attn.to_out.0": ".img_attn.proj", ".attn.to_add_out": ".txt_attn.proj",
+             ".ff.net.0.proj": ".img_mlp.0", ".ff.net.2": ".img_mlp.2",
+             ".ff_context.net.0.proj": ".txt_mlp.0", ".ff_context.net.2": ".txt_mlp.2"}),
+        ("single_transformer_blocks.", "single_blocks.", {
+             **parts(".attn.to_{}.", ".linear1."), ".proj_mlp.": ".linear1.<3>", ".proj_out": ".linear2",
+             ".attn.norm_q.weight": ".norm.query_norm.scale", ".attn.norm_k.weight": ".norm.key_norm.scale",
+             ".norm.linear": ".modulation.lin"}),
+        ("", "", {"x_embedder": "img_in", "context_embedder": "txt_in",
+                  "norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear",
+                  **embedders(("in_layer", "out_layer"), timestep="time_in", text="vector_in",
+                              guidance="guidance_in")}))
+
+Z_IMAGE = (("", "", {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.",
+                     **parts(".attention.to_{}.", ".attention.qkv."), ".attention.to_out.0": ".attention.out",
+                     ".attention.norm_q": ".attention.q_norm", ".attention.norm_k": ".attention.k_norm"}),)
+
+
+def as_transformer_file(tables, transformer):
+    """A transformer as one file of its original layout.  Returns: as as_single_file.
+    Where diffusers' last modulations give scale and shift, theirs give shift and scale."""
+    given, pieces = transformer.state_dict(), {}
+    last = [name for name, part in transformer.named_modules() if isinstance(part, AdaLayerNormContinuous)]
+    for name, value in given.items():
+        if name.rpartition(".linear.")[0] in last:
+            value = torch.cat(value.chunk(2)[::-1])
+        ours, theirs, inside = next(table for table in tables if name.startswith(table[0]))
+        name = theirs + name.removeprefix(ours)
+        for here, there in inside.items():
+            if here in name:
+                name = name.replace(here, there)
+                break
+        pieces.setdefault(re.sub("<.>", "", name), {})[name] = value
+    return {f"model.diffusion_model.{name}": torch.cat([piece[key] for key in sorted(piece)])
+            if len(piece) > 1 else piece[name] for name, piece in pieces.items()}, {}

@@ -6,6 +6,7 @@ from torch.nn.functional import pad
 
 from models.configs import flow_map_euler
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
+from models.original import SD3, as_transformer_file
 from models.text import encode as encode_prompts
 from models.text import warn_of_cut
 from runtime.cli import UserError
@@ -106,6 +107,11 @@ def set_native_size(pipeline, size):
         raise UserError(f"--size {size}: this model knows positions up to "
                         f"{c.patch_size * c.pos_embed_max_size * pipeline.vae_scale_factor} pixels")
     pipeline.transformer.register_to_config(sample_size=side)       # its positions are in its weights
+
+
+def single_file(pipeline):
+    """The transformer in its original layout."""
+    return as_transformer_file(SD3, pipeline.transformer)
 
 
 # ---- a student's pipeline ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from diffusers import ZImageTransformer2DModel
 from models.configs import flow_match_euler
 from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
+from models.original import Z_IMAGE, as_transformer_file
 from models.text import encode as encode_prompts
 from models.text import warn_of_cut
 from runtime.cli import UserError
@@ -88,6 +89,11 @@ def latent_geometry(pipeline):
 
 def set_native_size(pipeline, size):
     pipeline.native_size = size
+
+
+def single_file(pipeline):
+    """The transformer in its original layout."""
+    return as_transformer_file(Z_IMAGE, pipeline.transformer)
 
 
 # ---- a student's pipeline ----------------------------------------------------------------------------------

@@ -59,11 +59,12 @@ def latents(folder, steps, guidance, prompts=PROMPTS):
     return sampler.generate(pipeline, model, prompts, SEEDS, sampler.time_grid(steps, info.get("windows", 1)), guidance)
 
 
-def stock_latents(pipeline, steps, guidance, prompts=PROMPTS):
+def stock_latents(pipeline, steps, guidance, prompts=PROMPTS, **options):
     """By diffusers' own pipeline, from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
     noise = sampler.noise(SEEDS, models.latent_shape(pipeline))
-    return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", latents=noise).images
+    return pipeline(prompts, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", latents=noise,
+                    **options).images
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,6 +105,29 @@ def test_img2img_inpainting_and_controlnet_accept_a_student(students):
             made.append(paint(image=image, mask_image=mask, height=size, width=size, **common))
         for output in made:
             assert output.images.shape == (1, size, size, 3) and np.isfinite(output.images).all()
+
+
+def test_an_ip_adapter_adds_its_picture_to_a_student(students, tmp_path):
+    """Random weights of the first IP-Adapter's form. At scale 0 the student is as it was; beyond it the picture counts."""
+    stock = diffusers.DiffusionPipeline.from_pretrained(students("sd15") / "student-4")
+    unet, generator = stock.unet, torch.Generator().manual_seed(0)
+    text, features = unet.config.cross_attention_dim, 24
+    weights = {"image_proj.proj.weight": (4 * text, features), "image_proj.proj.bias": (4 * text,), "image_proj.norm.weight": (text,),
+               "image_proj.norm.bias": (text,)}
+    layers = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for i, name in enumerate(layers):
+        weights |= {f"ip_adapter.{2 * i + 1}.to_{letter}_ip.weight": tuple(unet.get_submodule(name).to_k.weight.shape) for letter in "kv"}
+    save_file({name: torch.randn(shape, generator=generator) for name, shape in weights.items()}, tmp_path / "ip.safetensors")
+    pictures = torch.randn(2, 1, features, generator=generator)
+    before = stock_latents(stock, 4, 1.0)
+    stock.load_ip_adapter(tmp_path, subfolder="", weight_name="ip.safetensors", image_encoder_folder=None)
+
+    def after(scale, picture):
+        stock.set_ip_adapter_scale(scale)
+        return stock_latents(stock, 4, 1.0, ip_adapter_image_embeds=[picture[None].expand(len(before), -1, -1)])
+    assert torch.allclose(after(0.0, pictures[0]), before, atol=1e-5)
+    assert (after(1.0, pictures[0]) - before).abs().max() > 1e-2 < (after(1.0, pictures[0]) - after(1.0, pictures[1])).abs().max()
+    assert after(1.0, pictures[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("family", [slow("tiny"), "sd15", slow("sdxl")])

@@ -1,5 +1,6 @@
 """Files for other tools: every name is one that they know, and what is read back is what was written, to the bit."""
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from test_train import small
 
 import export
 import models
+import teacher
 import train
 from models import architectures, load
 from runtime.cli import UserError
@@ -172,59 +174,32 @@ def test_what_no_file_can_hold_is_refused(students, tmp_path):  # noqa: F811
         export.export_single_file(export.FileConfig(str(folder), str(here)))
 
 
-# diffusers' names of transformers to the original ones, in this order
-SD3_NAMES = (("pos_embed.proj", "x_embedder.proj"), ("pos_embed.pos_embed", "pos_embed"), ("proj_out", "final_layer.linear"),
-             ("time_text_embed.timestep_embedder", "t_embedder"), ("time_text_embed.text_embedder", "y_embedder"),
-             ("linear_1", "mlp.0"), ("linear_2", "mlp.2"), ("norm_out.linear", "final_layer.adaLN_modulation.1"),
-             ("transformer_blocks", "joint_blocks"), (".norm1.linear", ".x_block.adaLN_modulation.1"),
-             (".norm1_context.linear", ".context_block.adaLN_modulation.1"), (".ff.net.0.proj", ".x_block.mlp.fc1"),
-             (".ff.net.2", ".x_block.mlp.fc2"), (".ff_context.net.0.proj", ".context_block.mlp.fc1"),
-             (".ff_context.net.2", ".context_block.mlp.fc2"), (".attn.to_add_out", ".context_block.attn.proj"),
-             (".attn.norm_added_q", ".context_block.attn.ln_q"), (".attn.norm_added_k", ".context_block.attn.ln_k"),
-             (".attn.add_qkv", ".context_block.attn.qkv"), (".attn.", ".x_block.attn."), (".attn2.", ".x_block.attn2."),
-             (".context_block.x_block.", ".context_block."), ("to_out.0", "proj"), ("to_qkv", "qkv"), ("norm_q", "ln_q"), ("norm_k", "ln_k"))
-ZIMAGE_NAMES = (("all_final_layer.2-1.", "final_layer."), ("all_x_embedder.2-1.", "x_embedder."), ("to_out.0", "out"), ("to_qkv", "qkv"),
-                ("norm_q", "q_norm"), ("norm_k", "k_norm"))
-
-
-def original_transformer(state, names):
-    """Weights in diffusers' names in the original layout: q, k, v are one tensor, and SD3's last modulations have shift before scale."""
-    last = max((int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks.")), default=None)
-    state = {key: torch.cat(value.chunk(2)[::-1]) if key.startswith(("norm_out.", f"transformer_blocks.{last}.norm1_context.")) else value
-             for key, value in state.items()}
-    for query in [key for key in state if ".to_q." in key or ".add_q_proj." in key]:
-        parts = [state.pop(query.replace("_q", f"_{letter}")) for letter in "qkv"]
-        state[query.replace("add_q_proj", "add_qkv").replace("to_q", "to_qkv")] = torch.cat(parts)
-    renamed = {}
-    for key, value in state.items():
-        for ours, theirs in names:
-            key = key.replace(ours, theirs)
-        renamed["model.diffusion_model." + key] = value.contiguous()
-    return renamed
-
-
 @pytest.fixture(scope="module")
 def transformers(tmp_path_factory):
-    """transformers(name): (folder of a tiny pipeline, the weights of its transformer)."""
+    """transformers(name): (folder of a tiny pipeline, the weights of its transformer, the pipeline)."""
     made = {}
 
     def make(name):
         if name not in made:
             pipeline, folder = ROWS[name].make(), tmp_path_factory.mktemp("transformer") / "whole"
             pipeline.save_pretrained(folder)
-            made[name] = folder, {key: value.contiguous() for key, value in pipeline.transformer.state_dict().items()}
+            made[name] = folder, {key: value.contiguous() for key, value in pipeline.transformer.state_dict().items()}, pipeline
         return made[name]
     return make
 
 
-@pytest.mark.parametrize("name, names", [("sd3", SD3_NAMES), ("sd35 without t5", SD3_NAMES), ("zimage", ZIMAGE_NAMES),
-                                         *((name, None) for name in ("sd3", "zimage", "flux", "flux-schnell", "sana"))])
-def test_a_single_file_of_a_transformer_is_the_model_of_its_folder(transformers, tmp_path, name, names):
+def original_transformer(pipeline):
+    return models.other_tools(pipeline, "single_file")(pipeline)[0]
+
+
+@pytest.mark.parametrize("name, original", [("sd3", True), ("sd35 without t5", True), ("zimage", True),
+                                            *((name, False) for name in ("sd3", "zimage", "flux", "flux-schnell", "sana"))])
+def test_a_single_file_of_a_transformer_is_the_model_of_its_folder(transformers, tmp_path, name, original):
     """In the original layout where that is readable at this size (diffusers knows FLUX.1's at 3072 channels alone), and in diffusers'."""
-    (folder, state), file = transformers(name), tmp_path / "x.safetensors"
+    (folder, state, pipeline), file = transformers(name), tmp_path / "x.safetensors"
     beside = {"vae.decoder.x": torch.ones(1), "text_encoders.t5xxl.scaled_fp8": torch.ones(1)}        # as in files of a whole pipeline
-    save_file({**original_transformer(state, names), **beside} if names else state, file)
-    dtype = torch.float32 if names else torch.bfloat16
+    save_file({**original_transformer(pipeline), **beside} if original else state, file)
+    dtype = torch.float32 if original else torch.bfloat16
     ours, whole = load.load_pipeline(str(file), dtype, model_config=str(folder)), load.load_pipeline(str(folder), dtype)
     assert type(ours) is type(whole)
     for part in ("transformer", "vae", *models.family(whole).TEXT_ENCODERS):
@@ -247,8 +222,8 @@ def test_a_single_file_of_a_transformer_is_whole_and_its_configs_or_refused(tran
         with pytest.raises(UserError, match=said) as caught:
             load.load_pipeline(str(file), model_config=str(config))
         assert "\n" not in str(caught.value)
-    (sd3, state), (zimage, other), (pixart, third) = transformers("sd3"), transformers("zimage"), transformers("pixart")
-    original, z_original = original_transformer(state, SD3_NAMES), original_transformer(other, ZIMAGE_NAMES)
+    (sd3, _, whole), (zimage, _, other), (pixart, third, _) = transformers("sd3"), transformers("zimage"), transformers("pixart")
+    original, z_original = original_transformer(whole), original_transformer(other)
     refused("SD3, FLUX.1, Z-Image or SANA needs --model-config FOLDER", original)
     without = {key: value for key, value in original.items() if not key.endswith("mlp.0.bias")}
     refused("not the SD3Transformer2DModel of --model-config .*KeyError", without, sd3)
@@ -274,3 +249,49 @@ def test_a_missing_text_encoder_is_named_in_one_line(transformers, tmp_path, nam
     (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder": [None, None]}))
     with pytest.raises(UserError, match="Pipeline lacks its text_encoder; download it again, whole$"):
         load.load_pipeline(str(folder))
+
+
+# as published: tensors of the transformer's file
+TRANSFORMERS = {"sd3": 491, "sd35-medium": 665, "sd35": 923, "flux": 780, "flux-schnell": 776, "zimage": 453}
+CONVERT = {"sd3": readers.convert_sd3_transformer_checkpoint_to_diffusers, "flux": readers.convert_flux_transformer_checkpoint_to_diffusers,
+           "zimage": readers.convert_z_image_transformer_checkpoint_to_diffusers}
+
+
+@pytest.mark.parametrize("name", ["sd3", slow("sd35-medium"), slow("sd35"), "flux", slow("flux-schnell"), "zimage"])
+def test_the_file_of_a_full_transformer_is_what_diffusers_reads(name):
+    """Every row of every matrix in its place, at the published sizes: column 0 holds the row's number."""
+    pipeline = architectures.build(name, weights=False)
+    shapes, network = {key: value.shape for key, value in pipeline.transformer.state_dict().items()}, pipeline.transformer
+    numbers = itertools.count()
+    state = {key: next(numbers) + torch.linspace(0, 0.5, shape[0])[:, None] for key, shape in shapes.items()}
+    network.state_dict = lambda: dict(state)
+    file = original_transformer(pipeline)
+    assert len(file) == TRANSFORMERS[name] and all(key.startswith("model.diffusion_model.") for key in file)
+    back = CONVERT["sd3" if name.startswith("sd3") else name.split("-")[0]](dict(file))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", [slow("sd3"), "zimage"])
+def test_a_students_transformer_in_one_file_is_read_back_to_the_bit(transformers, tmp_path, name):
+    """Left by a run and written from its folder, in every precision, with no text encoder read."""
+    teacher_folder = transformers(name)[0]
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    c = train.Config(model=str(teacher_folder), prompts=str(tmp_path / "prompts.txt"), out=str(tmp_path / "run"), windows=[2], updates=2, batch=2,
+                     trajectories=2, solver_steps=8, size=32, text_dropout=0.0, lr=1e-2, grid_steps=0, export=["single-file"], export_dtype="bf16",
+                     device="cpu")
+    folder = train.main(c)
+    student = load.load_pipeline(str(folder)).transformer.state_dict()
+    assert not torch.equal(student["proj_out.weight" if name == "sd3" else "layers.0.attention.to_q.weight"],
+                           transformers(name)[1]["proj_out.weight" if name == "sd3" else "layers.0.attention.to_q.weight"])
+    opened = export.open_student(export.FileConfig(str(folder), str(tmp_path / "unused.safetensors")), models.file_holds_text)[1]
+    assert next(opened.text_encoder.parameters()).is_meta and not next(opened.vae.parameters()).is_meta
+    files = {"bf16 of the run": folder.with_name("student-2.safetensors")}
+    for word in ("fp32", "fp16", "bf16"):
+        files[word] = tmp_path / f"{word}.safetensors"
+        export.export_single_file(export.FileConfig(str(folder), str(files[word]), word))
+    for word, file in files.items():
+        dtype = teacher.DTYPES[word.split()[0]]
+        back = load.load_pipeline(str(file), dtype, model_config=str(teacher_folder), **dict.fromkeys(models.BESIDE)).transformer.state_dict()
+        assert back.keys() == student.keys()
+        assert all(torch.equal(value, student[key].to(dtype)) for key, value in back.items()), word

@@ -1,4 +1,5 @@
 """docs/use.md: its table of what stock pipelines make of a student is measured here, on the student that ships."""
+import math
 import re
 
 import diffusers
@@ -8,7 +9,7 @@ from conftest import ROOT, slow
 
 import models
 import sampler
-from models import load, saved
+from models import architectures, load, saved
 
 PAGE = (ROOT / "docs" / "use.md").read_text() if (ROOT / "docs" / "use.md").is_file() else ""
 PROMPTS, SEEDS = ["red heart on blue", "fox on green", "pizza on gray", "penguin on orange"] * 4, list(range(16))
@@ -116,3 +117,15 @@ def test_the_plain_call_is_what_the_page_says(student):
     print(f"plain call {found:.2f}")
     said = re.search(r"the plain call `pipe\(prompt\)`, 50 steps at guidance 7\.5: (\d\.\d+)", " ".join(PAGE.split()))
     assert float(said[1]) == pytest.approx(found, abs=0.02)
+
+
+@pytest.mark.parametrize("name, shift", [("sd3", 3.0), ("flux", math.exp(1.15)), slow("flux-schnell", 1.0), slow("zimage", 6.0)])
+def test_comfyuis_simple_schedule_asks_a_flow_student_at_its_window_starts(name, shift):
+    """Written down from its code: a table of a thousand sigmas with the model's shift (of FLUX.1-dev that of 1024 x 1024 pixels), of which
+    `simple` takes every 1000/steps-th, from the noise."""
+    schedule = models.schedule(architectures.build(name, weights=False))[0]
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    table = shift * t / (1 + (shift - 1) * t)
+    for steps in (1, 2, 4, 8):
+        theirs = [table[-1 - int(k * 1000 / steps)].item() for k in range(steps)]
+        assert schedule(sampler.time_grid(steps)[:-1])[1].tolist() == pytest.approx(theirs, abs=1e-6)
