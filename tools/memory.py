@@ -48,6 +48,7 @@ CARDS = (
     (16, "sd3", f"--lora 16 {LESS} 1"),
     (24, "sd15", f"{LESS} 1"),
     (80, "sdxl", f"{LESS} 1"),
+    (80, "sd3", f"{LESS} 1"),
 )
 
 
