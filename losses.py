@@ -1,6 +1,6 @@
 """Losses: pure functions of (prediction, target) that return one value per sample;
 weighting and averaging belong to the caller. What is compared (eps, flow velocity, end of the
-window) is a row of reflow.SPACES.
+window) is a row of reflow.SPACES. And the targets of other methods, which take the chord's place.
 
     python losses.py        # prints each loss at known points and asserts the decomposition
 """
@@ -164,6 +164,66 @@ LOSSES = {"mse": mse, "pseudo-huber": pseudo_huber, "high-pass": high_pass_loss}
 NORMALIZATIONS = {"none": lambda value, predict: value,
                   "learned": lambda value, predict: normalized(value, predict()),
                   "per-sample": lambda value, predict: self_normalized(value)}
+
+
+# ---- targets of other methods ------------------------------------------------------------------------------
+# What stands at a window's end where it is neither cached nor solved: it is made of one answer of the teacher
+# and of answers of the student that is trained, without gradients.
+# teacher, student: (z, t) -> (x_hat, eps_hat); schedule: t -> (alpha, sigma); z: (B, ...), at the time that
+# the function names; times: float64 (B,); steps: of the teacher from t = 1 to 0.  Returns: z_end, like z.
+
+
+def noised(schedule, t, x, eps):
+    """alpha_t x + sigma_t eps.  x, eps: (B, ...)."""
+    alpha, sigma = (c.view(-1, *[1] * (x.ndim - 1)).to(x.dtype).to(x.device) for c in schedule(t))
+    return alpha * x + sigma * eps
+
+
+def consistency(teacher, student, schedule, z, t, t_start, t_end, steps):
+    """z at t: the student's own prediction of the data, one step of the teacher nearer to it.
+    Source: latent consistency models (Luo et al. 2023), without their skip and output scales."""
+    nearer = (t - 1 / steps).clamp_min(0)
+    z_near = noised(schedule, nearer, *teacher(z, t))
+    jump = noised(schedule, t_end, *student(z_near, nearer.clamp_min(schedule.floor)))
+    return torch.where((nearer > 0).to(z.device).view(-1, *[1] * (z.ndim - 1)), jump, z_near)
+
+
+def imitation(teacher, student, schedule, z, t, t_start, t_end, steps):
+    """z at t_start: the student's answer draws a line over the window; the teacher is asked at t on that
+    line, and its velocity there carries z to the window's end. Needs no image and no trajectory. What it
+    comes to is the mean of these velocities, the exact step only where the teacher is straight.
+    Source: policy imitation, pi-Flow (Chen et al. 2025), with one point per window."""
+    x, eps = teacher(noised(schedule, t, *student(z, t_start)), t)
+    return carried(schedule, z, t_start, t_end, eps - x)
+
+
+def flow_map(teacher, student, schedule, z, t, t_start, t_end, steps, d=0.005):
+    """z at t: the mean velocity from t to t_end is the velocity at t, less the time that is left times
+    the mean velocity's own change along the trajectory, here a difference of the student's answers d
+    before and after t, within the window.
+    Source: MeanFlow's identity; differences as in AnyFlow (2026) and Align Your Flow (Sabour et al. 2025),
+    with their d = 5/1000. Their second time is our window's end, so the network needs none."""
+    x, eps = teacher(z, t)
+
+    def tau(t):                                # the clock in which z / (alpha + sigma) moves with velocity u
+        alpha, sigma = schedule(t)
+        return (sigma / (alpha + sigma)).view(-1, *[1] * (z.ndim - 1))
+    before, after = torch.minimum(t + d, t_start), torch.maximum(t - d, (t + t_end) / 2)
+    after = after.clamp_min(schedule.floor)
+    x_b, eps_b = student(noised(schedule, before, x, eps), before)
+    x_a, eps_a = student(noised(schedule, after, x, eps), after)
+    left = ((tau(t) - tau(t_end)) / (tau(before) - tau(after))).to(z.dtype).to(z.device)
+    return carried(schedule, z, t, t_end, eps - x - left * ((eps_b - x_b) - (eps_a - x_a)))
+
+
+def carried(schedule, z, t, t_end, u):
+    """Where the constant flow velocity u = eps - x carries z from t to t_end."""
+    alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)).to(z.dtype).to(z.device) for c in schedule(t))
+    x = (z - sigma * u) / (alpha + sigma)
+    return noised(schedule, t_end, x, x + u)
+
+
+TARGETS = {"consistency": consistency, "imitation": imitation, "flow-map": flow_map}
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ they belong to.
 | data        | a real latent noised to t_start     | teacher's DDIM inside the window (PeRFlow)          |
 | student     | the same                            | previous student, a step per old window (ProReflow) |
 | consistency | a real latent noised to t           | one teacher step, then the student's own x_hat there|
+| flow-map    | the same                            | teacher's velocity, less the student's own change   |
+| imitation   | the student's own steps from noise  | teacher's velocity on the student's own line        |
 
-Consistency distillation (LCM) is the peer that users know. It is a chord as well: from z_t to the
-data at t = 0, where the student's own prediction one teacher step nearer stands for the data.
+The last three are peers that users know, and chords as well, that begin where the student is asked:
+losses.py has them.
 
 A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to
 the noise that the teacher makes it from (forward, Simple ReFlow). A backward one has the true noise
@@ -26,15 +28,17 @@ from pathlib import Path
 
 import torch
 
+import losses
 import models
 import reflow
 import sampler
 from models.conditions import LAYOUT, drawn_captions, encode, sample_settings, trajectory_counts
 from runtime import seeds, store
-from runtime.cli import UserError, extra
+from runtime.cli import extra
 from teacher import clock_device
 
-SOURCES = ("trajectory", "data", "student", "consistency")
+SOURCES = ("trajectory", "data", "student", *losses.TARGETS)
+FROM_IMAGES = tuple(name for name in SOURCES if name not in ("trajectory", "imitation"))
 
 LARGE_BATCH, HALF = 1024, dict(bf16=torch.bfloat16, fp16=torch.float16)   # projected at once; of autocast
 
@@ -244,7 +248,9 @@ class Pairs:
         batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p))
                                     for p in pair])
         if self.online:
-            return batch | {"images": self.dataset.images(pair, self.size[0]), "captions": captions}
+            images = ({"images": self.dataset.images(pair, self.size[0])} if self.recipe.pairs in FROM_IMAGES
+                      else {})
+            return batch | images | {"captions": captions}
         return batch | self.rows[self.dataset.rows(pair)] | self.text(captions)
 
     @torch.no_grad()
@@ -252,7 +258,7 @@ class Pairs:
         """The device's half of a micro-batch. solver: Model that crosses a window in `steps` DDIM
         steps, if z_end is not cached: the teacher (its path is None), or the previous stage's
         student, which has learned the teacher's guidance and gets none; student: the Model that is
-        trained, which consistency evaluates itself.
+        trained, which the targets of losses.py evaluate themselves.
         Returns: ((t, t_start, t_end), (z_start, z_end), cond) on the device, float64 times (B,),
         float32 latents (B, C, h, w)."""
         reuse, clock, names = self.recipe.reuse, clock_device(self.device), ("t", "t_start", "t_end")
@@ -265,22 +271,27 @@ class Pairs:
             eps = batch.pop("eps")
             if "images" in batch:
                 batch["z_0"] = models.encode(self.pipeline, batch.pop("images"))
+            if "captions" in batch:
                 batch |= self.text(batch.pop("captions"), self.device)
-            z_0, drawn = batch.pop("z_0"), batch.pop("drawn", None)
-            starts, stops = t_start[::reuse], t_end[::reuse]
+            z_0, drawn = batch.pop("z_0", None), batch.pop("drawn", None)
             cond, guidance = self.guide(batch, drawn)
             guidance = guidance if solver.path is None else 1.0
-            alpha, sigma = (v.float().to(self.device)[:, None, None, None] for v in self.schedule(starts))
-            z_start = alpha * z_0 + sigma * eps
+            own = losses.TARGETS.get(self.recipe.pairs)
+            # these begin where the student is asked: at t, or at the start of the window
+            starts, stops = t if own and z_0 is not None else t_start[::reuse], t_end[::reuse]
             with self.autocast():
-                # a window as long as one teacher step, then the student's jump to t = 0
-                if self.recipe.pairs == "consistency":
-                    nearer = (starts - 1 / steps).clamp_min(0)
-                    step = torch.stack([starts, nearer])
-                    z_near = sampler.ddim(solver, z_start, step, cond, guidance, self.null_like(cond))
-                    jump = torch.stack([nearer.clamp_min(self.schedule.floor), stops])
-                    jump = sampler.ddim(student, z_near, jump, cond)
-                    z_end = torch.where((nearer > 0).to(self.device)[:, None, None, None], jump, z_near)
+                if z_0 is None:
+                    steps_so_far = torch.stack([(1 - i / student.windows) * torch.ones_like(starts)
+                                                for i in range(student.windows)]).clamp_min(starts)
+                    z_start = sampler.ddim(student, eps, steps_so_far, cond)
+                else:
+                    z_start = losses.noised(self.schedule, starts, z_0, eps)
+                if own:
+                    null = self.null_like(cond)
+                    z_end = own(lambda z, t: solver(z, t, cond, guidance, null),
+                                lambda z, t: student(z, t, cond), self.schedule, z_start,
+                                t, t_start, t_end, steps)
+                    t = t_start = starts
                 else:
                     share = torch.linspace(0, 1, steps + 1, dtype=starts.dtype, device=starts.device)
                     times = torch.lerp(starts, stops, share[:, None])
@@ -303,37 +314,6 @@ def couple(cost, entropy, generator):
     plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log",
                                         warn=False))
     return torch.multinomial(plan, 1, generator=generator)[:, 0]
-
-
-def check_windows(stages, schedule):
-    """Raises UserError unless every boundary of every stage is a timestep of the model, where it
-    has timesteps: stock schedulers step between whole ones, and would miss the boundaries of 6, 7
-    or 16 windows of 1000 timesteps."""
-    total = schedule.timesteps
-    for windows in stages:
-        if total and total % windows:
-            possible = [k for k in range(1, total + 1) if total % k == 0]
-            below, above = (pick((k for k in possible if (k - windows) * sign > 0), default=total)
-                            for pick, sign in ((max, -1), (min, 1)))
-            raise UserError(f"--windows {windows}: does not divide the model's {total} timesteps, so that "
-                            f"stock schedulers cannot stop at its boundaries; use for instance {below} or "
-                            f"{above}")
-
-
-def check_images(c, recipe, pipeline, dataset):
-    """Raises UserError where pairs start from images that are not there, not square, or not to be
-    cached."""
-    height, width = models.native_size(pipeline) if c.size is None else (c.size, c.size)
-    if recipe.pairs != "trajectory" and dataset.images is None:
-        raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start "
-                        "from images; give --data FOLDER instead, or --pairs trajectory")
-    from_images = recipe.pairs != "trajectory" or recipe.forward_rate or recipe.projection
-    if from_images and height != width:
-        raise UserError(f"--model {c.model}: made for {height} x {width} pixels, and pictures are cropped to "
-                        f"squares; give --size {min(height, width)}, or --pairs trajectory without "
-                        "--forward-rate")
-    if c.cache_latents and recipe.pairs != "trajectory" and dataset.size is None:
-        raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
 
 
 def cache_folder(c):

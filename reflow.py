@@ -220,8 +220,8 @@ class Recipe:
     """One way to train. What a paper leaves unknown is our value, and docs/equations.md says so."""
     stages: tuple = (8, 4, 2, 1)         # windows of each stage, trained in this order
     shares: tuple = (1, 1, 1, 1)         # share of the updates that each stage gets
-    pairs: str = "trajectory"            # where (z_start, z_end) come from: trajectory, data, student or
-                                         # consistency, as pairs.py says
+    pairs: str = "trajectory"            # where (z_start, z_end) come from: trajectory, data, student,
+                                         # consistency, imitation or flow-map, as pairs.py says
     path: str = "vp"                     # how the student meets the chord, a row of PATHS: vp or linear
     space: str = "u"                     # what the loss compares, a row of SPACES: eps, u, x, velocity or
                                          # end; of a teacher that predicts x: x or end
@@ -261,6 +261,9 @@ RECIPES = {
     # the peer: latent consistency
     "lcm": Recipe(stages=(1,), shares=(1,), pairs="consistency", space="end", loss="pseudo-huber",
                   time_law="uniform", solver_steps=50),
+    # peers of 2025-26, as losses.py says; columns that their papers do not tell are ours
+    "imitation": Recipe(stages=(1,), shares=(1,), pairs="imitation", time_law="uniform"),
+    "flow-map": Recipe(stages=(1,), shares=(1,), pairs="flow-map", time_law="uniform"),
     # no projection: ours undoes the coupling (docs/log.md)
     "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalization="learned",
                             time_law="exponential", forward_rate=0.5),

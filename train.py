@@ -27,7 +27,7 @@ from data import captioned
 from models import load
 from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
-from pairs import Pairs, cache_folder, check_images, check_windows
+from pairs import Pairs, cache_folder
 from runtime import checkpoints, cli, plan, processes, progress, store, updates
 from runtime.cli import UserError
 from runtime.options import Config, command, fit_prediction, resolve_recipe
@@ -120,7 +120,7 @@ def open_pairs(c, recipe, device, processes):
     export.check_files(c, pipeline)
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
-    check_windows(recipe.stages, models.schedule(pipeline)[0])
+    plan.check_windows(recipe.stages, models.schedule(pipeline)[0])
     if rank:  # the first process checks every image, the others read what it found
         barrier()
     dataset = captioned.open_dataset(c.data, c.prompts, c.seed, c.skip_bad, c.image_column, c.caption_column,
@@ -138,7 +138,7 @@ def open_pairs(c, recipe, device, processes):
     if rank == 0 and c.data and dataset.size and captions_only:
         print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
               "--pairs data or --forward-rate R uses its pictures")
-    check_images(c, recipe, pipeline, dataset)
+    plan.check_images(c, recipe, pipeline, dataset)
     for encoder in models.text_encoders(pipeline) if not apart else ():
         encoder.to(device)
     conditions = Conditions(c, recipe, pipeline, dataset) if cached else None

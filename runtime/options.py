@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import losses
 import reflow
-from pairs import SOURCES, cache_windows
+from pairs import FROM_IMAGES, SOURCES, cache_windows
 from runtime import cli
 from runtime.cli import UserError
 from runtime.plan import OPTIMIZERS
@@ -214,14 +214,19 @@ def check_pieces(c, recipe):
     if recipe.projection and recipe.stages != (1,):
         raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use "
                         "--windows 1, or set it to 0")
-    if recipe.pairs == "consistency":  # every sample is a window of its own, from its t down to the data
-        for option, value, right in (("windows", recipe.stages, (1,)), ("path", recipe.path, "vp"),
-                                     ("reuse", recipe.reuse, 1)):
-            if value != right:
-                shown, remedy = (str(each).strip("(,)").replace(",", "") for each in (value, right))
-                raise UserError(f"--{option} {shown}: does not go with pairs from consistency, each of which "
-                                f"runs from its own t straight to the data; use --{option} {remedy}, or "
-                                "other --pairs")
+    if recipe.pairs in losses.TARGETS:                     # of consistency, each runs straight to the data
+        right = dict(path="vp", reuse=1, **dict(stages=(1,)) if recipe.pairs == "consistency" else {})
+        for column, value in right.items():
+            if getattr(recipe, column) != value:
+                option = {"stages": "windows"}.get(column, column)
+                shown, remedy = (str(each).strip("(,)").replace(",", "")
+                                 for each in (getattr(recipe, column), value))
+                raise UserError(f"--{option} {shown}: does not go with pairs from {recipe.pairs}, each of "
+                                f"which begins where its student is asked; use --{option} {remedy}, or other "
+                                "--pairs")
+    if recipe.pairs == "imitation" and c.cache_only:
+        raise UserError("--cache-only: pairs from imitation are made while training, of nothing that is "
+                        "kept; leave it out")
     for option, value in (("precision", "fp16"), ("ema_device", "cpu"), ("optimizer", "adamw8bit")):
         if c.shard and getattr(c, option) == value:
             raise UserError(f"--{option.replace('_', '-')} {value}: does not go with --shard, which spreads "
@@ -232,7 +237,7 @@ def check_pieces(c, recipe):
                                 ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("direction_space", recipe.direction_weight > 0,
                                  "--direction-weight above 0"),
-                                ("cache_latents", recipe.pairs != "trajectory", "pairs from images")):
+                                ("cache_latents", recipe.pairs in FROM_IMAGES, "pairs from images")):
         if getattr(c, option) != getattr(Config, option) and not read:
             raise UserError(f"--{option.replace('_', '-')}: only goes with {owner}; leave it out")
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import psutil
 import torch
 
+import losses
 import models
 import reflow
 from models.conditions import trajectory_counts
-from pairs import cache_bytes, cache_folder
+from pairs import FROM_IMAGES, cache_bytes, cache_folder
 from runtime.checkpoints import trained
 from runtime.cli import UserError
 from teacher import PRECISIONS
@@ -69,13 +70,53 @@ def evaluations(c, recipe, guidance, stages=None):
         return sum(trajectory_counts(c, recipe)) * recipe.solver_steps * each, 0
     total, before = 0, 0
     for windows, updates in list(zip(recipe.stages, reflow.stage_updates(recipe, c.updates)))[:stages]:
-        inside = recipe.solver_steps // windows * each     # the teacher's steps through a window
-        if recipe.pairs == "consistency":
-            inside = each + 1                              # one of the teacher, one of the student itself
-        elif recipe.pairs == "student" and before:         # a step for each window of the stage before
-            inside = before // windows
+        inside = solved(recipe, windows, before, each)
         total, before = total + updates * (c.batch // recipe.reuse) * inside, windows
     return 0, total
+
+
+def solved(recipe, windows, before, each=1):
+    """Forwards for one pair that no cache holds. windows: of this stage; before: of the one before, 0 in
+    the first; each: of the teacher in one step."""
+    if recipe.pairs in losses.TARGETS:                     # one of the teacher, others of the student
+        return each + {"consistency": 1, "imitation": windows, "flow-map": 2}[recipe.pairs]
+    if recipe.pairs == "student" and before:               # a step for each window of the stage before
+        return before // windows
+    return recipe.solver_steps // windows * each           # the teacher's steps through a window
+
+
+# ---- windows and images ------------------------------------------------------------------------------------
+
+
+def check_windows(stages, schedule):
+    """Raises UserError unless every boundary of every stage is a timestep of the model, where it
+    has timesteps: stock schedulers step between whole ones, and would miss the boundaries of 6, 7
+    or 16 windows of 1000 timesteps."""
+    total = schedule.timesteps
+    for windows in stages:
+        if total and total % windows:
+            possible = [k for k in range(1, total + 1) if total % k == 0]
+            below, above = (pick((k for k in possible if (k - windows) * sign > 0), default=total)
+                            for pick, sign in ((max, -1), (min, 1)))
+            raise UserError(f"--windows {windows}: does not divide the model's {total} timesteps, so that "
+                            f"stock schedulers cannot stop at its boundaries; use for instance {below} or "
+                            f"{above}")
+
+
+def check_images(c, recipe, pipeline, dataset):
+    """Raises UserError where pairs start from images that are not there, not square, or not to be
+    cached."""
+    height, width = models.native_size(pipeline) if c.size is None else (c.size, c.size)
+    if recipe.pairs in FROM_IMAGES and dataset.images is None:
+        raise UserError(f"--prompts {c.prompts}: holds no images, but pairs from {recipe.pairs} start "
+                        "from images; give --data FOLDER instead, or --pairs trajectory")
+    from_images = recipe.pairs in FROM_IMAGES or recipe.forward_rate or recipe.projection
+    if from_images and height != width:
+        raise UserError(f"--model {c.model}: made for {height} x {width} pixels, and pictures are cropped to "
+                        f"squares; give --size {min(height, width)}, or --pairs trajectory without "
+                        "--forward-rate")
+    if c.cache_latents and recipe.pairs in FROM_IMAGES and dataset.size is None:
+        raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import train
 from evaluation import measuring, protocols
 from evaluation.metrics import mean_interval
 from models.conditions import trajectory_counts
-from runtime import cli, processes, store
+from runtime import cli, plan, processes, store
 from runtime.cli import UserError
 
 
@@ -154,13 +154,12 @@ class Lab:
         Returns: (of a run's trajectories, of an update)."""
         c = self.parse(options)
         recipe = train.resolve_recipe(c)
-        total, solved = 0, recipe.solver_steps  # steps from noise to data of what solves this stage's windows
+        total, before = 0, 0
         for windows, share in zip(recipe.stages, recipe.shares):
-            pair = {"trajectory": 0, "consistency": 2}.get(recipe.pairs, solved // windows)
-            total += share * c.batch * (3 + pair / recipe.reuse)
-            solved = windows if recipe.pairs == "student" else solved
-        solved = sum(trajectory_counts(c, recipe)) * recipe.solver_steps * (recipe.pairs == "trajectory")
-        return solved, total / sum(recipe.shares)
+            pair = 0 if recipe.pairs == "trajectory" else plan.solved(recipe, windows, before)
+            total, before = total + share * c.batch * (3 + pair / recipe.reuse), windows
+        cached = sum(trajectory_counts(c, recipe)) * recipe.solver_steps * (recipe.pairs == "trajectory")
+        return cached, total / sum(recipe.shares)
 
     def evaluations(self, options):
         """What a run costs, trajectories included."""

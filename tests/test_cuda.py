@@ -48,7 +48,8 @@ def stopped_after(step, c):
 
 @pytest.mark.parametrize("changes", [slow(dict(grid_steps=2, windows=[1])), slow(dict(pairs="student", normalization="learned", precision="bf16")),
                                      slow(dict(pairs="student", lora=2, precision="bf16")),
-                                     dict(pairs="consistency", windows=[1], grid_steps=2)],
+                                     dict(pairs="consistency", windows=[1], grid_steps=2), dict(pairs="imitation", windows=[4, 2]),
+                                     slow(dict(pairs="flow-map", windows=[2]))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
     """The device of every part is asserted by what fake_cuda refuses, and here of all that a resume restores."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import losses
+import reflow
 
 
 @pytest.fixture
@@ -257,3 +258,106 @@ def test_it_learns_the_mean_log_of_a_loss_that_hangs_on_time_and_on_the_latent()
     value = mean_log.exp()
     weighted = value / network(z, t).detach().exp()
     assert (value.max() / value.min()).log10() > 3 and weighted.log().std() < 0.4                # four decades become a factor
+
+
+# ---- targets of other methods --------------------------------------------------------------------------------------
+
+
+class Flow:
+    """Data ~ N(mean, std^2): the teacher's answer, and that of a student which crosses the window down to t_end exactly."""
+
+    def __init__(self, schedule, mean, std, t_end=0.5):
+        self.schedule, self.mean, self.std, self.t_end = schedule, mean, std, torch.tensor([t_end], dtype=torch.float64)
+
+    def levels(self, t):
+        return [v[:, None] for v in self.schedule(t)]
+
+    def teacher(self, z, t):
+        alpha, sigma = self.levels(t)
+        x = self.mean + alpha * self.std ** 2 * (z - alpha * self.mean) / (alpha ** 2 * self.std ** 2 + sigma ** 2)
+        return x, (z - alpha * x) / sigma
+
+    def end(self, z, t):
+        (a, s), (a_end, s_end) = self.levels(t), self.levels(self.t_end)
+        unit = (z - a * self.mean) / (a ** 2 * self.std ** 2 + s ** 2).sqrt()
+        return a_end * self.mean + unit * (a_end ** 2 * self.std ** 2 + s_end ** 2).sqrt()
+
+    def student(self, z, t):
+        return reflow.chord(z, self.end(z, t), self.levels(t), self.levels(self.t_end))
+
+    def velocity(self, z, z_end, t):
+        x, eps = reflow.chord(z, z_end, self.levels(t), self.levels(self.t_end))
+        return eps - x
+
+
+def times(count=65):
+    """Of the window (0.5, 1]: t at and below its start, and its two ends."""
+    t = torch.linspace(1, 0.51, count, dtype=torch.float64)
+    return t, torch.ones_like(t), torch.full_like(t, 0.5)
+
+
+@pytest.mark.parametrize("name", ["imitation", "flow-map"])
+def test_a_straight_teacher_is_a_fixed_point_of_every_target(name, schedule):
+    """All data in one point: every trajectory is straight, the teacher's own answer is the step over the window."""
+    flow, (t, t_start, t_end) = Flow(schedule, 0.7, 0.0), times()
+    z = torch.randn(len(t), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    begin = t_start if name == "imitation" else t
+    found = losses.TARGETS[name](flow.teacher, flow.teacher, schedule, z, t, t_start, t_end, 8)
+    assert torch.allclose(found, flow.end(z, begin), atol=1e-9)
+    assert torch.allclose(found, losses.noised(schedule, t_end, *flow.teacher(z, begin)), atol=1e-9)
+
+
+def test_the_exact_map_is_the_fixed_point_of_flow_map_to_second_order(schedule):
+    flow, (t, t_start, t_end) = Flow(schedule, 0.7, 0.4), times()
+    z = torch.randn(len(t), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = [(losses.flow_map(flow.teacher, flow.student, schedule, z, t, t_start, t_end, 8, d=d) - flow.end(z, t)).abs().amax(1)
+              for d in (0.02, 0.01)]
+    inside = (t < 0.95) & (t > 0.56)                       # at the window's two ends the difference has one side
+    assert errors[0][inside].max() < 2e-4 and (errors[0] / errors[1])[inside] == pytest.approx(4, rel=0.2)
+    assert errors[0].max() < 2e-3
+    off = losses.flow_map(flow.teacher, flow.teacher, schedule, z, t, t_start, t_end, 8) - flow.end(z, t)
+    assert off.abs().max() > 1e-2                           # the teacher's own answer is none
+
+
+def test_a_student_that_learns_flow_map_comes_to_the_exact_map(schedule):
+    """A student linear in z, whose factor is a polynomial in t, fitted again and again to the targets that it makes itself."""
+    flow, (t, t_start, t_end) = Flow(schedule, 0.0, 0.5), times()
+    z = torch.ones(len(t), 1, dtype=torch.float64)
+
+    def features(t):
+        return torch.stack([(4 * t - 3) ** k for k in range(5)], 1)
+
+    def fitted(z_end):
+        return torch.linalg.lstsq(features(t), flow.velocity(z, z_end, t)).solution
+
+    def student(z, t):
+        alpha, sigma = flow.levels(t)
+        u = features(t) @ weights * z
+        x = (z - sigma * u) / (alpha + sigma)
+        return x, x + u
+    exact, weights = flow.velocity(z, flow.end(z, t), t), fitted(losses.noised(schedule, t_end, *flow.teacher(z, t)))
+    assert (features(t) @ weights - exact).abs().max() > 0.05
+    for _ in range(60):
+        weights = weights + 0.1 * (fitted(losses.flow_map(flow.teacher, student, schedule, z, t, t_start, t_end, 8)) - weights)
+    assert (features(t) @ weights - exact).abs().max() < 2e-3
+
+
+def test_imitation_comes_to_the_mean_of_the_teachers_velocities_on_its_line(schedule):
+    """Data ~ N(0, std^2): with y = z / (alpha + sigma) and tau = sigma / (alpha + sigma) the teacher's velocity is k(tau) y, so that the
+    mean c of k (y_0 + (tau - tau_0) c) is known."""
+    flow, (t, t_start, t_end) = Flow(schedule, 0.0, 0.5), times()
+    z = torch.ones(len(t), 1, dtype=torch.float64)
+    alpha, sigma = flow.levels(t)
+    x, eps = flow.teacher(alpha + sigma, t)                 # at y = 1
+    k, tau, y = eps - x, sigma / (alpha + sigma), 1 / (alpha + sigma)[0]
+    c = (k * y).mean() / (1 - (k * (tau - tau[0])).mean())
+
+    def student(z, t):
+        alpha, sigma = flow.levels(t)
+        x = (z - sigma * u) / (alpha + sigma)
+        return x, x + u
+    u = torch.zeros(1, dtype=torch.float64)
+    for _ in range(40):
+        u = flow.velocity(z, losses.imitation(flow.teacher, student, schedule, z, t, t_start, t_end, 8), t_start).mean(0)
+    assert u.item() == pytest.approx(c.item(), abs=1e-9)
+    assert abs(u.item() - flow.velocity(z, flow.end(z, t_start), t_start)[0].item()) > 1e-3           # and that is not the exact step

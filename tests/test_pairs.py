@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_life import FLUX, SD3
 
+import losses
 import models
 import reflow
 import sampler
@@ -21,7 +22,7 @@ import teacher
 import train
 from models import architectures, conditions, load
 from models.conditions import drawn_captions
-from pairs import check_windows, couple
+from pairs import couple
 from runtime import cli, plan, seeds, store
 
 
@@ -159,7 +160,8 @@ def test_guidance_moves_the_teachers_pairs(make):
     assert not torch.allclose(ends(pairs, (0, 4), solver=solver)[4], ends(plain, (0, 4), solver=solver)[4], atol=1e-3)
 
 
-@pytest.mark.parametrize("changes", [dict(pairs="student", windows=[8, 4]), dict(recipe="lcm")], ids=["student", "consistency"])
+@pytest.mark.parametrize("changes", [dict(pairs="student", windows=[8, 4]), dict(recipe="lcm"), dict(recipe="imitation", windows=[4]),
+                                     dict(recipe="flow-map", windows=[4])], ids=["student", "consistency", "imitation", "flow-map"])
 def test_guidance_enters_a_chain_of_students_once(make, changes):
     """Teacher: eps 1 with text, 0 without, so 4 at guidance 4. Its ideal student says 4 by itself, and pairs from it have 4, not 16."""
     pairs, recipe, pipeline = make(guidance_teacher=4.0, text_dropout=0.0, **changes)
@@ -173,7 +175,7 @@ def test_guidance_enters_a_chain_of_students_once(make, changes):
     solver = models.as_model(pipeline)
     student = models.as_model(pipeline, path=reflow.PATHS[recipe.path], windows=8)
     solver.network, student.network = network(1.0), network(4.0)
-    for solving in (solver, student)[:1 if recipe.pairs == "consistency" else 2]:
+    for solving in (solver, student)[:1 if recipe.pairs in losses.TARGETS else 2]:
         (t, t_start, t_end), (z_start, z_end), _ = pairs.ends(pairs.fetch(range(6), 4), solving, 2, student)
         _, eps = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
         assert torch.allclose(eps, torch.full_like(eps, 4.0), atol=0.02)
@@ -411,13 +413,13 @@ def test_stock_schedulers_stop_at_every_boundary_of_the_windows_that_are_accepte
         exact = all([start == 1000 * t - 1 and start - 1000 // windows == 1000 * t_next - 1
                      for start, t, t_next in zip(steps, reflow.boundaries(windows), reflow.boundaries(windows)[1:])])
         if exact:
-            check_windows((windows,), schedule)
+            plan.check_windows((windows,), schedule)
         else:
             with pytest.raises(cli.UserError, match=f"--windows {windows}: does not divide the model's 1000 timesteps"):
-                check_windows((windows,), schedule)
-        check_windows((windows,), teacher.EDMSchedule(0.002, 80.0, 0.5))                 # has no timesteps
+                plan.check_windows((windows,), schedule)
+        plan.check_windows((windows,), teacher.EDMSchedule(0.002, 80.0, 0.5))                 # has no timesteps
     with pytest.raises(cli.UserError, match="--windows 16: .*; use for instance 10 or 20"):
-        check_windows((16, 8), schedule)
+        plan.check_windows((16, 8), schedule)
 
 
 def test_a_cache_of_other_prompts_text_or_size_is_refused(make, tmp_path):
@@ -459,6 +461,38 @@ def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):
     # the chord of these two ends is the student's belief itself
     x, _ = reflow.chord(z_start, z_end, *([v.float()[:, None, None, None] for v in pairs.schedule(edge)] for edge in (t_start, t_end)))
     assert torch.allclose(x, z_end, atol=1e-5)
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+def test_imitation_starts_from_the_students_own_steps_and_needs_no_image(make, tmp_path, windows):
+    (tmp_path / "prompts.txt").write_text("fox\ncat\n")
+    pairs, recipe, pipeline = make(recipe="imitation", windows=[windows], data="", prompts=str(tmp_path / "prompts.txt"), solver_steps=8)
+    student = models.as_model(pipeline, path=reflow.vp_path, windows=windows)
+    asked, real = [], student.network
+    student.network = lambda z, timestep, **cond: asked.append(timestep) or real(z, timestep, **cond)
+    batch = pairs.fetch(range(8), windows)
+    drawn, noise = batch["t"], batch["eps"]
+    assert batch.keys() == {"t", "t_start", "t_end", "eps", "captions"}
+    (t, t_start, t_end), (z_start, z_end), cond = pairs.ends(dict(batch), models.as_model(pipeline), 8, student)
+    assert torch.equal(t, t_start) and torch.equal(t, reflow.window_of(drawn, windows)[0]) and len(asked) == windows
+    for k in range(8):
+        one = {key: value[k:k + 1] for key, value in cond.items()}
+        steps = round((1 - t_start[k].item()) * windows)
+        with torch.no_grad():
+            z = sampler.ddim(student, noise[k:k + 1], sampler.time_grid(windows)[:steps + 1], one) if steps else noise[k:k + 1]
+            expected = losses.imitation(*[lambda z, t: student(z, t, one)] * 2, pairs.schedule, z, drawn[k:k + 1], t_start[k:k + 1],
+                                        t_end[k:k + 1], 8)
+        assert torch.allclose(z_start[k], z[0], atol=1e-4) and torch.allclose(z_end[k], expected[0], atol=1e-4)
+
+
+def test_flow_map_starts_from_a_noised_latent_where_the_student_is_asked(make):
+    pairs, recipe, pipeline = make(recipe="flow-map", windows=[2], solver_steps=8)
+    batch = pairs.fetch(range(6), 2)
+    drawn, latents = batch["t"], models.encode(pipeline, batch["images"])
+    student = models.as_model(pipeline, path=reflow.vp_path, windows=2)
+    (t, t_start, t_end), (z_start, z_end), cond = pairs.ends(dict(batch), models.as_model(pipeline), 8, student)
+    assert torch.equal(t, drawn) and torch.equal(t_start, drawn) and torch.equal(t_end, reflow.window_of(drawn, 2)[1])
+    assert torch.equal(z_start, losses.noised(pairs.schedule, t, latents, batch["eps"])) and z_end.isfinite().all()
 
 
 # ---- forward and projected pairs -----------------------------------------------------------------------------------

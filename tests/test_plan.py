@@ -27,7 +27,8 @@ def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path
 
 
 @pytest.mark.parametrize("changes", [slow(dict(pairs="data")), dict(pairs="student"), dict(pairs="consistency", windows=[1]),
-                                     dict(pairs="data", guidance_teacher=2.0, reuse=2, micro_batch=2), dict(guidance_teacher=2.0)], ids=str)
+                                     dict(pairs="data", guidance_teacher=2.0, reuse=2, micro_batch=2), dict(guidance_teacher=2.0),
+                                     dict(pairs="imitation", windows=[4, 1]), dict(pairs="flow-map", guidance_teacher=2.0, windows=[2])], ids=str)
 def test_the_evaluations_said_are_those_made(model, tmp_path, monkeypatch, changes):  # noqa: F811
     c, real, made = options(model, tmp_path, "cpu", updates=2, **changes), train.models.as_model, [0]
 
