@@ -47,8 +47,15 @@ def main(c):
         raise UserError(f"--results {c.results}: cannot be written ({error.strerror}); choose another "
                         "folder") from error
     for name in names:
-        start, lab.commands = time.time(), []
+        start, lab.commands, lab.records = time.time(), [], []
+        before = results / f"{name}.json"
+        if before.is_file():
+            seconds = json.loads(before.read_text())["seconds"]
+            print(f"{name}: took {seconds / 60:.0f} minutes when {before} was made, where nothing was ready")
         found = STUDIES[name](lab)
+        # plain DDIM beside every student
+        lab.measure([dict(folder=c.model, steps=steps)
+                     for steps in sorted({row["steps"] for row in lab.records})])
         figure = found.pop("figure")
         figure.savefig(results / f"{name}.png", dpi=DPI)
         plt.close(figure)
@@ -58,7 +65,7 @@ def main(c):
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
-                      runs=lab.commands, seconds=time.time() - start, **export.versions())
+                      rows=lab.records, runs=lab.commands, seconds=time.time() - start, **export.versions())
         store.write_atomically(results / f"{name}.json",
                                lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         store.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))

@@ -57,7 +57,7 @@ class Lab:
         self.free = queue.SimpleQueue()  # numbers of the workers (on CUDA: of the GPUs) without a job
         for i in range(self.workers):
             self.free.put(i)
-        self.commands = []                                  # of the study at hand
+        self.commands, self.records = [], []                # of the study at hand
 
     def updates(self, count, stages=1):
         """A budget of updates, scaled."""
@@ -138,7 +138,28 @@ class Lab:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     store.write_atomically(file, lambda part: part.write_text(json.dumps(row, indent=1)))
                     bar.update()
-        return [json.loads(file.read_text()) for file in files]
+        rows = [json.loads(file.read_text()) for file in files]
+        for request, row in zip(requests, rows):
+            record = self.record(request, row)
+            self.records += [record] * (record not in self.records)
+        return rows
+
+    def record(self, request, row):
+        """A measured row as a program reads it. evaluations: forwards of a network over all samples until
+        this student was there, a backward counted as two; samples, evaluations: 0 of the teacher.
+        edit: what was done to its velocities, if anything."""
+        file = Path(request["folder"]) / "reflow.json"
+        info = json.loads(file.read_text()) if file.is_file() else {}
+        settings, edit = info.get("config", {}), request.get("edit")
+        samples = info.get("updates", 0) * settings.get("batch", 0)
+        taken = {name: row.get(name) for name in ("windows", "steps", "solver", "guidance", "nfe", "fd",
+                                                  "fd_corrected", "fd_interval", "endpoint_error",
+                                                  "prompt_accuracy", "clip")}
+        method = row["method"] if info or row["steps"] == protocols.Config.teacher_steps else "ddim"
+        seeds = dict(training=settings.get("seed"), evaluation=request.get("seed", protocols.Config.seed))
+        return dict(method=method, recipe=info.get("recipe"), run=str(file.parent), **taken, seeds=seeds,
+                    samples=samples, evaluations=info.get("cost", {}).get("evaluations", 0) + 3 * samples,
+                    edit=edit and edit[0])
 
     def row_file(self, request):
         """Where a row is kept: named after everything it depends on."""

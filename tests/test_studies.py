@@ -278,12 +278,22 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_
     assert first["runs"] and first["runs"][0].startswith("python train.py --model") and first["commit"] and len(first["tables"][0][2]) == 2
     assert (tmp_path / "results" / "guidance.png").stat().st_size > 5000 and (tmp_path / "results" / "discrepancy.png").stat().st_size > 5000
     assert (tmp_path / "results" / "guidance.md").read_text() == results.markdown(first)
-    assert first["verdict"][0] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert first["verdict"][0] in out
+    rows = first["rows"]
+    assert {row["method"] for row in rows} == {"default", "ddim"} and {row["steps"] for row in rows if row["method"] == "ddim"} == {
+        row["steps"] for row in rows}
+    for row in rows:
+        of_student = row["method"] == "default"
+        assert row["fd_interval"][0] <= row["fd_corrected"] <= row["fd_interval"][1] and row["nfe"] == row["steps"] * (1 if row["guidance"] == 1 else 2)
+        assert row["seeds"] == dict(training=0 if of_student else None, evaluation=1_000_000) and row["recipe"] == ("default" if of_student else None)
+        assert (row["samples"] > 0) == of_student and row["evaluations"] >= 3 * row["samples"]
     monkeypatch.setattr(runner.Lab, "run", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: pytest.fail("measured again"))
     __main__.main(dataclasses.replace(c, study=["guidance"]))
     again = json.loads((tmp_path / "results" / "guidance.json").read_text())
-    assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"]
+    assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"] and again["rows"] == rows
+    assert re.search(r"guidance: took \d+ minutes when .*guidance.json was made", capsys.readouterr().out)
 
 
 def test_a_run_that_fails_names_itself_and_its_reason(lab, monkeypatch):
