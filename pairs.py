@@ -16,7 +16,7 @@ losses.py has them.
 A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to
 the noise that the teacher makes it from (forward, Simple ReFlow). A backward one has the true noise
 at its start, a forward one true data at its end; the other end is only as good as the teacher.
-Projected pairs replace that other end.
+--projection moves that other end towards true samples.
 
 Everything random about sample k comes from generators seeded with (seed, k), so that a sample is
 the same on one process or eight, at any micro-batch, before or after a resume.
@@ -127,7 +127,7 @@ class Pairs:
                                 functools.partial(solve_rows, solve, initial), 256, *self.processes,
                                 desc=f"teacher {name}", batch=c.micro_batch or c.batch)
             if recipe.projection:
-                made = {**settings, **self.pictures(), "projection": recipe.projection}
+                made = {**settings, **self.pictures(), "drift": recipe.projection}
                 rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
                                     functools.partial(self.project, rows, generated_end, true_samples),
                                     LARGE_BATCH, *self.processes, desc="projection")
@@ -135,26 +135,23 @@ class Pairs:
         return store.Joined(stores)
 
     def project(self, rows, generated_end, true_samples, numbers):
-        """Replace the generated end (0 or -1) of each cached trajectory by a true sample, drawn
-        from the entropic optimal transport between the generated ends of a large minibatch and
-        true_samples(numbers). The cost is the distance of the latents plus that of the conditions
+        """Move the generated end (0 or -1) of each cached trajectory, by the share --projection, down the
+        gradient of the Sinkhorn divergence between the generated ends of a large minibatch and
+        true_samples(numbers). Two samples are as far apart as their latents and their conditions are
         (classes: equal or not). Only the two ends are kept.
         Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is
         not public; this one is ours."""
-        row, cost = rows[numbers], 0
+        row = rows[numbers]
         path = row.pop("z")
         true = torch.cat([true_samples(numbers[i:i + 64]) for i in range(0, len(numbers), 64)]).cpu()
-        comparable = (value if value.is_floating_point() else torch.nn.functional.one_hot(value)
-                      for value in self.text(row["caption"].tolist()).values())
-        for a, b in ((path[:, generated_end], true), *((value, value) for value in comparable)):
-            distance = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).square()
-            cost = cost + distance / distance.mean().clamp_min(1e-12)
-        partner = couple(cost, self.recipe.projection,
-                         seeds.generator(self.c.seed, "projection", generated_end, numbers[0]))
+        told = 0
+        for value in self.text(row["caption"].tolist()).values():
+            value = value if value.is_floating_point() else torch.nn.functional.one_hot(value)
+            distance = torch.cdist(*[value.flatten(1).double()] * 2).square()
+            told = told + distance / distance.mean().clamp_min(1e-12)
         ends = [path[:, 0], path[:, -1]]
-        ends[generated_end] = true[partner]
-        if generated_end == -1:                            # a picture brings its own caption
-            row = {key: value[partner] for key, value in row.items()}
+        generated = ends[generated_end]
+        ends[generated_end] = generated + self.recipe.projection * drift(generated, true, told)
         return {"z": torch.stack(ends, 1), **row}
 
     def pictures(self):
@@ -303,17 +300,22 @@ class Pairs:
         return (t, t_start, t_end), (z_start, z_end), cond
 
 
-def couple(cost, entropy, generator):
-    """Entropic optimal transport between two sets of N equally likely points, by Sinkhorn's
-    iterations on logarithms, and of its plan one partner drawn for each point of the first set: on
-    average, each of the second is drawn once.
-    cost: (N, N); entropy > 0: its weight, in units of the mean cost; towards 0 the plan is a
-    permutation, for large values all partners are equally likely.  Returns: (N,), indices of the
-    second set."""
-    ot = extra(f"--projection {entropy}", "ot", "studies")
-    plan = torch.from_numpy(ot.sinkhorn([], [], (cost / cost.mean()).numpy(), entropy, method="sinkhorn_log",
-                                        warn=False))
-    return torch.multinomial(plan, 1, generator=generator)[:, 0]
+def drift(z, true, told=0, entropy=0.05):
+    """Minus half the gradient of the debiased Sinkhorn divergence between two sets of N equally likely
+    points, in those of the first: to where the entropic optimal transport takes each, less to where it
+    takes it within its own set. 0 between equal sets, the shift between a set and the same set shifted.
+    z, true: (N, ...); told: (N, N), added to their squared distance, which has mean 1;
+    entropy > 0: weight of the entropy, in the same units.  Returns: like z.
+    Source: Genevay et al. 2018; Feydy et al. 2019."""
+    ot = extra("--projection", "ot", "studies")
+    a, b = (points.flatten(1).double() for points in (z, true))
+    scale = torch.cdist(a, b).square().mean().clamp_min(1e-12)
+
+    def transported(other):
+        cost = torch.cdist(a, other).square() / scale + told
+        plan = torch.from_numpy(ot.sinkhorn([], [], cost.numpy(), entropy, method="sinkhorn_log", warn=False))
+        return plan @ other / plan.sum(1, keepdim=True)
+    return (transported(b) - transported(a)).view_as(z).to(z)
 
 
 def cache_folder(c):

@@ -238,8 +238,8 @@ class Recipe:
                                          # on the whole axis
     solver_steps: int = 32               # teacher's DDIM steps from t = 1, noise, to t = 0, data
     forward_rate: float = 0.0            # rho: share of trajectories that run from real data to noise
-    projection: float = 0.0              # entropy of the optimal transport that brings the pairs back on
-                                         # their marginals; 0 = leave them
+    projection: float = 0.0              # how far the generated ends are moved towards true samples, down
+                                         # the gradient of a Sinkhorn divergence; 0 = not at all, 1 = a step
     dropout: float = 0.0                 # of the student while it trains
     reuse: int = 1                       # times t drawn for each pair, in the same update
 
@@ -264,7 +264,7 @@ RECIPES = {
     # peers of 2025-26, as losses.py says; columns that their papers do not tell are ours
     "imitation": Recipe(stages=(1,), shares=(1,), pairs="imitation", time_law="uniform"),
     "flow-map": Recipe(stages=(1,), shares=(1,), pairs="flow-map", time_law="uniform"),
-    # no projection: ours undoes the coupling (docs/log.md)
+    # no projection: ours is not known to help (docs/log.md)
     "simple-reflow": Recipe(stages=(1,), shares=(1,), loss="high-pass", normalization="learned",
                             time_law="exponential", forward_rate=0.5),
 }

@@ -178,6 +178,7 @@ def resolve_recipe(c):
             ("time_base", recipe.time_base, 0 < recipe.time_base != 1,
              "above 0 and not 1; --time-law uniform is what it tends to at 1"),
             ("forward_rate", recipe.forward_rate, 0 <= recipe.forward_rate <= 1, "in [0, 1]"),
+            ("projection", recipe.projection, recipe.projection <= 1, "in [0, 1]"),
             ("dropout", recipe.dropout, 0 <= recipe.dropout < 1, "in [0, 1)")):
         if not good:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {range_}")

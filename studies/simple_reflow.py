@@ -23,7 +23,7 @@ ITEMS = {
     "high-pass loss": ("--loss mse", "--loss high-pass"),
     "smaller dropout": ("--dropout 0.13", "--dropout 0"),
     "forward pairs": ("--forward-rate 0", "--forward-rate 0.5"),
-    "projected pairs": ("--projection 0", "--projection 0.05"),
+    "projected pairs": ("--projection 0", "--projection 0.5"),
 }
 
 # the seventh item: how it is sampled, nine evaluations in five steps

@@ -173,6 +173,7 @@ BAD = [
     ("train.py --normalization lernt", "did you mean learned?"),
     ("train.py --dropout 1", "--dropout 1.0: must be in [0, 1)"),
     ("train.py --projection -1 --windows 1", "--projection -1.0: must be at least 0"),
+    ("train.py --projection 2 --windows 1", "--projection 2.0: must be in [0, 1]"),
     ("train.py --projection 0.1", "--projection 0.1: moves the two ends of whole trajectories; use --windows 1"),
     ("train.py --projection 0.1 --windows 1 --pairs data", "--projection 0.1: changes whole trajectories"),
     ("train.py --device cuda", "no CUDA device here; use --device cpu"),

@@ -7,7 +7,6 @@ import weakref
 import numpy as np
 import ot
 import pytest
-import scipy
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
@@ -22,7 +21,7 @@ import teacher
 import train
 from models import architectures, conditions, load
 from models.conditions import drawn_captions
-from pairs import couple
+from pairs import drift
 from runtime import cli, plan, seeds, store
 
 
@@ -339,7 +338,7 @@ def double(file):
 
 
 FORWARD = dict(forward_rate=0.5)
-PROJECTED = dict(forward_rate=0.5, projection=0.02, windows=[1])
+PROJECTED = dict(forward_rate=0.5, projection=0.5, windows=[1])
 LATENTS = dict(pairs="data", cache_latents=True)
 
 
@@ -535,44 +534,48 @@ def test_joined_rows_are_read_across_their_parts(make):
         rows[[6]]
 
 
-def test_couplings_have_both_marginals_and_tend_to_the_best_assignment(monkeypatch):
-    plans, sinkhorn = {}, ot.sinkhorn                       # one plan serves all the draws from it
-
-    def once(a, b, cost, entropy, **options):
-        key = entropy, cost.tobytes()
-        plans[key] = plans[key] if key in plans else sinkhorn(a, b, cost, entropy, **options)
-        return plans[key]
-    monkeypatch.setattr(ot, "sinkhorn", once)
+def test_the_drift_is_the_gradient_of_a_sinkhorn_divergence():
+    """0 between equal sets, the shift between shifted ones at any entropy, and minus half the gradient of POT's own divergence."""
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(24, 3, generator=generator).double(), torch.randn(24, 3, generator=generator).double()
-    cost = torch.cdist(a, b).square()
-    best = torch.as_tensor(scipy.optimize.linear_sum_assignment(cost.numpy())[1])
-    assert (couple(cost, 0.002, generator) == best).double().mean() > 0.9
-    assert torch.equal(couple(1 - torch.eye(24).double(), 0.001, generator), torch.arange(24))
-    def mean_cost(entropy):
-        return torch.stack([cost[torch.arange(24), couple(cost, entropy, generator)].mean() for _ in range(20)]).mean()
-    assert mean_cost(0.01) < mean_cost(0.3) < mean_cost(100.0) == pytest.approx(cost.mean().item(), rel=0.15)
-    often = torch.stack([couple(cost, 0.2, generator) for _ in range(200)]).flatten().bincount(minlength=24)
-    assert often.double().std() < 30 and (often / 200 - 1).abs().max() < 0.3              # each partner once, on average
+    a, b = torch.randn(24, 3, generator=generator).double(), 0.7 * torch.randn(24, 3, generator=generator).double() + 1
+    shift = torch.tensor([0.5, -1.0, 2.0]).double()
+    for entropy, close in ((0.05, 2e-3), (0.5, 1e-5)):      # what the iterations leave
+        assert drift(a, a.clone(), entropy=entropy).abs().max() < 1e-7
+        assert torch.allclose(drift(a, a + shift, entropy=entropy), shift.expand(24, 3), atol=close)
+    scale, told = torch.cdist(a, b).square().mean(), torch.rand(24, 24, generator=generator).double()
+    told = told + told.T
+
+    def divergence(points):
+        def cost(x, y):
+            return ((x[:, None] - y) ** 2).sum(-1) / scale + told
+
+        def transport(x, y):
+            weights = torch.full((24,), 1 / 24, dtype=torch.float64)
+            return ot.sinkhorn2(weights, weights, cost(x, y), 0.2, method="sinkhorn_log", stopThr=1e-13, numItermax=20000)
+        # of entropic transport, the cost plus the entropy of its plan: its gradient is the plan's barycenter
+        def whole(x, y):
+            weights = torch.full((24,), 1 / 24, dtype=torch.float64)
+            plan = ot.sinkhorn(weights, weights, cost(x, y).detach(), 0.2, method="sinkhorn_log", stopThr=1e-13, numItermax=20000)
+            return (plan * cost(x, y)).sum()
+        return whole(points, b) - whole(points, points.detach())
+    points = a.clone().requires_grad_()
+    gradient, = torch.autograd.grad(divergence(points), points)
+    assert torch.allclose(drift(a, b, told, 0.2), -gradient * 24 * scale / 2, atol=1e-4)
 
 
-def test_projected_pairs_take_their_wrong_end_from_the_true_marginal_and_keep_the_other(make):
+def test_projected_pairs_move_their_generated_end_and_keep_the_other(make):
     plain, *_ = make(forward_rate=0.5, windows=[1], text_dropout=0.0)
-    pairs, _, pipeline = make(forward_rate=0.5, windows=[1], projection=0.02, text_dropout=0.0)
+    pairs, _, pipeline = make(forward_rate=0.5, windows=[1], projection=0.5, text_dropout=0.0)
     before, after = plain.rows[range(6)], pairs.rows[range(6)]
-    assert after["z"].shape[1] == 2
-    latents = models.encode(pipeline, pairs.dataset.images(range(3), 32))
-    captions = torch.tensor(drawn_captions(pairs.c, pairs.dataset, range(3), "trajectory"))
-    assert torch.equal(after["z"][:3, 0], before["z"][:3, 0])                             # backward: the noise stays
-    for i in range(3):                                                                    # the data is real, and brings its caption
-        partner = (latents - after["z"][i, 1]).flatten(1).norm(dim=1).argmin()
-        assert torch.allclose(after["z"][i, 1], latents[partner], atol=1e-5)
-        assert after["caption"][i] == captions[partner]
-    assert torch.equal(after["z"][3:, 1], before["z"][3:, -1])                            # forward: the data stays
-    noises = pairs.noises(range(3))
-    for i in range(3, 6):
-        assert min((noise - after["z"][i, 0]).abs().max() for noise in noises) == 0
-        assert after["caption"][i] == before["caption"][i]
+    assert after["z"].shape[1] == 2 and torch.equal(after["caption"], before["caption"])
+    latents, noises = models.encode(pipeline, pairs.dataset.images(range(3), 32)), pairs.noises(range(3))
+    for kept, moved, rows, true in ((0, 1, slice(0, 3), latents), (1, 0, slice(3, 6), noises)):
+        ends = before["z"][rows][:, [0, -1]]
+        assert torch.equal(after["z"][rows, kept], ends[:, kept])                         # backward: the noise; forward: the data
+        told = pairs.text(before["caption"][rows].tolist())["encoder_hidden_states"].flatten(1).double()
+        told = torch.cdist(told, told).square()
+        expected = ends[:, moved] + 0.5 * drift(ends[:, moved], true, told / told.mean())
+        assert torch.allclose(after["z"][rows, moved], expected, atol=1e-5) and not torch.allclose(expected, ends[:, moved], atol=1e-3)
     # one window's ends are the two of them
     batch = pairs.fetch(range(20), 1)
     assert all(any(torch.equal(z, end) for end in after["z"][:, 1]) for z in batch["z_end"])
