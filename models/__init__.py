@@ -5,7 +5,7 @@ A family is a module with: NETWORK and CLASS (the component that is distilled an
 diffusers), TEXT_ENCODERS, LORA_LAYERS, FLOW, and the functions required, complete, check, blocks,
 forward, prompts, has_null, embed_guidance, encode_text, encode, decode, native_size,
 set_native_size, latent_geometry, as_student, stock_call, stock_notes, meta_condition.
-docs/extending.md says what each must do.
+docs/extending.md says what each must do, and which others it may have.
 """
 from models import dit, flux, pixart, pixel, sana, sd3, stable_diffusion, text, zimage
 from models.configs import is_flow, read_schedule
@@ -100,10 +100,14 @@ def encode_text(pipeline, prompts, batch=64, null="auto", size=None, device="cpu
     Warns of text beyond the encoder's length.
     Raises UserError on what the model cannot be conditioned on, and on an embedding that is not
     finite."""
-    module = family(pipeline)
-    if part is None:
+    module, names = family(pipeline), [part] if part else encoded_apart(pipeline)
+    if not names:
         return module.encode_text(pipeline, prompts, batch, null, size, device)
-    return text.encode(lambda texts: module.encode_part(pipeline, part, texts), prompts, batch, null, device)
+
+    def chunk(texts):
+        found = {name: module.encode_part(pipeline, name, texts) for name in names}
+        return found[part] if part else module.join(pipeline, found)
+    return text.encode(chunk, prompts, batch, null, device)
 
 
 def encoded_apart(pipeline):

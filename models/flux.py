@@ -1,6 +1,5 @@
-"""FLUX.1: FluxTransformer2DModel, flow matching over packed latents, T5 and a pooled CLIP embedding.
-FLUX.1-dev takes its guidance as an input, FLUX.1-schnell has it distilled in; neither has a null
-embedding."""
+"""FLUX.1: FluxTransformer2DModel, flow matching over packed latents, T5 and a pooled CLIP embedding. Dev
+takes its guidance as an input, schnell has it distilled in; neither has a null embedding."""
 import torch
 from diffusers import FluxTransformer2DModel
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -8,9 +7,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from models.configs import flow_match_euler
 from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
-from models.original import FLUX, as_transformer_file
-from models.text import encode as encode_prompts
-from models.text import warn_of_cut
+from models.original import FLUX, transformer_file
+from models.text import prompts, warn_of_cut  # noqa: F401  (a name of a family)
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", FluxTransformer2DModel
@@ -18,8 +16,8 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # every linear inside the blocks of both kinds
 LORA_LAYERS = (r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|"
                r"ff(_context)?\.net\.(0\.proj|2)|norm(1|1_context)?\.linear|proj_mlp|proj_out)")
-FLOW = True
-T5_TOKENS, GUIDANCE, SIDE = 512, 3.5, 128       # the stock pipeline's, with a picture of 128 x 128 latents
+FLOW, T5_TOKENS, GUIDANCE, SIDE = True, 512, 3.5, 128       # the stock pipeline's, with 128 x 128 latents
+single_file = transformer_file(FLUX)
 
 
 def required(pipeline):
@@ -58,10 +56,6 @@ def forward(transformer):
     return predict
 
 
-def prompts(pipeline):
-    return "text"
-
-
 def has_null(pipeline):
     return False
 
@@ -84,19 +78,12 @@ def encode_part(pipeline, name, texts):
 
 
 def join(pipeline, parts):
-    """parts: {text encoder: of encode_part}.  Returns: as encode_text."""
+    """parts: {text encoder: of encode_part}.  Returns: {"encoder_hidden_states": (N, 512, D),
+    "pooled_projections": (N, P)}, and with embedded guidance {"guidance": (N,)}."""
     whole = {**parts["text_encoder_2"], **parts["text_encoder"]}
     told = {} if not pipeline.transformer.config.guidance_embeds else dict(
         guidance=torch.full((len(whole["pooled_projections"]),), float(pipeline.embedded_guidance)))
     return {**whole, **told}
-
-
-def encode_text(pipeline, prompts, batch, null, size, device):
-    """{"encoder_hidden_states": (N, 512, D), "pooled_projections": (N, P)}, and with embedded guidance
-    {"guidance": (N,)}, float32."""
-    def chunk(texts):
-        return join(pipeline, {name: encode_part(pipeline, name, texts) for name in TEXT_ENCODERS})
-    return encode_prompts(chunk, prompts, batch, null, device)
 
 
 def native_size(pipeline):
@@ -111,11 +98,6 @@ def latent_geometry(pipeline):
 
 def set_native_size(pipeline, size):
     pipeline.default_sample_size = size // pipeline.vae_scale_factor
-
-
-def single_file(pipeline):
-    """The transformer in its original layout."""
-    return as_transformer_file(FLUX, pipeline.transformer)
 
 
 # ---- a student's pipeline ----------------------------------------------------------------------------------

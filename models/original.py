@@ -218,20 +218,21 @@ Z_IMAGE = (("", "", {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1
                      ".attention.norm_q": ".attention.q_norm", ".attention.norm_k": ".attention.k_norm"}),)
 
 
-def as_transformer_file(tables, transformer):
-    """A transformer as one file of its original layout.  Returns: as as_single_file.
+def transformer_file(tables):
+    """A family's single_file: its transformer in the original layout.
     Where diffusers' last modulations give scale and shift, theirs give shift and scale."""
-    given, pieces = transformer.state_dict(), {}
-    last = [name for name, part in transformer.named_modules() if isinstance(part, AdaLayerNormContinuous)]
-    for name, value in given.items():
-        if name.rpartition(".linear.")[0] in last:
-            value = torch.cat(value.chunk(2)[::-1])
-        ours, theirs, inside = next(table for table in tables if name.startswith(table[0]))
-        name = theirs + name.removeprefix(ours)
-        for here, there in inside.items():
-            if here in name:
-                name = name.replace(here, there)
-                break
-        pieces.setdefault(re.sub("<.>", "", name), {})[name] = value
-    return {f"model.diffusion_model.{name}": torch.cat([piece[key] for key in sorted(piece)])
-            if len(piece) > 1 else piece[name] for name, piece in pieces.items()}, {}
+    def single_file(pipeline):
+        transformer, pieces = pipeline.transformer, {}
+        last = [name for name, part in transformer.named_modules()
+                if isinstance(part, AdaLayerNormContinuous)]
+        for name, value in transformer.state_dict().items():
+            if name.rpartition(".linear.")[0] in last:
+                value = torch.cat(value.chunk(2)[::-1])
+            ours, theirs, inside = next(table for table in tables if name.startswith(table[0]))
+            name = theirs + name.removeprefix(ours)
+            here = next((here for here in inside if here in name), None)
+            name = name.replace(here, inside[here]) if here else name
+            pieces.setdefault(re.sub("<.>", "", name), {})[name] = value
+        return {f"model.diffusion_model.{name}": torch.cat([piece[key] for key in sorted(piece)])
+                if len(piece) > 1 else piece[name] for name, piece in pieces.items()}, {}
+    return single_file

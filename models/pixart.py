@@ -5,7 +5,7 @@ from diffusers import PixArtTransformer2DModel
 
 from models.configs import check_variance, trailing_ddim
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
-from models.text import check_width, warn_of_cut
+from models.text import check_width, has_null, prompts, warn_of_cut  # noqa: F401  (two names of a family)
 from models.text import encode as encode_prompts
 from runtime.cli import UserError
 
@@ -49,19 +49,11 @@ def forward(transformer):
     return predict
 
 
-def prompts(pipeline):
-    return "text"
-
-
-def has_null(pipeline):
-    return True
-
-
 def embed_guidance(pipeline, guidance):
     return guidance
 
 
-def encode_text(pipeline, prompts, batch, null, size, device):
+def encode_text(pipeline, texts, batch, null, size, device):
     """{"encoder_hidden_states": (N, L, D), "encoder_attention_mask": (N, L)}; where the network is told
     the size also {"resolution": (N, 2), "aspect_ratio": (N, 1)}."""
     def chunk(texts):
@@ -70,7 +62,7 @@ def encode_text(pipeline, prompts, batch, null, size, device):
                                                   clean_caption=True)
         warn_of_cut(pipeline.tokenizer, texts, mask.shape[1])
         return dict(encoder_hidden_states=states, encoder_attention_mask=mask)
-    table = encode_prompts(chunk, prompts, batch, null, device)
+    table = encode_prompts(chunk, texts, batch, null, device)
     if pipeline.transformer.use_additional_conditions:
         height, width = native_size(pipeline) if size is None else size
         for name, value in (("resolution", [height, width]), ("aspect_ratio", [height / width])):

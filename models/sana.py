@@ -7,7 +7,7 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 
 from models.configs import check_variance, flow_map_euler
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
-from models.text import check_width, warn_of_cut
+from models.text import check_width, has_null, prompts, warn_of_cut  # noqa: F401  (two names of a family)
 from models.text import encode as encode_prompts
 from runtime.cli import UserError
 
@@ -51,20 +51,12 @@ def forward(transformer):
     return predict
 
 
-def prompts(pipeline):
-    return "text"
-
-
-def has_null(pipeline):
-    return True
-
-
 def embed_guidance(pipeline, guidance):
     """Nothing of it: what is not 1 is classifier-free guidance."""
     return guidance
 
 
-def encode_text(pipeline, prompts, batch, null, size, device):
+def encode_text(pipeline, texts, batch, null, size, device):
     """{"encoder_hidden_states": (N, L, D), "encoder_attention_mask": (N, L)}. A prompt follows the stock
     pipeline's instruction, of which only the first token is kept; the null embedding, of "", does
     not."""
@@ -79,7 +71,7 @@ def encode_text(pipeline, prompts, batch, null, size, device):
         if empty:
             states[empty], mask[empty] = encoded([""], None)
         return dict(encoder_hidden_states=states, encoder_attention_mask=mask)
-    return encode_prompts(chunk, prompts, batch, null, device)
+    return encode_prompts(chunk, texts, batch, null, device)
 
 
 def native_size(pipeline):

@@ -6,9 +6,8 @@ from torch.nn.functional import pad
 
 from models.configs import flow_map_euler
 from models.latents import complete, decode, encode  # noqa: F401  (three names of a family)
-from models.original import SD3, as_transformer_file
-from models.text import encode as encode_prompts
-from models.text import warn_of_cut
+from models.original import SD3, transformer_file
+from models.text import has_null, prompts, warn_of_cut  # noqa: F401  (two names of a family)
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", SD3Transformer2DModel
@@ -18,6 +17,7 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "
                "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear",
                "norm1_context.linear"]
 FLOW = True
+single_file = transformer_file(SD3)
 T5_TOKENS = 256                 # as the stock pipeline has it, also of the zeros without T5
 
 
@@ -47,14 +47,6 @@ def forward(transformer):
     return predict
 
 
-def prompts(pipeline):
-    return "text"
-
-
-def has_null(pipeline):
-    return True
-
-
 def embed_guidance(pipeline, guidance):
     """Nothing of it: what is not 1 is classifier-free guidance."""
     return guidance
@@ -74,21 +66,14 @@ def encode_part(pipeline, name, texts):
 
 
 def join(pipeline, parts):
-    """parts: {text encoder: of encode_part}.  Returns: as encode_text."""
+    """parts: {text encoder: of encode_part}.
+    Returns: {"encoder_hidden_states": (N, 77 + 256, D), "pooled_projections": (N, P)}."""
     first, second = parts["text_encoder"], parts["text_encoder_2"]
     clip = torch.cat([first["states"], second["states"]], -1)
     wide = pipeline.transformer.config.joint_attention_dim
     t5 = parts.get("text_encoder_3", dict(states=clip.new_zeros(len(clip), T5_TOKENS, wide)))["states"]
     return dict(encoder_hidden_states=torch.cat([pad(clip, (0, wide - clip.shape[-1])), t5], 1),
                 pooled_projections=torch.cat([first["pooled"], second["pooled"]], -1))
-
-
-def encode_text(pipeline, prompts, batch, null, size, device):
-    """{"encoder_hidden_states": (N, 77 + 256, D), "pooled_projections": (N, P)}, float32."""
-    def chunk(texts):
-        return join(pipeline, {name: encode_part(pipeline, name, texts) for name in TEXT_ENCODERS
-                               if getattr(pipeline, name) is not None})
-    return encode_prompts(chunk, prompts, batch, null, device)
 
 
 def native_size(pipeline):
@@ -107,11 +92,6 @@ def set_native_size(pipeline, size):
         raise UserError(f"--size {size}: this model knows positions up to "
                         f"{c.patch_size * c.pos_embed_max_size * pipeline.vae_scale_factor} pixels")
     pipeline.transformer.register_to_config(sample_size=side)       # its positions are in its weights
-
-
-def single_file(pipeline):
-    """The transformer in its original layout."""
-    return as_transformer_file(SD3, pipeline.transformer)
 
 
 # ---- a student's pipeline ----------------------------------------------------------------------------------

@@ -40,3 +40,14 @@ def check_width(pipeline):
     if encoder is not None and encoder.config.hidden_size != wide:
         raise UserError(f"its text_encoder gives {encoder.config.hidden_size} channels, and its transformer "
                         f"takes {wide} (caption_channels); give the text encoder that it was trained with")
+
+
+# ---- two answers that most families give ------------------------------------------------------------------
+
+
+def prompts(pipeline):
+    return "text"
+
+
+def has_null(pipeline):
+    return True

@@ -6,9 +6,9 @@ from diffusers import ZImageTransformer2DModel
 from models.configs import flow_match_euler
 from models.latents import complete as complete_autoencoder
 from models.latents import decode, encode  # noqa: F401  (two names of a family)
-from models.original import Z_IMAGE, as_transformer_file
+from models.original import Z_IMAGE, transformer_file
 from models.text import encode as encode_prompts
-from models.text import warn_of_cut
+from models.text import has_null, prompts, warn_of_cut  # noqa: F401  (two names of a family)
 from runtime.cli import UserError
 
 NETWORK, CLASS = "transformer", ZImageTransformer2DModel
@@ -17,6 +17,7 @@ TEXT_ENCODERS = ("text_encoder",)
 LORA_LAYERS = (r"(noise_refiner|context_refiner|layers)\.\d+\."
                r"(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)")
 FLOW = True
+single_file = transformer_file(Z_IMAGE)
 TOKENS, PIXELS = 512, 1024      # the stock pipeline's
 
 
@@ -54,20 +55,12 @@ def forward(transformer):
     return predict
 
 
-def prompts(pipeline):
-    return "text"
-
-
-def has_null(pipeline):
-    return True
-
-
 def embed_guidance(pipeline, guidance):
     """Nothing of it: what is not 1 is classifier-free guidance."""
     return guidance
 
 
-def encode_text(pipeline, prompts, batch, null, size, device):
+def encode_text(pipeline, texts, batch, null, size, device):
     """{"cap_feats": (N, 512, D) float32, zeros beyond the prompt, "cap_lengths": (N,) int64}."""
     def chunk(texts):
         warn_of_cut(pipeline.tokenizer, texts, TOKENS)
@@ -75,7 +68,7 @@ def encode_text(pipeline, prompts, batch, null, size, device):
                                           do_classifier_free_guidance=False, max_sequence_length=TOKENS)
         padded = [torch.nn.functional.pad(feats, (0, 0, 0, TOKENS - len(feats))) for feats in found]
         return dict(cap_feats=torch.stack(padded), cap_lengths=torch.tensor([len(feats) for feats in found]))
-    return encode_prompts(chunk, prompts, batch, null, device)
+    return encode_prompts(chunk, texts, batch, null, device)
 
 
 def native_size(pipeline):
@@ -89,11 +82,6 @@ def latent_geometry(pipeline):
 
 def set_native_size(pipeline, size):
     pipeline.native_size = size
-
-
-def single_file(pipeline):
-    """The transformer in its original layout."""
-    return as_transformer_file(Z_IMAGE, pipeline.transformer)
 
 
 # ---- a student's pipeline ----------------------------------------------------------------------------------
