@@ -47,7 +47,7 @@ def students(teachers, tmp_path_factory):
         key = (family, *sorted(changes.items()))
         if key not in made:
             out = tmp_path_factory.mktemp(family)
-            train.main(small(teachers[family], out, **{**dict(lr=1e-3, updates=8, windows=None if "recipe" in changes else [4, 2, 1]), **changes}))
+            train.main(small(teachers[family], out, **{**dict(lr=1e-3, updates=4, windows=None if "recipe" in changes else [4, 2, 1]), **changes}))
             made[key] = out
         return made[key]
     return run
