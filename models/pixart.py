@@ -66,7 +66,7 @@ def encode_text(pipeline, texts, batch, null, size, device):
     if pipeline.transformer.use_additional_conditions:
         height, width = native_size(pipeline) if size is None else size
         for name, value in (("resolution", [height, width]), ("aspect_ratio", [height / width])):
-            table[name] = torch.tensor([value]).float().repeat(len(prompts), 1).to(device)
+            table[name] = torch.tensor([value]).float().repeat(len(texts), 1).to(device)
     return table
 
 

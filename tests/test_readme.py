@@ -142,7 +142,7 @@ def test_every_line_of_a_card_that_samples_runs_in_the_default_dtype(tmp_path, n
 def test_the_lower_bounds_are_the_versions_that_make_test_lowest_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    bounds = dict(line.split(">=") for line in sum((extras[name] for name in ("lora", "data", "studies", "test")), project["dependencies"]))
+    bounds = dict(line.split(">=") for line in sum((extras[name] for name in ("lora", "data", "studies", "onnx", "test")), project["dependencies"]))
     pins = dict(line.split("==") for line in (ROOT / "requirements-lowest.txt").read_text().splitlines() if not line.startswith("#"))
     assert {name: pins[name] for name in bounds} == bounds and set(pins) - set(bounds) == {"pyarrow"}
 
@@ -271,6 +271,7 @@ def test_what_a_network_family_has_is_what_extending_says():
     optional = set.union(*(names for names, what in rows if what.startswith("optional: ")))
     assert {function for _, function, _ in export.FILES.values()} < optional
     assert all(any(hasattr(module, name) for module in models.FAMILIES) for name in optional)
+    assert all(hasattr(module, "encode_text") != (hasattr(module, "encode_part") and hasattr(module, "join")) for module in models.FAMILIES)
     missing = [(module.__name__, name) for module in models.FAMILIES for name in named - optional if not hasattr(module, name)]
     shared = set.intersection(*({name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
                                 for module in models.FAMILIES))
