@@ -251,7 +251,7 @@ def test_a_missing_text_encoder_is_named_in_one_line(transformers, tmp_path, nam
         load.load_pipeline(str(folder))
 
 
-# as published: tensors of the transformer's file
+# tensors of the transformer's file
 TRANSFORMERS = {"sd3": 491, "sd35-medium": 665, "sd35": 923, "flux": 780, "flux-schnell": 776, "zimage": 453}
 CONVERT = {"sd3": readers.convert_sd3_transformer_checkpoint_to_diffusers, "flux": readers.convert_flux_transformer_checkpoint_to_diffusers,
            "zimage": readers.convert_z_image_transformer_checkpoint_to_diffusers}
