@@ -414,8 +414,8 @@ class FileConfig:
     dtype: str = "fp16"              # of its tensors: fp16, bf16 or fp32
 
 
-def open_student(c, holds_text=lambda pipeline: False):
-    """holds_text: whether the file to write holds the text encoders, which are loaded then.
+def open_student(c, whole=False):
+    """whole: for a file that holds the text encoders where its family's do: they are loaded then.
     Raises UserError.  Returns: (file to write, pipeline, adapters, reflow.json, dtype)."""
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
@@ -424,8 +424,9 @@ def open_student(c, holds_text=lambda pipeline: False):
     if Path(c.out).exists():
         raise UserError(f"OUT {c.out}: exists already; choose another")
     layers = adapters(trained_weights(folder, lora=True)) if (folder / LORA_FILE).is_file() else {}
-    empty = () if holds_text(load.load_pipeline(c.folder, empty=models.NETWORKS)) else models.TEXT_ENCODERS
-    return Path(c.out), load.load_pipeline(c.folder, empty=empty), layers, info, dtype
+    needed = whole and models.file_holds_text(load.load_pipeline(c.folder, empty=models.NETWORKS))
+    pipeline = load.load_pipeline(c.folder, empty=() if needed else models.TEXT_ENCODERS)
+    return Path(c.out), pipeline, layers, info, dtype
 
 
 def export_kohya(c):
@@ -439,7 +440,7 @@ def export_single_file(c):
     """A whole student, text encoders and autoencoder included, in one file of the original layout
     (Stable Diffusion 1.x, 2.x, XL), or its transformer alone (SD3, FLUX.1, Z-Image), for ComfyUI, Forge and
     other web UIs."""
-    file, *_ = opened = open_student(c, models.file_holds_text)
+    file, *_ = opened = open_student(c, whole=True)
     write_single_file(*opened)
     print(f"{file}: {file.stat().st_size / 1e9:.2f} GB")
 

@@ -173,9 +173,14 @@ NORMALIZATIONS = {"none": lambda value, predict: value,
 # the function names; times: float64 (B,); steps: of the teacher from t = 1 to 0.  Returns: z_end, like z.
 
 
+def levels(schedule, t, z):
+    """(alpha_t, sigma_t), (B, 1, ...) like z."""
+    return [c.view(-1, *[1] * (z.ndim - 1)).to(z.dtype).to(z.device) for c in schedule(t)]
+
+
 def noised(schedule, t, x, eps):
     """alpha_t x + sigma_t eps.  x, eps: (B, ...)."""
-    alpha, sigma = (c.view(-1, *[1] * (x.ndim - 1)).to(x.dtype).to(x.device) for c in schedule(t))
+    alpha, sigma = levels(schedule, t, x)
     return alpha * x + sigma * eps
 
 
@@ -218,7 +223,7 @@ def flow_map(teacher, student, schedule, z, t, t_start, t_end, steps, d=0.005):
 
 def carried(schedule, z, t, t_end, u):
     """Where the constant flow velocity u = eps - x carries z from t to t_end."""
-    alpha, sigma = (c.view(-1, *[1] * (z.ndim - 1)).to(z.dtype).to(z.device) for c in schedule(t))
+    alpha, sigma = levels(schedule, t, z)
     x = (z - sigma * u) / (alpha + sigma)
     return noised(schedule, t_end, x, x + u)
 

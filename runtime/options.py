@@ -215,8 +215,10 @@ def check_pieces(c, recipe):
     if recipe.projection and recipe.stages != (1,):
         raise UserError(f"--projection {recipe.projection}: moves the two ends of whole trajectories; use "
                         "--windows 1, or set it to 0")
-    if recipe.pairs in losses.TARGETS:                     # of consistency, each runs straight to the data
-        right = dict(path="vp", reuse=1, **dict(stages=(1,)) if recipe.pairs == "consistency" else {})
+    if recipe.pairs in losses.TARGETS:
+        right = dict(path="vp", reuse=1)
+        if recipe.pairs == "consistency":                  # whose pairs run straight to the data
+            right["stages"] = (1,)
         for column, value in right.items():
             if getattr(recipe, column) != value:
                 option = {"stages": "windows"}.get(column, column)

@@ -51,7 +51,8 @@ def main(c):
         before = results / f"{name}.json"
         if before.is_file():
             seconds = json.loads(before.read_text())["seconds"]
-            print(f"{name}: took {seconds / 60:.0f} minutes when {before} was made, where nothing was ready")
+            print(f"{name}: took {seconds / 60:.0f} minutes when {before} was made, less what was "
+                  "ready")
         found = STUDIES[name](lab)
         # plain DDIM beside every student
         lab.measure([dict(folder=c.model, steps=steps)

@@ -155,8 +155,9 @@ class Lab:
         taken = {name: row.get(name) for name in ("windows", "steps", "solver", "guidance", "nfe", "fd",
                                                   "fd_corrected", "fd_interval", "endpoint_error",
                                                   "prompt_accuracy", "clip")}
-        method = row["method"] if info or row["steps"] == protocols.Config.teacher_steps else "ddim"
+        plain = not info and row["steps"] != protocols.Config.teacher_steps and row["solver"] == "ddim"
         seeds = dict(training=settings.get("seed"), evaluation=request.get("seed", protocols.Config.seed))
+        method = "ddim" if plain else row["method"]
         return dict(method=method, recipe=info.get("recipe"), run=str(file.parent), **taken, seeds=seeds,
                     samples=samples, evaluations=info.get("cost", {}).get("evaluations", 0) + 3 * samples,
                     edit=edit and edit[0])

@@ -549,9 +549,6 @@ def test_the_drift_is_the_gradient_of_a_sinkhorn_divergence():
         def cost(x, y):
             return ((x[:, None] - y) ** 2).sum(-1) / scale + told
 
-        def transport(x, y):
-            weights = torch.full((24,), 1 / 24, dtype=torch.float64)
-            return ot.sinkhorn2(weights, weights, cost(x, y), 0.2, method="sinkhorn_log", stopThr=1e-13, numItermax=20000)
         # of entropic transport, the cost plus the entropy of its plan: its gradient is the plan's barycenter
         def whole(x, y):
             weights = torch.full((24,), 1 / 24, dtype=torch.float64)
