@@ -137,13 +137,14 @@ def uniform(u, windows):
     return 1 - u
 
 
-def starts(u, windows):
-    """Half of the draws uniform, half exactly at the start of a uniform window.
+def starts(u, windows, share=0.5):
+    """A share of the draws exactly at the start of a uniform window, the rest uniform.
     The student's target jumps at each boundary, from one window's chord to the next one's, and a
     sampler with one step per window evaluates it exactly there: a network that is smooth in t must
     learn which side counts."""
-    t = 1 - (2 * u) % 1
-    return torch.where(u < 0.5, window_of(t, windows)[0], t)
+    at_start = u < share
+    t = (1 - torch.where(at_start, u / share, (u - share) / (1 - share))).clamp_min(2 ** -53)
+    return torch.where(at_start, window_of(t, windows)[0], t)
 
 
 def exponential(u, windows, base=10.0):
@@ -199,6 +200,8 @@ def draw_times(recipe, u, windows, schedule):
     With time_inside, every law is one of the place within the window, and all windows are equally
     likely."""
     law, cumulative = TIME_LAWS[recipe.time_law], CUMULATIVE.get(recipe.time_law)
+    if recipe.time_law == "starts":
+        law = functools.partial(law, share=recipe.starts_share)
     if recipe.time_law == "exponential":
         law, cumulative = (functools.partial(each, base=recipe.time_base) for each in (law, cumulative))
     if recipe.time_inside:
@@ -233,6 +236,7 @@ class Recipe:
     direction_space: str = "u"           # what that cosine compares, a row of SPACES, as space
     time_law: str = "starts"             # a row of TIME_LAWS: uniform, starts, exponential, cosh or
                                          # log-normal
+    starts_share: float = 0.5            # of the law `starts`: of all draws, those at the starts themselves
     time_base: float = 10.0              # of the exponential law; above 0 and not 1
     time_inside: bool = False            # the law inside each window, all windows equally often, instead of
                                          # on the whole axis

@@ -175,6 +175,7 @@ def resolve_recipe(c):
             ("high_pass_weight", recipe.high_pass_weight, recipe.high_pass_weight > -1,
              "above -1, or the loss is blind to some frequencies"),
             ("high_pass_radius", recipe.high_pass_radius, 0 <= recipe.high_pass_radius <= 1, "in [0, 1]"),
+            ("starts_share", recipe.starts_share, 0 <= recipe.starts_share <= 1, "in [0, 1]"),
             ("time_base", recipe.time_base, 0 < recipe.time_base != 1,
              "above 0 and not 1; --time-law uniform is what it tends to at 1"),
             ("forward_rate", recipe.forward_rate, 0 <= recipe.forward_rate <= 1, "in [0, 1]"),
@@ -236,6 +237,7 @@ def check_pieces(c, recipe):
                             "the state over the processes; leave out one of them")
     for option, read, owner in (("ema_device", c.ema > 0, "--ema above 0"),
                                 ("time_base", recipe.time_law == "exponential", "--time-law exponential"),
+                                ("starts_share", recipe.time_law == "starts", "--time-law starts"),
                                 ("high_pass_weight", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("high_pass_radius", recipe.loss == "high-pass", "--loss high-pass"),
                                 ("direction_space", recipe.direction_weight > 0,

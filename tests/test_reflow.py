@@ -112,16 +112,25 @@ def test_uniform_time_law_stays_in_the_half_open_interval():
     assert t.tolist() == [1, 0.5, 2 ** -53]
 
 
-@pytest.mark.parametrize("windows", [1, 2, 8])
-def test_starts_time_law_is_half_uniform_and_half_on_the_starts(windows):
-    t = reflow.starts(torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64), windows)
+@pytest.mark.parametrize("windows, share", [(1, 0.5), (2, 0.5), (8, 0.5), (4, 0.9), (4, 0.2)])
+def test_starts_time_law_is_on_the_starts_at_its_share_and_uniform_elsewhere(windows, share):
+    u = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = reflow.draw_times(reflow.Recipe(starts_share=share), u, windows, SCHEDULES["sd"])
     on_start = (t == reflow.window_of(t, windows)[0])
-    assert on_start.double().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert on_start.double().mean().item() == pytest.approx(share, abs=0.01)
     for start in reflow.boundaries(windows)[:-1]:
-        assert (t == start).double().mean().item() == pytest.approx(0.5 / windows, abs=0.01)
+        assert (t == start).double().mean().item() == pytest.approx(share / windows, abs=0.01)
     rest = t[~on_start].sort().values
     uniform = torch.linspace(0, 1, len(rest), dtype=torch.float64)
     assert (rest - uniform).abs().max() < 0.02 and 0 < t.min() and t.max() == 1                  # Kolmogorov-Smirnov distance
+
+
+def test_the_starts_law_ends_in_the_uniform_law_and_in_the_starts_alone():
+    u = torch.tensor([0.0, 0.3, 0.7, 1 - 2 ** -53], dtype=torch.float64)
+    assert torch.equal(reflow.starts(u, 4, 0.0), reflow.uniform(u, 4))
+    assert torch.equal(reflow.starts(u, 4, 1.0), reflow.window_of(reflow.uniform(u, 4), 4)[0])
+    for share in (0.0, 0.1, 0.3, 0.7, 1.0):                                               # never at 0, whatever is rounded
+        assert reflow.starts(u, 4, share).min() > 0
 
 
 def cumulative(density, points=200_001):
