@@ -56,15 +56,18 @@ def main(c):
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their "
                         "runs one by one")
-    c, _ = protocols.resolve(dataclasses.replace(c, teacher=c.teacher or names.pop()))
+    c = dataclasses.replace(c, teacher=c.teacher or names.pop())
+    protocols.resolve(c)                                       # for its errors, before anything is opened
     # one teacher is measured for all
-    for key in {"model_config", "random_init", "null_text", *["size"] * (c.size is None)}:
+    for key in {"model_config", "random_init", "null_text", *["size"] * (c.size is None),
+                *["guidance_teacher", "guidance_range"] * (c.guidance is None)}:
         values = {str(saved.settings(info)[key]) for info in infos}
         if len(values) > 1:
             raise UserError(f"{run}: students of runs with several --{key.replace('_', '-')} "
                             f"({', '.join(sorted(values))}); evaluate them one by one")
     rank, world, _, barrier = processes.start_processes(SimpleNamespace(device=c.device, shard=False))
     evaluator = measuring.Evaluator(c, rank, world, barrier, infos[0])
+    c = evaluator.c
 
     # rows: (method, windows, steps, folder, solver, run)
     plan = [("teacher", None, c.teacher_steps, c.teacher, "ddim", "")]
@@ -76,7 +79,8 @@ def main(c):
     if rank == 0:
         about = {str(file.parent): info for file, info in zip(students, infos)}
         for _, _, steps, folder, _, _ in found:
-            for doubt in saved.doubts(folder, about[folder], (), steps, 1 if c.guide else c.guidance):
+            guidance = 1 if c.guide else evaluator.guidance(folder)
+            for doubt in saved.doubts(folder, about[folder], (), steps, guidance):
                 print(f"warning: {doubt}", file=sys.stderr)
     for _, _, steps, folder, solver, _ in plan:
         evaluator.features(folder, steps, solver)
@@ -153,7 +157,9 @@ def table(result, brief=False):
               f"{fd}: Frechet distance on {protocol['features']}{' (not FID)' * (fd == 'FD')}, {bias}; "
               f"N = {protocol['n']} against {protocol['real']} real images; seeds {protocol['seeds'][0]} to "
               f"{protocol['seeds'][1]}; guidance {protocol['guidance']:g}"
-              + (f" by {protocol['guide']}" if "guide" in protocol else "") +
+              + (f" by {protocol['guide']}" if "guide" in protocol else "")
+              + ", 1 for students that have learned theirs" * any(
+                  row.get("guidance") == 1 != protocol["guidance"] for row in rows if row["windows"]) +
               f"; {protocol['solver']}. Commit {protocol['commit']}."]
     lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol and not brief else []
     return "\n".join(lines) + "\n"
@@ -178,7 +184,8 @@ def picture(evaluator, plan, file, least=96):
         pipeline, model, info = evaluator.open(folder)
         solve, spacing = sampler.parse_solver(solver)
         times = sampler.time_grid(steps, info.get("windows", 1), spacing, model.schedule)
-        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, c.guidance, c.batch,
+        guidance = evaluator.guidance(folder)
+        z = sampler.generate(pipeline, model, prompts, range(len(prompts)), times, guidance, c.batch,
                              size=c.size, solver=solve)
         drawn = imaging.to_pil(models.decode(pipeline, z),
                                -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))

@@ -1,5 +1,6 @@
 """One protocol, any number of models: images and trajectories generated once, kept as rows, and the
 numbers made of them."""
+import dataclasses
 import functools
 import math
 import re
@@ -66,6 +67,7 @@ class Evaluator:
     Raises UserError."""
 
     def __init__(self, c, rank=0, world=1, barrier=lambda: None, student=None):
+        learned = saved.learned_guidance(student or {}) if c.guidance is None else []
         self.c, self.protocol = c, protocol = protocols.resolve(c)
         self.student = student
         self.processes, self.device = (rank, world, barrier), processes.pick_device(c.device)
@@ -108,6 +110,9 @@ class Evaluator:
                           lambda part, name: self.look(reference(part), part, name), SHARD)[range(c.real)]
         self.reference = {key: value.to(self.device) for key, value in rows.items()}
         self.read, self.opened = {}, (None, None)
+        if learned:
+            self.c = c = dataclasses.replace(c, guidance=models.embed_guidance(
+                self.open(c.teacher)[0], sum(learned) / len(learned)))
         self.teacher_path = self.path()
         self.teacher_rows = self.features(c.teacher, c.teacher_steps)
 
@@ -178,6 +183,11 @@ class Evaluator:
                     seed=c.seed, prompts=store.digest(*self.prompts[:count]),
                     **({"guide": self.about(c.guide)[1]} if c.guide else {}))
 
+    def guidance(self, folder):
+        """What a model is called at: --guidance, or 1 where it has learned its own, on top of which
+        another would come."""
+        return 1.0 if saved.learned_guidance(self.about(str(folder))[0]) else self.c.guidance
+
     def generate(self, folder, part, steps, solver, guidance, edit, callback=None):
         """Images by number.  Returns: (latents (N, C, h, w), the model as CountingModel)."""
         pipeline, model, info = self.open(folder)
@@ -205,7 +215,8 @@ class Evaluator:
     def features(self, folder, steps, solver="ddim", guidance=None, edit=None):
         """Features of a model's images, (dim,) each, and what an image cost: seconds, evaluations
         of the network.  Returns: data.Rows."""
-        c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
+        c, folder = self.c, str(folder)
+        guidance = self.guidance(folder) if guidance is None else guidance
 
         def solve(part, name):
             pipeline, start = self.open(folder)[0], time.perf_counter()
@@ -222,7 +233,8 @@ class Evaluator:
         error in K windows, (K,) each, the mean of their batch. K is the student's;
         for a teacher, what its steps have in common with 8. There is no chord error where the
         teacher's steps do not stop at every boundary.  Returns: data.Rows."""
-        c, folder, guidance = self.c, str(folder), self.c.guidance if guidance is None else guidance
+        c, folder = self.c, str(folder)
+        guidance = self.guidance(folder) if guidance is None else guidance
         info, count = self.about(folder)[0], min(c.paths, c.n)
         windows = info.get("windows") or math.gcd(steps, 8)
 
@@ -264,11 +276,11 @@ class Evaluator:
 
     def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, kernels=True):
         """Every column of a row of results.json, made where missing. folder: a model;
-        guidance: default --guidance; edit: as for CountingModel, its name stands for it in the
+        guidance: default self.guidance; edit: as for CountingModel, its name stands for it in the
         cache; kernels: KID and CMMD too, which take longer than a small model's images.
         Returns: dict; {} on all processes but the first."""
         c, network = self.c, self.protocol.network
-        guidance = c.guidance if guidance is None else guidance
+        guidance = self.guidance(folder) if guidance is None else guidance
         rows = self.features(folder, steps, solver, guidance, edit)
         paths = self.trajectories(folder, steps, solver, guidance, edit)
         if self.processes[0] > 0:

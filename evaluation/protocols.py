@@ -80,7 +80,8 @@ class Config:
                                                                   # these
     teacher_steps: int = 32     # of the teacher
     teacher: str = ""           # folder, hub id or preset; default: what the students name
-    guidance: float | None = None  # of teacher and students alike; 1 = none
+    guidance: float | None = None  # 1 = none; default: what the students have learned, else the protocol's.
+                                   # Students that have learned one are called at 1
     guide: str = ""             # a weaker model, e.g. an earlier student: --guidance leads away from it, not
                                 # from no text (autoguidance)
     size: int | None = None     # pixels of a generated image, square

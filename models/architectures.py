@@ -4,6 +4,7 @@ without a download. Values that are diffusers' or transformers' defaults are not
 
     python -m models.architectures        # prints the parts and their parameters; allocates nothing
 """
+import copy
 import inspect
 import zlib
 from pathlib import Path
@@ -194,7 +195,6 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), w
     # The published vocabularies cannot be had without a download: the embedded model's, whose ids all fit,
     # padded and cut as theirs.
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-    tokenizer.model_max_length = TOKENS
     tokenizer.chat_template = CHAT                          # Z-Image's asks for one
     # Pooling takes the output at the first eos. The published configs say 2, which transformers reads as "at
     # the highest id":
@@ -209,7 +209,9 @@ def build(name, dtype=torch.float32, seed=0, parts=("text", "vae", "network"), w
         group = "text" if part.startswith("text") else "vae" if part == "vae" else "network"
         if group == "text":
             vocabulary = part.replace("text_encoder", "tokenizer")
-            pieces[vocabulary] = overrides.pop(vocabulary, tokenizer if "text" in parts else None)
+            own = copy.copy(tokenizer)
+            own.model_max_length = 512 if kind is T5EncoderModel else TOKENS
+            pieces[vocabulary] = overrides.pop(vocabulary, own if "text" in parts else None)
         if not isinstance(override, dict):
             pieces[part] = override
         elif part == "scheduler":

@@ -23,10 +23,15 @@ def settings(info):
     return {key: info.get("config", {}).get(key, default) for key, default in SETTINGS.items()}
 
 
-def guidance_in(info):
-    """Which guidance a student has learned, in words; "" for none. info: as for settings."""
+def learned_guidance(info):
+    """The guidance a student has learned: [w], [low, high], or [] for none. info: as for settings."""
     learned = settings(info)["guidance_range"] or [settings(info)["guidance_teacher"]]
-    return " to ".join(f"{value:g}" for value in learned) if learned != [1] else ""
+    return learned if learned != [1] else []
+
+
+def guidance_in(info):
+    """The same in words, "" for none."""
+    return " to ".join(f"{value:g}" for value in learned_guidance(info))
 
 
 USEFUL_GUIDANCE = 2                # the most for a student without guidance in it: the table of docs/use.md

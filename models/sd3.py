@@ -18,7 +18,7 @@ LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "
                "norm1_context.linear"]
 FLOW = True
 single_file = transformer_file(SD3)
-T5_TOKENS = 256                 # as the stock pipeline has it, also of the zeros without T5
+T5_TOKENS = 256                 # as the stock pipeline has it
 
 
 def required(pipeline):
@@ -52,12 +52,19 @@ def embed_guidance(pipeline, guidance):
     return guidance
 
 
+def t5_tokens(pipeline):
+    """How many T5 sees, and how many zeros stand for them where there is no T5: the stock pipeline's, or
+    what its tokenizer takes, if that is less. The stock call is told so then."""
+    return min(T5_TOKENS, getattr(pipeline.tokenizer_3, "model_max_length", T5_TOKENS))
+
+
 def encode_part(pipeline, name, texts):
     """What one text encoder makes of the texts; join puts such parts together."""
     encoder = getattr(pipeline, name)
     if name == "text_encoder_3":
-        warn_of_cut(pipeline.tokenizer_3, texts, T5_TOKENS)
-        return dict(states=pipeline._get_t5_prompt_embeds(texts, 1, T5_TOKENS, encoder.device))
+        tokens = t5_tokens(pipeline)
+        warn_of_cut(pipeline.tokenizer_3, texts, tokens)
+        return dict(states=pipeline._get_t5_prompt_embeds(texts, 1, tokens, encoder.device))
     if name == "text_encoder" and pipeline.text_encoder_3 is None:
         warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
     states, pooled = pipeline._get_clip_prompt_embeds(texts, device=encoder.device,
@@ -67,11 +74,12 @@ def encode_part(pipeline, name, texts):
 
 def join(pipeline, parts):
     """parts: {text encoder: of encode_part}.
-    Returns: {"encoder_hidden_states": (N, 77 + 256, D), "pooled_projections": (N, P)}."""
+    Returns: {"encoder_hidden_states": (N, 77 + t5_tokens, D), "pooled_projections": (N, P)}."""
     first, second = parts["text_encoder"], parts["text_encoder_2"]
     clip = torch.cat([first["states"], second["states"]], -1)
     wide = pipeline.transformer.config.joint_attention_dim
-    t5 = parts.get("text_encoder_3", dict(states=clip.new_zeros(len(clip), T5_TOKENS, wide)))["states"]
+    t5 = parts.get("text_encoder_3", dict(states=clip.new_zeros(len(clip), t5_tokens(pipeline), wide)))
+    t5 = t5["states"]
     return dict(encoder_hidden_states=torch.cat([pad(clip, (0, wide - clip.shape[-1])), t5], 1),
                 pooled_projections=torch.cat([first["pooled"], second["pooled"]], -1))
 
@@ -104,7 +112,9 @@ def as_student(pipeline, schedule):
 
 
 def stock_call(pipeline, steps):
-    return f"prompt, num_inference_steps={steps}, guidance_scale=1"
+    tokens = t5_tokens(pipeline)
+    return (f"prompt, num_inference_steps={steps}, guidance_scale=1"
+            + f", max_sequence_length={tokens}" * (tokens != T5_TOKENS))
 
 
 def stock_notes(pipeline, exact, guidance, null):

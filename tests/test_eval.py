@@ -275,7 +275,7 @@ def test_an_edit_changes_every_answer_and_its_name_the_row(judge, students):
 
 
 def test_images_without_a_caption_do_not_enter_the_clip_score(random_sd, parts, tmp_path):
-    c = options(parts, tmp_path, "tiny", teacher=str(random_sd), n=80, real=80, teacher_steps=1, paths=1, batch=64)
+    c = options(parts, tmp_path, "tiny", teacher=str(random_sd), size=None, n=80, real=80, teacher_steps=1, paths=1, batch=64)
     judge = measuring.Evaluator(c)
     rows, given = judge.teacher_rows[range(80)]["clip"], [i for i, prompt in enumerate(judge.prompts) if prompt]
     expected = metrics.clip_score(rows[given], judge.clip.texts([judge.prompts[i] for i in given]))
@@ -531,10 +531,10 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
 
 
 def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted(tmp_path, monkeypatch, capsys):
-    for windows in (3, 2):
+    for windows, learned in ((3, 3.0), (2, 1.0)):
         folder = tmp_path / f"student-{windows}"
         folder.mkdir()
-        info = dict(teacher="tiny", windows=windows, method="reflow", config=dict(guidance_teacher=float(windows)))
+        info = dict(teacher="tiny", windows=windows, method="reflow", config=dict(guidance_teacher=learned))
         (folder / "reflow.json").write_text(json.dumps(info))
 
     class Begun(Exception):
@@ -542,12 +542,34 @@ def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted
 
     def begin(*_):
         raise Begun
-    monkeypatch.setattr(measuring, "Evaluator", lambda *_: SimpleNamespace(features=begin))
-    for guidance, doubts in ((1.0, 1), (1.5, 4)):
+    monkeypatch.setattr(measuring, "Evaluator", lambda c, *_: SimpleNamespace(
+        c=c, features=begin, guidance=lambda folder: 1.0 if "student-3" in folder else c.guidance))
+    for guidance, doubts in ((1.0, 1), (1.5, 1), (3.0, 3)):
         with pytest.raises(Begun):
             evaluation.main(protocols.Config(run=str(tmp_path), steps=[2, 4], guidance=guidance, device="cpu"))
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-        assert len(said) == doubts and f"warning: 4 steps: {tmp_path}/student-3 has 3 windows" in said[0]
+        assert len(said) == doubts and f"warning: 4 steps: {tmp_path}/student-3 has 3 windows" in "".join(said)
+        assert sum(f"warning: guidance 3: {tmp_path}/student-2 has learned none" in line for line in said) == doubts - 1
+    with pytest.raises(UserError, match=r"several --guidance-teacher \(1.0, 3.0\)"):
+        evaluation.main(protocols.Config(run=str(tmp_path), steps=[2, 4], device="cpu"))
+
+
+def test_a_teacher_is_called_at_the_guidance_that_its_students_have_learned_and_they_at_none(parts, small_models, tmp_path):
+    """Guidance 3 of the teacher beside a student that has 3 in it: on top of it another would come."""
+    folder = tmp_path / "run" / "student-2"
+    make_student(folder, "sd15", small_models["sd15"])
+    info = json.loads((folder / "reflow.json").read_text()) | dict(config=dict(ema=0.999, guidance_teacher=3.0))
+    (folder / "reflow.json").write_text(json.dumps(info))
+    c = options(parts, tmp_path / "cache", run=str(tmp_path / "run"), teacher=str(small_models["sd15"]), ddim_steps=[2])
+    result = evaluation.main(c)
+    assert [(row["method"], row["guidance"], row["nfe"]) for row in result["rows"]] == [
+        ("teacher", 3.0, 8), ("ddim", 3.0, 4), ("reflow", 1.0, 2)]
+    judge = measuring.Evaluator(dataclasses.replace(c, guidance=3.0))
+    assert judge.guidance(folder) == 1 and judge.guidance(c.teacher) == 3
+    assert judge.row(folder, 2)["fd"] == result["rows"][-1]["fd"] != judge.row(folder, 2, guidance=3.0)["fd"]
+    assert (tmp_path / "run" / "grid.png").exists() and "guidance 3, 1 for students that have learned theirs" in evaluation.table(result)
+    drawn = measuring.Evaluator(c, student=dict(config=dict(guidance_range=[2.0, 4.0])))
+    assert drawn.c.guidance == 3 and drawn.teacher_path[range(5)]["z"].equal(judge.teacher_path[range(5)]["z"])
 
 
 def test_nothing_is_generated_before_a_mistake_is_found(judge, tmp_path):
