@@ -57,9 +57,9 @@ def main(c):
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their "
                         "runs one by one")
     c = dataclasses.replace(c, teacher=c.teacher or names.pop())
-    protocols.resolve(c)                                       # for its errors, before anything is opened
+    size = protocols.resolve(c)[0].size
     # one teacher is measured for all
-    for key in {"model_config", "random_init", "null_text", *["size"] * (c.size is None),
+    for key in {"model_config", "random_init", "null_text", *["size"] * (size is None),
                 *["guidance_teacher", "guidance_range"] * (c.guidance is None)}:
         values = {str(saved.settings(info)[key]) for info in infos}
         if len(values) > 1:

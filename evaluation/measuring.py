@@ -67,7 +67,7 @@ class Evaluator:
     Raises UserError."""
 
     def __init__(self, c, rank=0, world=1, barrier=lambda: None, student=None):
-        learned = saved.learned_guidance(student or {}) if c.guidance is None else []
+        learned = c.guidance is None and saved.learned_guidance(student or {})
         self.c, self.protocol = c, protocol = protocols.resolve(c)
         self.student = student
         self.processes, self.device = (rank, world, barrier), processes.pick_device(c.device)
@@ -111,8 +111,9 @@ class Evaluator:
         self.reference = {key: value.to(self.device) for key, value in rows.items()}
         self.read, self.opened = {}, (None, None)
         if learned:
+            about = saved.settings(student)
             self.c = c = dataclasses.replace(c, guidance=models.embed_guidance(
-                self.open(c.teacher)[0], sum(learned) / len(learned)))
+                self.open(c.teacher)[0], about["guidance_teacher"], about["guidance_range"]))
         self.teacher_path = self.path()
         self.teacher_rows = self.features(c.teacher, c.teacher_steps)
 

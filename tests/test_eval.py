@@ -554,6 +554,24 @@ def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted
         evaluation.main(protocols.Config(run=str(tmp_path), steps=[2, 4], device="cpu"))
 
 
+def test_students_of_several_sizes_need_a_protocol_that_says_one(tmp_path, monkeypatch):
+    for windows in (4, 2):
+        (tmp_path / f"student-{windows}").mkdir()
+        info = dict(teacher="sd15", windows=windows, method="reflow", config=dict(size=64 * windows))
+        (tmp_path / f"student-{windows}" / "reflow.json").write_text(json.dumps(info))
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_):
+        raise Begun
+    monkeypatch.setattr(measuring, "Evaluator", begin)
+    with pytest.raises(Begun):
+        evaluation.main(protocols.Config(run=str(tmp_path), protocol="coco2017-5k", data="x", device="cpu"))
+    with pytest.raises(UserError, match=r"several --size \(128, 256\)"):
+        evaluation.main(protocols.Config(run=str(tmp_path), protocol="coco2014-30k", data="x", device="cpu"))
+
+
 def test_a_teacher_is_called_at_the_guidance_that_its_students_have_learned_and_they_at_none(parts, small_models, tmp_path):
     """Guidance 3 of the teacher beside a student that has 3 in it: on top of it another would come."""
     folder = tmp_path / "run" / "student-2"

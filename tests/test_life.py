@@ -306,6 +306,21 @@ def test_guidance_is_that_of_the_stock_pipeline(families, name, tmp_path):
     assert (by_stock(row, stock, call, 2, expected.shape[1:]) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("t5", [True, False])
+def test_sd3_takes_as_many_t5_tokens_as_the_third_tokenizer_and_the_stock_call_says_so(t5):
+    pipeline = architectures.build("sd3", **SD3 | ({} if t5 else dict(text_encoder_3=None)))
+    models.set_native_size(pipeline, SIZE)
+    call = models.family(pipeline).stock_call(pipeline, 2)
+    assert "max_sequence_length" not in call and models.encode_text(pipeline, ["fox"])["encoder_hidden_states"].shape[1] == 77 + 256
+    pipeline.tokenizer_3.model_max_length = 5
+    call, model = models.family(pipeline).stock_call(pipeline, 2), models.as_model(pipeline)
+    assert call.endswith(", max_sequence_length=5") and models.encode_text(pipeline, ["fox"])["encoder_hidden_states"].shape[1] == 77 + 5
+    expected = sampler.generate(pipeline, model, PROMPTS, SEEDS, sampler.time_grid(2))
+    stock = models.family(pipeline).as_student(pipeline, model.schedule)
+    call = f"{call.replace('num_inference_steps=2, ', '')}, height={SIZE}, width={SIZE}"
+    assert (by_stock(ROWS["sd3"], stock, call, 2, expected.shape[1:]) - expected).abs().max() <= 1e-4
+
+
 def test_a_dynamic_shift_is_that_of_the_size_and_stays_with_the_student(families, tmp_path):
     row, teacher, _ = families("flux")
     stock = diffusers.DiffusionPipeline.from_pretrained(teacher)
