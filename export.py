@@ -109,10 +109,12 @@ def agreement(scheduler, windows, path):
             f"the {timesteps}); other numbers are rounded to whole timesteps.")
 
 
-BLOCK = """```python
+OPENED = 'from_pretrained("FOLDER")'      # in a card; a push puts the repository's name there
+
+BLOCK = f"""```python
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("FOLDER")
-image = pipe({arguments}).images[0]
+pipe = DiffusionPipeline.{OPENED}
+image = pipe({{arguments}}).images[0]
 ```
 
 Both numbers are needed: without them diffusers takes many more steps, with guidance.
@@ -646,14 +648,16 @@ def measured(folder, windows):
 
 
 def push(c):
-    """A student's folder to the Hugging Face hub, its card with what eval.py has measured since. What
-    else stands in the card stays as it is, changes by hand among it."""
+    """A student's folder to the Hugging Face hub, its card with the repository's name and with what
+    eval.py has measured since. What else stands in the card stays as it is, changes by hand among it."""
     info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
     check_repo("USER/NAME", c.repo, not c.dry_run)
     card, figures = folder / "README.md", measured(folder, info["windows"])
-    if figures and not c.dry_run:
-        text, _, old = card.read_text().partition(MEASURED)
-        text += figures + old[old.find("\n## "):] * ("\n## " in old)
+    if not c.dry_run:
+        text = card.read_text().replace(OPENED, f'from_pretrained("{c.repo}")')
+        if figures:
+            text, _, old = text.partition(MEASURED)
+            text += figures + old[old.find("\n## "):] * ("\n## " in old)
         store.write_atomically(card, lambda part: part.write_text(text))
     files = sorted(file for file in folder.rglob("*") if file.is_file()
                    and not any(part.startswith(".") for part in file.relative_to(folder).parts))

@@ -339,7 +339,8 @@ def test_a_push_sends_what_its_dry_run_lists_and_the_card_has_what_was_measured(
     for private in (False, True):                          # twice: the figures are replaced
         export.push(export.PushConfig(str(folder), "me/student", private=private))
     text = card.read_text()
-    assert text.startswith(before) and text.count("## Measured") == 1 == text.count("this student")
+    opened = 'DiffusionPipeline.from_pretrained("FOLDER")'
+    assert opened in before and text.startswith(before.replace(opened, 'DiffusionPipeline.from_pretrained("me/student")')) and text.count("## Measured") == 1 == text.count("this student")
     assert "| this student | 2 | 2 | 1.75 (3.00 to 3.50) | 21.0 |" in text and "| teacher, ddim | 2 | 2 | 3.25 " in text
     made, sent = hub[2:]
     assert made == ("create_repo", ("me/student",), dict(private=True, exist_ok=True)) and hub[0][2]["private"] is None
