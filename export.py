@@ -12,6 +12,7 @@ A checkpoint becomes a pipeline before its run is over; a difference (student mi
 into another model of the same architecture.
 """
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -109,12 +110,12 @@ def agreement(scheduler, windows, path):
             f"the {timesteps}); other numbers are rounded to whole timesteps.")
 
 
-OPENED = 'from_pretrained("FOLDER")'      # in a card; a push puts the repository's name there
+OPENED = 'pipe = DiffusionPipeline.from_pretrained("'     # in a card; a push says where
 
-BLOCK = f"""```python
+BLOCK = """```python
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.{OPENED}
-image = pipe({{arguments}}).images[0]
+{opened}FOLDER"{without})
+image = pipe({arguments}).images[0]
 ```
 
 Both numbers are needed: without them diffusers takes many more steps, with guidance.
@@ -180,7 +181,8 @@ def card(pipeline, info, run=None):
                       if part is None and name not in pipeline._optional_components)
     line = (f"DiffusionPipeline.from_pretrained(folder{without})({call})" if call else
             f"python sampler.py --model FOLDER{prompt} --steps {windows}")
-    block = BLOCK.format(arguments=call.replace("prompt", '"a prompt"', 1)) if call else ""
+    block = BLOCK.format(opened=OPENED, without=without,
+                         arguments=call.replace("prompt", '"a prompt"', 1)) if call else ""
     sentences = [agreement(pipeline.scheduler, windows, path),
                  *module.stock_notes(pipeline, exact, saved.guidance_in(info),
                                      saved.settings(info)["null_text"])]
@@ -654,7 +656,7 @@ def push(c):
     check_repo("USER/NAME", c.repo, not c.dry_run)
     card, figures = folder / "README.md", measured(folder, info["windows"])
     if not c.dry_run:
-        text = card.read_text().replace(OPENED, f'from_pretrained("{c.repo}")')
+        text = re.sub(re.escape(OPENED) + '[^"]*', lambda _: OPENED + c.repo, card.read_text())
         if figures:
             text, _, old = text.partition(MEASURED)
             text += figures + old[old.find("\n## "):] * ("\n## " in old)

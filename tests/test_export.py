@@ -339,13 +339,16 @@ def test_a_push_sends_what_its_dry_run_lists_and_the_card_has_what_was_measured(
     for private in (False, True):                          # twice: the figures are replaced
         export.push(export.PushConfig(str(folder), "me/student", private=private))
     text = card.read_text()
-    opened = 'DiffusionPipeline.from_pretrained("FOLDER")'
-    assert opened in before and text.startswith(before.replace(opened, 'DiffusionPipeline.from_pretrained("me/student")')) and text.count("## Measured") == 1 == text.count("this student")
+    opened = 'pipe = DiffusionPipeline.from_pretrained("{}")'.format
+    assert opened("FOLDER") in before and text.startswith(before.replace(opened("FOLDER"), opened("me/student")))
+    assert text.count("## Measured") == 1 == text.count("this student")
     assert "| this student | 2 | 2 | 1.75 (3.00 to 3.50) | 21.0 |" in text and "| teacher, ddim | 2 | 2 | 3.25 " in text
     made, sent = hub[2:]
     assert made == ("create_repo", ("me/student",), dict(private=True, exist_ok=True)) and hub[0][2]["private"] is None
     assert sent[0] == "upload_folder" and sent[2]["repo_id"] == "me/student" and sent[2]["folder_path"] == folder
     assert set(sent[2]["allow_patterns"]) == found.keys()
+    export.push(export.PushConfig(str(folder), "me/elsewhere"))                       # a card opens where it lies
+    assert opened("me/elsewhere") in card.read_text() and "me/student" not in card.read_text()
 
 
 def test_a_push_that_cannot_be_is_one_line(students, tmp_path, hub, monkeypatch):
