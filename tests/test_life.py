@@ -128,6 +128,7 @@ def ours(row, folder, steps):
 def card(folder):
     """What a student's card says of a stock pipeline: (options of from_pretrained, the arguments of the call as a string)."""
     found = re.search(r"`DiffusionPipeline.from_pretrained\(folder(.*?)\)\((.*?)\)`", (folder / "README.md").read_text())
+    assert f'from_pretrained("FOLDER"{found[1]})' in (folder / "README.md").read_text()      # the block's code leaves out the same
     return eval(f"dict({found[1].removeprefix(', ')})"), found[2]
 
 
