@@ -4,7 +4,9 @@ PYTHON = python3
 VENV = .venv
 REQUIREMENTS = requirements.lock
 RUN = $(VENV)/bin/python
-DEMO = $(RUN) train.py --model tiny --cache runs/demo/cache --trajectories 2048 --batch 64 --updates 560
+# one for each core that is to work
+PROCESSES = 2
+SPREAD = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node=$(PROCESSES)
 
 all: demo
 
@@ -14,11 +16,14 @@ $(VENV)/ready: $(REQUIREMENTS)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	touch $@
 
-# progressive reflow 8 -> 4 -> 2 -> 1, and straight to one window with as many updates; then both against the teacher
+# the teacher's pictures; progressive reflow 8 -> 4 -> 2 -> 1, with pictures after each stage; then students and teacher measured
 demo: $(VENV)/ready
-	$(DEMO) --out runs/demo
-	$(DEMO) --recipe reflow --out runs/demo/reflow
-	$(RUN) eval.py runs/demo
+	mkdir -p runs/demo
+	$(RUN) sampler.py --model tiny --compare --out runs/demo/first.png --prompt "fox on green" "penguin on orange" \
+	    "panda left of pizza on blue" "ghost on black and purple"
+	$(SPREAD) train.py --model tiny --trajectories 2048 --updates 480 --batch 64 --grid-steps 120 \
+	    --validation-prompts assets/scenes/prompts.txt --out runs/demo
+	$(SPREAD) eval.py runs/demo --ddim-steps 1 2 4
 
 # a page on which prompts are typed, on this machine alone: the embedded models as ONNX, and their runtime from npm
 LIVE = docs/live
@@ -60,9 +65,10 @@ test-lowest:
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 
-# rebuild the embedded model from the sprites: hours, resumable
+# rebuild the embedded model from the pictures: hours, resumable
 tiny: $(VENV)/ready
-	$(VENV)/bin/torchrun --nproc_per_node=2 -m tools.tiny
+	$(SPREAD) -m tools.build
+	$(SPREAD) -m tools.cards
 
 clean:
 	rm -rf $(VENV) .venv-lowest runs $(LIVE)/runtime $(LIVE)/models .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -29,12 +29,11 @@ import sampler
 from data import coco, imaging
 from evaluation import measuring, protocols
 from evaluation.protocols import Config
-from models import saved
+from models import load, saved
 from runtime import cli, processes, store
 from runtime.cli import UserError
 
-GRID_PROMPTS = ("red heart on blue", "strawberry on pink", "pizza on gray", "penguin on orange",
-                "fox on green", "animal on yellow", "food", "on purple")
+GRID_PROMPTS = (load.ASSETS / "scenes" / "prompts.txt").read_text().splitlines()
 
 
 # ---- python eval.py RUN ------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def main(c):
     evaluator.processes = 0, 1, lambda: None
     rows = [dict(run=name, **evaluator.row(folder, steps, method, solver))
             for method, _, steps, folder, solver, name in plan]
-    result = dict(protocol=evaluator.describe(infos), rows=rows)
+    result = dict(protocol=evaluator.describe(infos), rows=rows, **evaluator.floor())
     if evaluator.ids:                                          # one string: a line each would be 30,000 lines
         result["image_and_caption_ids"] = " ".join(f"{image}/{caption}" for image, caption in evaluator.ids)
     store.write_atomically(run / "results.json", lambda part: part.write_text(json.dumps(result, indent=1)))
@@ -136,15 +135,18 @@ def table(result, brief=False):
         "fd_teacher_corrected": (f"{fd} to teacher, corrected", number(2)),
         "kid": (f"{kd} x 1000", number(2, 1000)), "cmmd": ("CMMD", number(3)),
         "clip": ("CLIP score", number(1)),
+        "prompt_accuracy": ("prompts followed", lambda shares: f"{shares['all']:.1%}"),
+        "picture_distance": ("distance of pictures", number(3)),
         "endpoint_error": ("endpoint error", number(3)), "straightness": ("straightness", numbers(3)),
         "chord_error": ("chord error", numbers(3)), "seconds_per_image": ("s/image", number(4))}
     columns[leading] = f"{columns[leading][0]} (95%)", columns[leading][1]
     # a FID as published beside the corrected one; elsewhere nobody compares with the plain one, and time is
     # of interest
     last = "fd" if fd == "FID" and leading != "fd" else "seconds_per_image"
+    agreement = "prompt_accuracy" if "prompt_accuracy" in rows[0] else "clip"
     columns = {key: column for key, column in columns.items()
                if key in rows[0] and
-               (not brief or key in ("method", "windows", "steps", leading, "clip", last))}
+               (not brief or key in ("method", "windows", "steps", leading, agreement, last))}
     lines = [f"| {' | '.join(title for title, _ in columns.values())} |", f"|{'---|' * len(columns)}"]
     for row in rows:
         cells = {key: said(row[key]) for key, (_, said) in columns.items()}
@@ -161,6 +163,13 @@ def table(result, brief=False):
               + ", 1 for students that have learned theirs" * any(
                   row.get("guidance") == 1 != protocol["guidance"] for row in rows if row["windows"]) +
               f"; {protocol['solver']}. Commit {protocol['commit']}."]
+    if "floor" in result:
+        floor = result["floor"]
+        followed = ", ".join(f"prompts followed {share['all']:.1%}" for key, share in floor.items()
+                             if key == "prompt_accuracy")
+        lines += ["", f"As many other real pictures: {fd} {floor['fd_corrected']:.2f} "
+                      f"({floor['fd_interval'][0]:.2f} to {floor['fd_interval'][1]:.2f}), "
+                      f"CLIP score {floor['clip']:.1f}{', ' * bool(followed)}{followed}."]
     lines += ["", f"Protocol: {protocol['text']}."] if "text" in protocol and not brief else []
     return "\n".join(lines) + "\n"
 
@@ -170,7 +179,7 @@ def picture(evaluator, plan, file, least=96):
     across, at least so many pixels each."""
     c = evaluator.c
     own = [prompt for prompt in dict.fromkeys(evaluator.prompts) if prompt][:len(GRID_PROMPTS)]
-    prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "sprites" else own
+    prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "scenes" else own
     trained = [row for row in plan if row[1]]
     # one run: the first that is progressive, or the first
     shown = next((row for row in trained if row[1] > 1), trained[0])

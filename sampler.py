@@ -246,7 +246,7 @@ class Config:
     n: int = 1                  # images per prompt
     out: str = "sample.png"     # PNG; several images are numbered unless --grid
     grid: bool = False          # all images in one picture, a row per prompt
-    compare: bool = False       # the teacher beside the student, from the same noise
+    compare: bool = False       # the teacher beside it, from the same noise: at 32 steps and at as few
     save_steps: bool = False    # also OUT-steps.png: the picture that the model predicts, step by step
     scale: int | None = None    # draw each pixel scale x scale; default: enough for 256 pixels
     device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
@@ -310,12 +310,17 @@ def main(c):
     pictures = imaging.to_pil(images, scale)
 
     if c.compare:
-        teacher_name = info.get("teacher") or name
-        other, other_model, _ = saved.open_model(teacher_name, device, dtype, c.random_init, c.model_config,
-                                                 c.guide, c.size, info)
-        z = generate(other, other_model, prompts, seeds, time_grid(32), c.guidance, size=c.size)
-        sets = [imaging.to_pil(models.decode(other, z), scale), pictures]
-        columns = ["teacher, 32 steps", f"{steps} steps"]
+        counts = [32, steps] if "teacher" in info or steps != 32 else [32, 4, 2, 1]
+        other, other_model, _ = saved.open_model(info.get("teacher") or name, device, dtype, c.random_init,
+                                                 c.model_config, c.guide, c.size, info)
+        columns, sets = [], []
+        for count in counts:
+            z = generate(other, other_model, prompts, seeds, time_grid(count), c.guidance, size=c.size)
+            columns.append(f"teacher\n{count} step{'s' * (count > 1)}")
+            sets.append(imaging.to_pil(models.decode(other, z), scale))
+        if "teacher" in info:
+            columns.append(f"student\n{steps} step{'s' * (steps > 1)}")
+            sets.append(pictures)
         rows = [[images[i] for images in sets] for i in range(len(prompts))]
         files = {out: imaging.contact_sheet(rows, columns, prompts)}
     elif c.grid:

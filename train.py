@@ -263,6 +263,8 @@ def main(c, draws=progress.Grid):
         batches = processes.prefetch(lambda some: pairs.fetch(some, windows), numbers)
         seen, clock = [], time.time()
 
+        if c.grid_steps and first + done == 0:
+            grid.begin(plain, board, pairs)
         for step in range(first + done, first + count):
             # pictures of the running average; before any update, these are plain DDIM by the teacher
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):

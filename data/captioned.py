@@ -17,43 +17,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data import formats, imaging, sprites
+from data import drawn, formats, imaging
 from runtime import seeds, store
 from runtime.cli import UserError
 
 DECODING = 2            # part of a dataset's key: raise it when decode() gives other pixels for the same file
-
-
-class Sprites:
-    """The embedded pictures (sprites.py), endless. seed: which endless sequence;
-    held-out pairs are never drawn. levels: of captions."""
-    size, skipped = None, []
-
-    def __init__(self, seed, levels=sprites.LEVELS):
-        self.seed, self.levels = seed, levels
-        table = sprites.pairs(None)
-        every = [sprites.describe(torch.cat([table, torch.full((len(table), 1), level)], 1), levels)[0]
-                 for level in range(len(levels))]
-        self.captions = list(dict.fromkeys(["", *(caption for level in every for caption in level)]))
-        self.index = {caption: i for i, caption in enumerate(self.captions)}
-
-    def _plans(self, numbers):
-        return torch.cat([sprites.plan(1, seeds.generator(self.seed, "sprite", k), held_out=False,
-                                       levels=self.levels) for k in numbers])
-
-    def rows(self, numbers):
-        """Every sample number is a picture of its own.  Returns: list of int."""
-        return list(numbers)
-
-    def caption_indices(self, numbers):
-        """Which of self.captions describes each sample.  Returns: list of int."""
-        return [self.index[caption] for caption in sprites.describe(self._plans(numbers), self.levels)[0]]
-
-    def images(self, numbers, size):
-        """float (len(numbers), 3, size, size) in [-1, 1]."""
-        return sprites.render(self._plans(numbers), size)
-
-    decode = images
 
 
 class Prompts:
@@ -217,17 +185,17 @@ def open_dataset(data, prompts, seed, skip_bad=False, image_column="", caption_c
     skipped, size (None if endless), and unless images is None: rows(numbers), images(numbers,
     size), decode(rows, size); row_captions if size is not None."""
     if bool(data) == bool(prompts):
-        raise UserError(f"give either --data (images with captions, or {' or '.join(sprites.SPRITES)}) or "
+        raise UserError(f"give either --data (images with captions, or {' or '.join(drawn.SOURCES)}) or "
                         "--prompts (a text file)")
-    if (caption or min_size) and (prompts or data in sprites.SPRITES):
+    if (caption or min_size) and (prompts or data in drawn.SOURCES):
         source = f"--prompts {prompts}" if prompts else f"--data {data}"
         raise UserError(f"--caption / --min-size: {source} has no image files; leave them out")
     if prompts:
         return Prompts(prompts, seed, caption_column)
-    if data in sprites.SPRITES:
+    if data in drawn.SOURCES:
         if image_column or caption_column:
             raise UserError(f"--image-column / --caption-column: --data {data} has no columns; leave them "
                             "out")
-        return Sprites(seed, sprites.SPRITES[data])
+        return drawn.Drawn(data, seed)
     rows, read = formats.find_rows(data, image_column, caption_column)
     return Images(data, formats.fill(rows, caption.strip()), read, seed, skip_bad, checked, min_size)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data import sprites
+from data import drawn
 from runtime import store
 from runtime.cli import UserError, extra
 
@@ -41,7 +41,7 @@ def find_rows(data, image_column="", caption_column=""):
     columns, path = (image_column, caption_column), Path(data)
     remedy = ("give a folder of images with same-name .txt, .caption or .json captions or a metadata.jsonl, "
               "tar shards, parquet files, "
-              f"user/name on the Hugging Face hub, or {' or '.join(sprites.SPRITES)}")
+              f"user/name on the Hugging Face hub, or {' or '.join(drawn.SOURCES)}")
     if path.is_dir():
         return rows_below(data, *columns)
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):

@@ -49,6 +49,14 @@ def to_pil(images, scale=1):
             for p in pixels]
 
 
+def beside(left, right):
+    """Two pictures of one height as one."""
+    canvas = Image.new("RGB", (left.width + right.width, left.height), "white")
+    canvas.paste(left, (0, 0))
+    canvas.paste(right, (left.width, 0))
+    return canvas
+
+
 def contact_sheet(rows, columns=(), labels=(), gap=4):
     """One picture out of rows of PIL images of one size; columns: a title per column;
     labels: a title per row."""

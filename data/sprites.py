@@ -70,7 +70,6 @@ LEVELS = {"{object} on {background}": 0.40, "{category} on {background}": 0.15, 
 
 # captions that are class names: what conditions a class-conditional model
 GROUP_LEVELS = {"{category}": 0.90, "": 0.10}
-SPRITES = {"sprites": LEVELS, "sprites-by-group": GROUP_LEVELS}      # --data NAME -> its caption levels
 
 
 def is_held_out(name, background):
@@ -106,6 +105,21 @@ def pairs(held_out):
     names, _, _ = load_sheet()
     return torch.tensor([(o, b) for o, name in enumerate(names) for b, color in enumerate(BACKGROUNDS)
                          if held_out is None or is_held_out(name, color) == held_out])
+
+
+class Captions(list):
+    """Every caption of some levels, by number; 0 is ""."""
+
+    def __init__(self, levels):
+        table = pairs(None)
+        every = [describe(torch.cat([table, torch.full((len(table), 1), level)], 1), levels)[0]
+                 for level in range(len(levels))]
+        super().__init__(dict.fromkeys(["", *(caption for level in every for caption in level)]))
+        self.levels, self.index_of = levels, {caption: i for i, caption in enumerate(self)}
+
+    def numbers(self, plans):
+        """Of the captions of planned images: list of int."""
+        return [self.index_of[caption] for caption in describe(plans, self.levels)[0]]
 
 
 def plan(n, generator, held_out=None, levels=LEVELS):

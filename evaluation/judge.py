@@ -2,11 +2,12 @@
 lie behind them. It measures what the model's own CLIP cannot: whether a picture follows its prompt
 (prompt accuracy), and distances by features that no network of the pipeline was trained on.
 
-    judge = load("assets/judge")
-    accuracy = follows(judge(images), plans)     # {"object": bool (n,), "color": ..., "relation": ...}
+    judge = Features("assets/judge")
+    judge.accuracy(judge.images(images), plans)     # {"object": share, "color": ..., "relation": ...}
 
 A scene of two objects is told in one way: "first" is the left or the upper one, whatever the
-caption begins with. Trained by tools/build.py, with noise, blur and changed colors.
+caption begins with; an object alone is "only". Trained by tools/build.py, with noise, blur and
+changed colors.
 """
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data import scenes
+from runtime.cli import UserError
 
 # what is judged -> how many answers there are
-QUESTIONS = {"count": 2, "axis": 2, "first": len(scenes.NAMES), "second": len(scenes.NAMES),
-             "top": len(scenes.COLORS), "bottom": len(scenes.COLORS)}
+QUESTIONS = {"count": 2, "axis": 2, "only": len(scenes.NAMES), "first": len(scenes.NAMES),
+             "second": len(scenes.NAMES), "top": len(scenes.COLORS), "bottom": len(scenes.COLORS)}
 
 WIDTHS = 48, 96, 192       # channels at 16 x 16, 8 x 8, 4 x 4 of a 64 x 64 picture
 
@@ -40,15 +42,16 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Scenes (n, 3, 64, 64) in [-1, 1] -> {question: logits (n, answers)}."""
+    """Scenes (n, 3, 64, 64) in [-1, 1] -> {question: logits (n, answers)}.
+    widths: channels at 16 x 16, 8 x 8 and 4 x 4."""
 
-    def __init__(self):
+    def __init__(self, widths=WIDTHS):
         super().__init__()
-        self.stem = nn.Conv2d(3, WIDTHS[0], 4, stride=4)
-        self.stages = nn.ModuleList(nn.Sequential(Block(width), Block(width)) for width in WIDTHS)
-        self.downs = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(WIDTHS, WIDTHS[1:]))
-        self.norm = nn.GroupNorm(8, WIDTHS[-1])
-        self.head = nn.Linear(WIDTHS[-1], sum(QUESTIONS.values()))
+        self.stem = nn.Conv2d(3, widths[0], 4, stride=4)
+        self.stages = nn.ModuleList(nn.Sequential(Block(width), Block(width)) for width in widths)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:]))
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.head = nn.Linear(widths[-1], sum(QUESTIONS.values()))
 
     def maps(self, images):
         """The features after each stage: a list of (n, width, side, side), 16, 8 and 4 wide."""
@@ -59,19 +62,55 @@ class Judge(nn.Module):
         return maps
 
     def features(self, images):
-        """(n, 192): the mean over places of the last stage, what the answers are read from."""
+        """(n, widths[-1]): the mean over places of the last stage, what the answers are read from."""
         return F.silu(self.norm(self.maps(images)[-1])).mean((2, 3))
 
     def forward(self, images):
-        return dict(zip(QUESTIONS, self.head(self.features(images)).split(list(QUESTIONS.values()), 1)))
+        return split(self.head(self.features(images)))
 
 
-def load(folder, device="cpu"):
-    """The judge of a folder, in fp32 and ready to use."""
-    judge = Judge()
-    judge.load_state_dict({name: value.float() for name, value in
-                           load_file(Path(folder) / "judge.safetensors").items()})
-    return judge.to(device).eval().requires_grad_(False)
+def split(answers):
+    """What Judge.head gives, (n, answers), by question."""
+    return dict(zip(QUESTIONS, answers.split(list(QUESTIONS.values()), 1)))
+
+
+class Features:
+    """The judge of a folder as a network of features, like metrics.Clip: what FD compares, and the
+    answers and distances read from them.  Raises UserError if no judge is there or it cannot be read."""
+    name, published = "judge", False
+
+    def __init__(self, folder, device="cpu"):
+        file, self.device = Path(folder) / "judge.safetensors", device
+        try:
+            weights = load_file(file)
+            widths = [len(weights[f"stages.{i}.0.convs.0.weight"]) for i in range(3)]
+            self.model = Judge(widths)
+            self.model.load_state_dict({name: value.float() for name, value in weights.items()})
+        except Exception as error:                         # torn, of another network, of other scenes
+            raise UserError(f"--judge {folder}: {file.name} cannot be loaded ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())[:200]}); restore the folder") from error
+        self.model.to(device).eval().requires_grad_(False)
+        self.dim = widths[-1]
+
+    @torch.no_grad()
+    def images(self, images, batch=64):
+        """images: float (N, 3, H, W) in [-1, 1].  Returns: float32 (N, dim), CPU."""
+        return torch.cat([self.model.features(part.to(self.device, torch.float32)).cpu()
+                          for part in images.split(batch)])
+
+    @torch.no_grad()
+    def accuracy(self, features, plans):
+        """Share of pictures that show what their captions name, of those whose captions name it, by
+        their features (N, dim).  plans: (N, ...), of the scenes that the captions describe.
+        Returns: {"object", "color", "relation", "all": share}."""
+        answered = split(self.model.head(features.to(self.device, torch.float32)).cpu())
+        return {name: right[named].double().mean().item()
+                for name, (named, right) in follows(answered, plans).items()}
+
+    @torch.no_grad()
+    def distance(self, a, b):
+        """How differently pictures look, (N,), CPU; see distance."""
+        return distance(self.model, a.to(self.device, torch.float32), b.to(self.device, torch.float32)).cpu()
 
 
 def answers(plans):
@@ -80,10 +119,12 @@ def answers(plans):
     count, a, b, relation, top, bottom, _ = plans[:, :scenes.FACTS].long().unbind(1)
     two = count == 2
     place = torch.tensor(list(scenes.RELATIONS.values()))[relation]         # of the first object: (x, y)
-    before = ~two | (place.sum(1) < 0)                                      # a is the left or the upper one
-    none = torch.full_like(a, -1)
-    return dict(count=count - 1, axis=torch.where(two, place[:, 1].abs(), none),
-                first=torch.where(before, a, b), second=torch.where(two, torch.where(before, b, a), none),
+    before = place.sum(1) < 0                                               # a is the left or the upper one
+
+    def of_two(values):
+        return torch.where(two, values, -1)
+    return dict(count=count - 1, axis=of_two(place[:, 1].abs()), only=torch.where(two, -1, a),
+                first=of_two(torch.where(before, a, b)), second=of_two(torch.where(before, b, a)),
                 top=top, bottom=bottom)
 
 
@@ -125,7 +166,8 @@ def follows(logits, plans):
     def same(a, b):
         return torch.where(vague, group[a] == group[b.clamp(min=0)], a == b)
     first, second = guess["first"], guess["second"]
-    straight = same(first, right["first"]) & (~two | same(second, right["second"]))
+    straight = torch.where(two, same(first, right["first"]) & same(second, right["second"]),
+                           same(guess["only"], right["only"]))
     crossed = two & same(first, right["second"]) & same(second, right["first"])
     counted = guess["count"] == right["count"]
     found = {"object": (exact | vague, counted & (straight | crossed)),

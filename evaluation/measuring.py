@@ -15,8 +15,8 @@ import export
 import models
 import sampler
 import teacher
-from data import coco, imaging, sprites
-from evaluation import metrics, protocols
+from data import coco, drawn, imaging
+from evaluation import judge, metrics, protocols
 from models import load, saved
 from runtime import processes, seeds, store
 from runtime.cli import UserError
@@ -26,12 +26,18 @@ SHARD = 64  # images that are lost at most when a process is killed; also the la
 STRAIGHTNESS_STEPS = 8           # DDIM steps in each window
 
 
-def real_images(n, stream, levels=sprites.LEVELS, size=sprites.SIZE):
-    """n images and captions of the mix of caption levels, held-out pairs included.
-    Returns: (images, captions)."""
-    plans = sprites.plan(n, seeds.generator(0, "evaluation", stream), levels=levels)
-    return torch.cat([sprites.render(chunk, size)
-                      for chunk in plans.split(2048)]), sprites.describe(plans, levels)[0]
+def real_plans(n, stream, name):
+    """What n embedded pictures show, of the mix of caption levels, held-out pairs included.
+    name: of drawn.SOURCES.  Returns: (plans, captions)."""
+    source, levels = drawn.SOURCES[name]
+    plans = source.plan(n, seeds.generator(0, "evaluation", stream), levels=levels)
+    return plans, source.describe(plans, levels)[0]
+
+
+def real_images(n, stream, name, size=None):
+    """These pictures.  Returns: (images, captions)."""
+    source, (plans, captions) = drawn.SOURCES[name][0], real_plans(n, stream, name)
+    return torch.cat([source.render(chunk, size or source.SIZE) for chunk in plans.split(2048)]), captions
 
 
 def file_age(folder):
@@ -76,8 +82,9 @@ class Evaluator:
         if rank:  # the first process downloads, the others find the files
             barrier()
         self.clip = metrics.Clip(c.clip, self.device)
-        self.network = metrics.Inception(c.inception,
-                                         self.device) if protocol.network == "inception" else self.clip
+        self.judge = judge.Features(c.judge, self.device) if c.judge else None
+        self.network = {"clip": lambda: self.clip, "judge": lambda: self.judge,
+                        "inception": lambda: metrics.Inception(c.inception, self.device)}[protocol.network]()
         if rank == 0:
             barrier()
         least = max(protocol.images_per_feature * self.network.dim, metrics.least_images(self.network.dim))
@@ -86,12 +93,12 @@ class Evaluator:
                 raise UserError(f"{option} {value}: must be at least {least} for a Frechet distance on the "
                                 f"{self.network.dim} features of {self.network.name}")
 
-        if protocol.split in sprites.SPRITES:
-            size = c.size if protocol.fid_size else sprites.SIZE  # drawn as generated, then seen at fid_size
-            drawn = dict(levels=sprites.SPRITES[protocol.split], size=size)
-            self.prompts, self.ids = real_images(c.n, "prompts", **drawn)[1], []
-            key = store.digest(sprites.SHEET.read_bytes(), *[size] * (size != sprites.SIZE))
-            pictures = functools.cache(lambda: real_images(c.real, "reference", **drawn)[0])
+        if protocol.split in drawn.SOURCES:
+            source = drawn.SOURCES[protocol.split][0]
+            size = c.size if protocol.fid_size else source.SIZE   # drawn as generated, then seen at fid_size
+            (self.plans, self.prompts), self.ids = real_plans(c.n, "prompts", protocol.split), []
+            key = store.digest(source.SHEET.read_bytes(), *[size] * (size != source.SIZE))
+            pictures = functools.cache(lambda: real_images(c.real, "reference", protocol.split, size)[0])
 
             def reference(part):
                 return pictures()[part.start:part.stop]
@@ -101,9 +108,9 @@ class Evaluator:
 
             def reference(part):
                 return images.images(part, protocol.fid_size or c.size)
-        weights = models.fingerprint(self.clip.model)
-        self.networks = dict(clip=[self.clip.name, weights], network=self.network.name,
-                             fid_size=protocol.fid_size)
+        self.networks = dict(clip=[self.clip.name, models.fingerprint(self.clip.model)],
+                             network=self.network.name, fid_size=protocol.fid_size,
+                             **({"judge": models.fingerprint(self.judge.model)} if self.judge else {}))
         settings = dict(split=protocol.split, images=key, real=c.real, size=protocol.fid_size or c.size,
                         **self.networks)
         rows = self.store("reference", c.real, settings,
@@ -252,11 +259,16 @@ class Evaluator:
             straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows,
                                             STRAIGHTNESS_STEPS, guidance, uncond)
             found = {"straightness": torch.tensor(straight, dtype=torch.float64)}
+            if self.judge:
+                pipeline = self.open(folder)[0]
+                ours, theirs = (models.decode(pipeline, z) for z in (end, path[:, -1].to(end)))
+                found["picture"] = self.judge.distance(ours, theirs).double()
             if c.teacher_steps % windows == 0:
                 chord = metrics.chord_error(model, path.to(self.device), cond, windows, guidance, uncond)
                 found["chord"] = torch.tensor(chord, dtype=torch.float64).square()
             return {"endpoint": (end - path[:, -1]).double().square().flatten(1).mean(1),
-                    **{name: value.expand(len(part), windows) for name, value in found.items()}}
+                    **{name: value if name == "picture" else value.expand(len(part), windows)
+                       for name, value in found.items()}}
         settings = self.settings(folder, steps, solver, guidance, edit, count) | dict(
             measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS,
             teacher=self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count))
@@ -309,21 +321,41 @@ class Evaluator:
             endpoint_error=paths["endpoint"].mean().sqrt().item(),
             straightness=paths["straightness"].mean(0).tolist(),
             chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None,
+            **({"prompt_accuracy": self.judge.accuracy(rows["judge"], self.plans),
+                "picture_distance": paths["picture"].mean().item()} if self.judge else {}),
             seconds_per_image=rows["seconds"].mean().item())
+
+    def floor(self):
+        """What as many real pictures as are generated come to, with their own captions, where real ones
+        can be drawn.  Returns: {"floor": dict}, or {}."""
+        c, protocol = self.c, self.protocol
+        if protocol.split not in drawn.SOURCES:
+            return {}
+        plans, _ = real_plans(c.n, "floor", protocol.split)
+        images, captions = real_images(c.n, "floor", protocol.split, c.size if protocol.fid_size else None)
+        rows = self.look(images, range(c.n), "floor")
+        named = torch.tensor([bool(caption) for caption in captions])
+        groups = metrics.frechet_groups(rows[protocol.network].to(self.device),
+                                        self.reference[protocol.network])
+        corrected, half = metrics.mean_interval(groups)
+        return {"floor": dict(
+            fd_corrected=corrected, fd_interval=[corrected - half, corrected + half],
+            clip=metrics.clip_score(rows["clip"][named], self.clip.texts(captions)[named]),
+            **({"prompt_accuracy": self.judge.accuracy(rows["judge"], plans)} if self.judge else {}))}
 
     def describe(self, students):
         """The protocol of a table, item by item. students: their reflow.json.
         Returns: dict; `text` says all of it in one string."""
         c, protocol, code, name = self.c, self.protocol, export.versions(), self.network.name
-        sprite, made = protocol.split in sprites.SPRITES, self.about(c.teacher)[1]["size"][0]
+        sprite, made = protocol.split in drawn.SOURCES, self.about(c.teacher)[1]["size"][0]
         seen = protocol.fid_size or made
-        levels = "caption levels" if protocol.split == "sprites" else "classes"
+        levels = "classes" if protocol.split.endswith("-by-group") else "caption levels"
         decays = sorted({str(info.get("config", {}).get("ema", "unknown")) for info in students})
         found = dict(
-            name=c.protocol, split="fresh sprites" if sprite else f"COCO {protocol.split}", n=c.n,
+            name=c.protocol, split=f"fresh {protocol.split}" if sprite else f"COCO {protocol.split}", n=c.n,
             real=c.real,
             captions=f"mix of {levels}, held-out pairs included" if sprite else coco.RULES[protocol.rule],
-            reference=f"fresh sprite images, all pairs, mix of {levels}" if sprite else "images of the "
+            reference=f"fresh pictures, all pairs, mix of {levels}" if sprite else "images of the "
                                                                                         f"first {c.real} "
                                                                                         "captions",
             size=f"{made} pixels as generated, {seen} as both networks see them",
@@ -336,6 +368,10 @@ class Evaluator:
             clip=self.clip.name,
             clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
             cmmd="on the same CLIP, sigma 10, x 1000",
+            **({"prompt_accuracy": "share of the prompts that name something whose picture shows all of it, "
+                                   "objects, background and relation, as a network trained on real ones says",
+                "picture_distance": f"to the teacher's own picture from the same noise, of that network's "
+                                    f"features, first {min(c.paths, c.n)} seeds"} if self.judge else {}),
             steps=f"teacher {c.teacher_steps}, plain {' '.join(map(str, c.ddim_steps))}, students "
                   f"{' '.join(map(str, c.steps))}",
             nfe="network evaluations per image, counted; a guided pair is 2, in the column beside it 1",

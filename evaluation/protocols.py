@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import sampler
 import teacher
-from data import sprites
+from data import drawn
 from models import load
 from runtime import cli
 from runtime.cli import UserError
@@ -17,16 +17,17 @@ VIT_G = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 @dataclass(frozen=True)
 class Protocol:
     """What is measured against what. Options of the same names override the fields from n on."""
-    split: str                   # where captions and real images come from: a row of data.SPRITES, or a split
-                                 # of COCO
+    split: str                   # where captions and real images come from: a row of drawn.SOURCES, or a
+                                 # split of COCO
     rule: str                    # which caption of an image, a row of coco.RULES
-    network: str                 # whose features FD (FID) and KD (KID) compare: clip or inception
+    network: str                 # whose features FD (FID) and KD (KID) compare: clip, judge or inception
     images_per_feature: int      # fewer images than this for each feature are refused;
                                  # and in any case as many as features
     fid_size: int | None         # pixels at which the networks see both sets; None = as generated
     n: int                       # images generated per row
     real: int                    # images of the reference
     clip: str                    # CLIPModel of CLIP score and CMMD
+    judge: str                   # network that says whether pictures follow their prompts; "" where none can
     teacher: str                 # where no student names one
     guidance: float
     size: int | None             # pixels of a generated image; None = what the model was made for
@@ -37,20 +38,18 @@ class Protocol:
 
 COCO_2017 = Protocol(
     split="val2017", rule="first", network="inception", images_per_feature=1, fid_size=None, n=5000,
-    real=5000, clip=VIT_G, teacher="sd15", guidance=1.5, size=512, batch=16, paths=64,
+    real=5000, clip=VIT_G, judge="", teacher="sd15", guidance=1.5, size=512, batch=16, paths=64,
     note="split, caption, resize and crop as in Rectified Diffusion's scripts, which sample phased students "
          "at guidance 1.5 in fp16 and use pytorch_fid, while ProReflow's guidance is unknown but for its "
          "ablation (4), and so are its seeds and dtype")
 
 PROTOCOLS = {
-    "tiny": Protocol(split="sprites", rule="", network="clip", images_per_feature=10, fid_size=None, n=2048,
-                     real=16384,
-                     clip=str(load.ASSETS / "tiny-clip"), teacher="tiny", guidance=1.0, size=None, batch=64,
-                     paths=128, note="ours"),
+    "tiny": Protocol(split="scenes", rule="", network="judge", images_per_feature=5, fid_size=None, n=2048,
+                     real=8192, clip=str(load.ASSETS / "tiny-clip"), judge=str(load.ASSETS / "judge"),
+                     teacher="tiny", guidance=1.0, size=None, batch=64, paths=128, note="ours"),
     "pixel": Protocol(split="sprites-by-group", rule="", network="clip", images_per_feature=10, fid_size=32,
-                      n=2048, real=16384,
-                      clip=str(load.ASSETS / "tiny-clip"), teacher="pixel", guidance=1.0, size=16, batch=64,
-                      paths=128, note="ours"),
+                      n=2048, real=16384, clip=str(load.ASSETS / "pixel-clip"), judge="", teacher="pixel",
+                      guidance=1.0, size=16, batch=64, paths=128, note="ours"),
     "coco2017-5k": COCO_2017,
     "sdxl-coco2017-5k": dataclasses.replace(COCO_2017, teacher="sdxl", size=1024, batch=4, paths=16),
     "coco2014-30k": dataclasses.replace(
@@ -90,6 +89,7 @@ class Config:
     batch: int | None = None    # images generated at a time; at most 64
     paths: int | None = None    # trajectories to measure straightness, endpoint and chord error on
     clip: str = ""              # CLIPModel folder or hub id
+    judge: str = ""             # folder of the judge of scenes; only where the protocol has one
     inception: str = ""         # TorchScript file of the Inception network; default: downloaded
     cache: str = "runs/eval"    # features of real and generated images, shared by all runs
     save_images: str = ""       # folder to keep the images in as PNGs, reference and generated, for another's
@@ -101,7 +101,7 @@ def resolve(c):
     """A Config with everything filled in that its protocol decides.  Returns: (c, Protocol).
     Raises UserError."""
     protocol = cli.choose("--protocol", c.protocol, PROTOCOLS)
-    options = ("n", "real", "clip", "teacher", "guidance", "size", "batch", "paths")
+    options = ("n", "real", "clip", "judge", "teacher", "guidance", "size", "batch", "paths")
     c = dataclasses.replace(c,
                             **{name: getattr(protocol, name) for name in options
                                if getattr(c, name) in (None, "")})
@@ -111,10 +111,13 @@ def resolve(c):
     cli.choose("--dtype", c.dtype, teacher.DTYPES)
     for solver in (c.solver, *c.solvers):
         sampler.parse_solver(solver)
-    if protocol.split in sprites.SPRITES and c.data:
+    if c.judge and not protocol.judge:
+        raise UserError(f"--judge {c.judge}: it knows the embedded scenes alone, --protocol {c.protocol} has "
+                        "other pictures; leave it out")
+    if protocol.split in drawn.SOURCES and c.data:
         raise UserError(f"--data {c.data}: --protocol {c.protocol} has its own images; leave it out, or give "
                         "another --protocol")
-    if protocol.split not in sprites.SPRITES and not c.data:
+    if protocol.split not in drawn.SOURCES and not c.data:
         raise UserError(f"--protocol {c.protocol}: needs COCO; give --data FOLDER, with "
                         f"annotations/captions_{protocol.split}.json and {protocol.split} in it")
     return c, protocol

@@ -35,7 +35,7 @@ for library in (diffusers_logging, transformers_logging):
 ASSETS = Path(__file__).parent.parent / "assets"
 
 # --model NAME -> (folder or hub id, its default data)
-PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "sprites"),
+PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "scenes"),
            "pixel": (str(ASSETS / "tiny-pixel"), "sprites-by-group"),
            "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
            # 768 px, v; stabilityai removed its own copy in November 2025

@@ -33,14 +33,16 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
     Raises UserError where it cannot fit."""
     network, count = models.network(pipeline), sum(trajectory_counts(c, recipe))
     weights = sum(p.numel() for p in network.parameters())
-    images = "no images" if dataset.images is None else f"{dataset.size or 'endless'} images"
+    captions = f"{len(dataset.captions) - 1} captions"
+    images = (f"no images, {captions}" if dataset.images is None else
+              f"{dataset.size} images, {captions}" if dataset.size else "endless images with captions")
     pairs = (f"{count} trajectories of {recipe.solver_steps} steps" if recipe.pairs == "trajectory" else
              recipe.pairs)
     cache = cache_bytes(c, recipe, pipeline, dataset, conditions)
     text = f" ({size(conditions.nbytes)} for {len(conditions.captions)} captions)" if conditions else ""
     print(f"teacher: {c.model}, {weights / 1e6:.1f} million weights; {world} process{'es' * (world > 1)} on "
-          f"{device_name(device)}, {c.precision}\ndata: {c.data or c.prompts}, {images}, "
-          f"{len(dataset.captions) - 1} captions; pairs from {pairs}; cache: {size(cache)}{text} in "
+          f"{device_name(device)}, {c.precision}\ndata: {c.data or c.prompts}, {images}; "
+          f"pairs from {pairs}; cache: {size(cache)}{text} in "
           f"{cache_folder(c)}")
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     once, frozen = evaluations(c, recipe, guidance)

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -211,8 +212,9 @@ class Shown:
 
 class Grid:
     """Pictures of the student while it trains, always of the same prompts and from the same
-    noise. shown: Shown, encoded."""
+    noise, beside those of the teacher. shown: Shown, encoded."""
     BATCH = 4                                              # pictures at once
+    PLAIN = 32, 4, 2, 1                                    # steps of the teacher's
 
     def __init__(self, pipeline, shape, shown, folder):
         self.pipeline, self.shape, self.folder, self.last = pipeline, shape, folder, None
@@ -221,21 +223,42 @@ class Grid:
         self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
 
     @torch.no_grad()
-    def pictures(self, model, steps, ema=None):
-        """One picture of every prompt, by the running average if it is given.
-        Returns: float32 (N, 3, H, W) in [-1, 1], CPU."""
+    def pictures(self, model, steps, ema=None, pairs=None):
+        """One picture of every prompt, by the running average if it is given, guided as the teacher's
+        trajectories are if pairs are given.  Returns: float32 (N, 3, H, W) in [-1, 1], CPU."""
         network = models.network(self.pipeline)
         swap_ema_(network, ema)
         z = sampler.noise(range(len(self.prompts)), self.shape).to(network.device)
         network.eval()                                     # no dropout
-        images = []
-        for part in (slice(i, i + self.BATCH) for i in range(0, len(z), self.BATCH)):
-            cond = {key: value[part] for key, value in self.cond.items()}
-            images.append(models.decode(self.pipeline, sampler.ddim(model, z[part],
-                                                                    sampler.time_grid(steps), cond)))
+        images, size = [], self.BATCH // 2 if pairs else self.BATCH            # a guided picture is two
+        for part in (range(len(z))[i:i + size] for i in range(0, len(z), size)):
+            rows = slice(part.start, part.stop)
+            cond, guidance, null = {key: value[rows] for key, value in self.cond.items()}, 1.0, None
+            if pairs:
+                cond, guidance = pairs.guide(cond, pairs.drawn_guidance(part))
+                null = pairs.null_like(cond)
+            images.append(models.decode(self.pipeline, sampler.ddim(model, z[rows], sampler.time_grid(steps),
+                                                                    cond, guidance, null)))
         network.train()
         swap_ema_(network, ema)
         return torch.cat(images)
+
+    def column(self, images):
+        """Of a sheet: at least 128 pixels each."""
+        return imaging.to_pil(images, max(1, 128 // images.shape[-1]))
+
+    @property
+    def labels(self):
+        return [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in self.prompts]
+
+    def begin(self, model, board, pairs):
+        """What stands left of every later picture, while the student still is the teacher:
+        OUT/teacher.png. All processes call; the first one writes."""
+        columns = [self.pictures(model, steps, pairs=pairs) for steps in self.PLAIN]
+        if board:
+            titles = [f"teacher\n{steps} step{'s' * (steps > 1)}" for steps in self.PLAIN]
+            sheet = imaging.contact_sheet(list(zip(*map(self.column, columns))), titles, self.labels)
+            sheet.save(self.folder.with_name("teacher.png"))
 
     def draw(self, model, windows, step, board, ema=None):
         """One step per window. All processes call; the first one, which has the board, writes
@@ -243,10 +266,11 @@ class Grid:
         images = self.pictures(model, windows, ema)
         if board:
             self.folder.mkdir(exist_ok=True)
-            self.last = self.folder / f"{step:06d}.png"
-            pictures = imaging.to_pil(images, max(1, 128 // images.shape[-1]))
-            labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in self.prompts]
-            sheet = imaging.contact_sheet([[picture] for picture in pictures],
-                                          [f"{windows} step{'s' * (windows > 1)}"], labels)
+            self.last, teachers = self.folder / f"{step:06d}.png", self.folder.with_name("teacher.png")
+            sheet = imaging.contact_sheet([[picture] for picture in self.column(images)],
+                                          [f"student\n{windows} step{'s' * (windows > 1)}"],
+                                          [] if teachers.exists() else self.labels)
+            if teachers.exists():
+                sheet = imaging.beside(Image.open(teachers), sheet)
             sheet.save(self.last)
             board.picture(sheet, step)

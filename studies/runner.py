@@ -32,7 +32,7 @@ class Config:
                                 # each
     scale: float = 1.0          # share of every budget (updates, trajectories): 0.01 to see that it runs
     model: str = "tiny"         # the teacher
-    data: str = ""              # images with captions; default: the model's own, sprites for tiny
+    data: str = ""              # images with captions; default: the model's own, scenes for tiny
     out: str = "runs/study"     # trained runs, caches and measured rows
     results: str = "results/studies"  # tables and figures
     n: int = 1024               # images per row

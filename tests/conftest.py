@@ -18,12 +18,12 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
-from transformers import CLIPTextModel  # noqa: E402
+from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 import teacher  # noqa: E402
 from models import architectures  # noqa: E402
-from tools import tiny  # noqa: E402
+from tools import build  # noqa: E402
 
 
 def slow(*values):
@@ -88,25 +88,27 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def schedule():
     """Stable Diffusion 1.5's noise schedule."""
-    return teacher.Schedule(tiny.make_scheduler().alphas_cumprod)
+    return teacher.Schedule(build.make_scheduler().alphas_cumprod)
 
 
 @pytest.fixture(scope="session")
 def random_sd(tmp_path_factory):
-    """Folder of a StableDiffusionPipeline with the embedded text tower and autoencoder and a small UNet, random weights."""
+    """Folder of a StableDiffusionPipeline of the embedded one's tokens, latents and size, with small networks of random weights."""
     torch.manual_seed(0)
-    tokenizer = tiny.make_tokenizer()
-    text_encoder = CLIPTextModel(tiny.make_clip(tokenizer).config.text_config)
-    unet = UNet2DConditionModel(**{**SMALL_UNET, "in_channels": tiny.LATENT_CHANNELS, "out_channels": tiny.LATENT_CHANNELS,
+    tokenizer = build.make_tokenizer()
+    text_encoder = CLIPTextModel(CLIPTextConfig(**build.text_config(tokenizer, 64, 2, build.WORDS + build.PLACES)))
+    unet = UNet2DConditionModel(**{**SMALL_UNET, "in_channels": build.CHANNELS, "out_channels": build.CHANNELS,
                                    "cross_attention_dim": text_encoder.config.hidden_size})
     pipeline = StableDiffusionPipeline(
-        vae=tiny.make_autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-        scheduler=tiny.make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        vae=AutoencoderTiny(**SMALL_AUTOENCODER), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
+        scheduler=build.make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     folder = tmp_path_factory.mktemp("models") / "random-sd"
     pipeline.save_pretrained(folder)
     return folder
 
 
+SMALL_AUTOENCODER = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(0, 0, 0, 1),
+                         num_decoder_blocks=(1, 0, 0, 0), latent_channels=build.CHANNELS)
 # What makes a published architecture small: two levels of UNet, three of autoencoder (factor 4), two layers of text.
 SMALL_VAE = dict(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                  layers_per_block=1, norm_num_groups=8, sample_size=32)

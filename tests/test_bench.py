@@ -35,7 +35,7 @@ def test_a_student_update_costs_at_most_five_evaluations_from_the_cache_and_eigh
 
 
 def test_pairs_asked_at_several_times_cost_a_fraction():
-    found = run(model="tiny", data="sprites", recipe="perflow", batch=12, updates=1, reuse=3)
+    found = run(model="tiny", data="scenes", recipe="perflow", batch=12, updates=1, reuse=3)
     assert found["evaluations"] == dict(student=12, solver=32)                    # 4 pairs, 8 steps each
 
 

@@ -48,7 +48,7 @@ def cli(monkeypatch, capsys):
 def student(random_sd, tmp_path_factory):
     """A 2-window student of the random teacher."""
     out = tmp_path_factory.mktemp("run")
-    return train.main(train.Config(model=str(random_sd), data="sprites", out=str(out), windows=[2], updates=2, batch=2, trajectories=2,
+    return train.main(train.Config(model=str(random_sd), data="scenes", out=str(out), windows=[2], updates=2, batch=2, trajectories=2,
                                    solver_steps=8))
 
 
@@ -102,8 +102,8 @@ BAD = [
     ("train.py --windows 0", "windows"),
     ("train.py --solver-steps 12", "multiple of 8"),
     ("train.py --solver-steps 0", "--solver-steps 0: must be a multiple of 8"),
-    ("train.py --model MODEL --data sprites --windows 6 --solver-steps 24", "--windows 6: does not divide the model's 1000 timesteps"),
-    ("train.py --model MODEL --data sprites --windows 2000 1 --solver-steps 2000", "--windows 2000: does not divide the model's"),
+    ("train.py --model MODEL --data scenes --windows 6 --solver-steps 24", "--windows 6: does not divide the model's 1000 timesteps"),
+    ("train.py --model MODEL --data scenes --windows 2000 1 --solver-steps 2000", "--windows 2000: does not divide the model's"),
     # pieces of a recipe that do not fit
     ("train.py --recipe lcm --path linear", "--path linear: does not go with pairs from consistency"),
     ("train.py --recipe lcm --windows 2", "--windows 2: does not go with pairs from consistency"),
@@ -134,7 +134,7 @@ BAD = [
     ("train.py --ema-device gpu", "--ema-device gpu: not one of cpu"),
     ("train.py --no-ema --ema-device cpu", "--ema-device: only goes with --ema above 0"),
     ("train.py --precision fp16 --shard", "--precision fp16: does not go with --shard"),
-    ("train.py --model MODEL --data sprites --out o --validation-prompts nowhere.txt", "--validation-prompts nowhere.txt: cannot be read"),
+    ("train.py --model MODEL --data scenes --out o --validation-prompts nowhere.txt", "--validation-prompts nowhere.txt: cannot be read"),
     ("train.py --mixed_precision bf16", "did you mean --precision?"),
     ("train.py --max_train_steps 4", "did you mean --updates?"),
     ("train.py --num_train_epochs 4", "did you mean --updates?"),
@@ -180,10 +180,10 @@ BAD = [
     ("train.py --projection 0.1 --windows 1 --pairs data", "--projection 0.1: changes whole trajectories"),
     ("train.py --device cuda", "no CUDA device here; use --device cpu"),
     ("train.py --model nowhere", "--model nowhere: no diffusers pipeline there"),
-    ("train.py --model broken --data sprites", "--model broken: cannot be loaded"),
-    ("train.py --model incomplete --data sprites", "--model incomplete"),
+    ("train.py --model broken --data scenes", "--model broken: cannot be loaded"),
+    ("train.py --model incomplete --data scenes", "--model incomplete"),
     ("train.py --model MODEL", "give either --data"),
-    ("train.py --model MODEL --data sprites --prompts empty.txt", "give either --data"),
+    ("train.py --model MODEL --data scenes --prompts empty.txt", "give either --data"),
     ("train.py --model MODEL --data nowhere", "--data nowhere: no such folder"),
     ("train.py --model MODEL --data empty", "--data empty: no image in it"),
     ("train.py --model MODEL --data fake", "a.png or its caption cannot be read"),
@@ -191,10 +191,10 @@ BAD = [
     ("train.py --model MODEL --data stray", "b.txt is the caption of no image; add its image or move it away"),
     ("train.py --model MODEL --prompts empty.txt", "--prompts empty.txt: no prompt in it"),
     ("train.py --model MODEL --prompts file/x", "--prompts file/x: cannot be read"),
-    ("train.py --model MODEL --data sprites --out file/out", "--out file/out: cannot be written"),
-    ("train.py --model MODEL --data sprites --size 30", "--size 30: must be a multiple of 8 for this model, for instance 24 or 32"),
-    ("train.py --model MODEL --data sprites --batch 6 --micro-batch 4", "6: not divisible by 4 (--micro-batch)"),
-    ("train.py --model MODEL --data sprites --batch 4 --reuse 3", "4: not divisible by 3 (--reuse)"),
+    ("train.py --model MODEL --data scenes --out file/out", "--out file/out: cannot be written"),
+    ("train.py --model MODEL --data scenes --size 30", "--size 30: must be a multiple of 16 for this model, for instance 16 or 32"),
+    ("train.py --model MODEL --data scenes --batch 6 --micro-batch 4", "6: not divisible by 4 (--micro-batch)"),
+    ("train.py --model MODEL --data scenes --batch 4 --reuse 3", "4: not divisible by 3 (--reuse)"),
     ("train.py --reuse 0", "--reuse 0: must be at least 1"),
     ("train.py --precision fp8", "--precision fp8: not one of fp32, bf16"),
     ("train.py --null-text none", "--null-text none: not one of auto, empty, zeros"),
@@ -203,12 +203,12 @@ BAD = [
     ("train.py --device tpu", "--device tpu: not one of cpu, cuda, mps, xpu"),
     ("train.py --device mps", "--device mps: no Apple GPU (mps) device here; use --device cpu"),
     ("train.py --device xpu", "--device xpu: no Intel GPU (xpu) device here; use --device cpu"),
-    ("train.py --model MODEL --data sprites --pairs data --cache-latents", "--cache-latents: --data sprites is endless"),
-    ("train.py --model weights.ckpt --data sprites", "never pickles"),
-    ("train.py --model missing.safetensors --data sprites", "--model missing.safetensors"),
-    ("train.py --model file.safetensors --data sprites", "--model file.safetensors"),
-    ("train.py --model some/hub --random-init --data sprites", "--model some/hub"),
-    ("train.py --model MODEL --data sprites --cache other", "--cache other/trajectories: made with other settings"),
+    ("train.py --model MODEL --data scenes --pairs data --cache-latents", "--cache-latents: --data scenes is endless"),
+    ("train.py --model weights.ckpt --data scenes", "never pickles"),
+    ("train.py --model missing.safetensors --data scenes", "--model missing.safetensors"),
+    ("train.py --model file.safetensors --data scenes", "--model file.safetensors"),
+    ("train.py --model some/hub --random-init --data scenes", "--model some/hub"),
+    ("train.py --model MODEL --data scenes --cache other", "--cache other/trajectories: made with other settings"),
     ("export.py checkpoint --checkpoint nowhere.safetensors --out x", "--checkpoint nowhere.safetensors: no such file"),
     ("export.py checkpoint --checkpoint DELTA --out empty", "--out empty: exists already"),
     ("export.py checkpoint --checkpoint file.safetensors --out x", "not a whole safetensors file"),
@@ -225,7 +225,7 @@ BAD = [
     ("export.py onnx MODEL empty", "OUT empty: exists already"),
     ("export.py onnx MODEL x y", "unexpected word 'y'"),
     ("export.py onnx --model MODEL --out x", "unknown option '--model'"),
-    ("sampler.py --model STUDENT --prompt fox --size 30", "--size 30: must be a multiple of 8"),
+    ("sampler.py --model STUDENT --prompt fox --size 30", "--size 30: must be a multiple of 16"),
     ("sampler.py --model STUDENT --prompt fox --dtype fp8", "--dtype fp8: not one of"),
     ("tools.bench --parts speed", "--parts speed: not one of training, evaluations, sampling"),
     ("tools.bench --device cuda", "no CUDA device here; use --device cpu"),
@@ -243,7 +243,7 @@ BAD = [
     ("eval.py", "give the folder that train.py wrote"),
     ("eval.py nowhere", "nowhere: give the folder"),
     ("eval.py empty", "empty: no finished student in it"),
-    ("eval.py RUN --n 100", "--n 100: must be at least 640"),
+    ("eval.py RUN --n 100", "--n 100: must be at least 960"),
     ("eval.py RUN --steps 0", "--steps 0: must be at least 1"),
     ("eval.py RUN --clip empty", "--clip empty: no CLIPModel folder there"),
 ]
@@ -308,7 +308,7 @@ def test_a_recipe_that_starts_from_images_needs_images(cli, here, random_sd):
 
 
 def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
-    line = f"train.py --model {random_sd} --data sprites --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --out o"
+    line = f"train.py --model {random_sd} --data scenes --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --out o"
     assert cli(line)[0] == 0
     status, _, err = cli(line, "--lr", 0.01)
     assert status == 2 and "lr 0.0002 -> 0.01" in err
@@ -316,7 +316,7 @@ def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
 
 
 def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
-    line = "train.py --data sprites --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
+    line = "train.py --data scenes --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --out o --model"
     assert cli(line, "nowhere")[0] == 2
     assert cli(line, random_sd)[0] == 0
     status, _, err = cli(line, random_sd, "--no-resume")
@@ -324,14 +324,14 @@ def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
 
 
 def test_a_cache_of_another_teacher_is_refused(cli, here, random_sd, small_models):
-    line = "train.py --data sprites --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
+    line = "train.py --data scenes --windows 1 --grid-steps 0 --updates 1 --batch 2 --trajectories 2 --solver-steps 8 --cache c --model"
     assert cli(line, random_sd, "--out", "a")[0] == 0
     status, _, err = cli(line, small_models["sd15"], "--out", "b")
     assert status == 2 and "--cache c/prompts: made with other settings" in err and "'text'" in err and err.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_where_and_keeps_the_checkpoint(cli, here, random_sd):
-    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --updates 40 --solver-steps 8 --recipe "
+    status, _, err = cli(f"train.py --model {random_sd} --data scenes --batch 2 --trajectories 2 --updates 40 --solver-steps 8 --recipe "
                          "reflow --lr 1e30 --checkpoint-steps 1 --out o")
     found = re.search(r"loss \S+ at step (\d+), window \(0.000, 1.000\], t = (\S+), stage 0 \(1 windows\);", err)
     assert status == 2 and found and 0 < float(found[2]) <= 1 and "lower --lr" in err
@@ -351,7 +351,7 @@ def test_a_gradient_that_is_not_finite_is_not_kept(cli, here, random_sd, monkeyp
         calls.append(real(parameters, norm))
         return calls[-1] * (float("inf") if len(calls) == 3 else 1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --updates 8 --solver-steps 8 --recipe reflow "
+    status, _, err = cli(f"train.py --model {random_sd} --data scenes --batch 2 --trajectories 2 --updates 8 --solver-steps 8 --recipe reflow "
                          "--checkpoint-steps 1 --out o")
     assert status == 2 and "gradient norm inf at step 2, stage 0 (1 windows)" in err
     assert sorted(file.name for file in (here / "o").glob("checkpoint-*")) == ["checkpoint-000001.safetensors", "checkpoint-000002.safetensors"]
@@ -366,18 +366,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(cli, here, random_sd, monkeypatch
             raise OSError(28, "No space left on device")
         real_save(tensors, file, metadata)
     monkeypatch.setattr(checkpoints, "save_file", save)
-    status, _, err = cli(f"train.py --model {random_sd} --data sprites --batch 2 --trajectories 2 --updates 8 --solver-steps 8 --recipe reflow "
+    status, _, err = cli(f"train.py --model {random_sd} --data scenes --batch 2 --trajectories 2 --updates 8 --solver-steps 8 --recipe reflow "
                          "--checkpoint-steps 1 --out o")
     assert status == 2 and "no space left on the device" in err
     assert [file.name for file in (here / "o").glob("checkpoint-*")] == ["checkpoint-000001.safetensors"]
 
 
 def test_data_cache_makes_what_training_then_uses(here, random_sd, run_file):
-    options = ["--model", random_sd, "--data", "sprites", "--trajectories", 3, "--solver-steps", 8, "--cache", here / "c"]
+    options = ["--model", random_sd, "--data", "scenes", "--trajectories", 3, "--solver-steps", 8, "--cache", here / "c"]
     done = run_file("train.py", "--cache-only", *options)
     assert done.returncode == 0 and "c: 3 trajectories" in done.stdout, done.stderr[-2000:]
     made = {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
-    train.main(train.Config(model=str(random_sd), data="sprites", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", updates=2, windows=[1],
+    train.main(train.Config(model=str(random_sd), data="scenes", trajectories=3, solver_steps=8, cache=str(here / "c"), out="o", updates=2, windows=[1],
                             batch=2, grid_steps=0))
     assert made and made == {file: file.stat().st_mtime_ns for file in (here / "c").rglob("*.safetensors")}
     Image.new("RGB", (40, 40)).save(here / "empty" / "a.png")
@@ -391,7 +391,7 @@ def test_sampler_writes_what_was_asked_for(cli, here, student):
     assert status == 0 and "2 steps = 2 network evaluations" in out
     assert Image.open("a.png").size == (256, 256)
     cli(f"sampler.py --model {student} --prompt fox cat --n 2 --steps 4 --scale 1 --out b.png")
-    assert [Image.open(f"b-{i}.png").size for i in range(4)] == [(32, 32)] * 4
+    assert [Image.open(f"b-{i}.png").size for i in range(4)] == [(64, 64)] * 4
     cli(f"sampler.py --model {student} --prompt fox cat --n 3 --grid --guidance 2 --scale 2 --out c.png")
     assert Image.open("c.png").width > 3 * 64
     cli(f"sampler.py --model {student} --prompt fox --compare --save-steps --scale 2 --out d.png")
@@ -488,7 +488,7 @@ def test_the_files_that_a_run_writes_give_that_run_again(here, student):
     out, plain = student.parent, command_line.parse(train.Config, "", [])
     whole = command_line.parse(train.Config, "", ["--config", str(out / "config.yaml")])
     assert whole == command_line.parse(train.Config, "", ["--config", str(student / "reflow.json")])
-    assert whole.windows == [2] and whole.updates == 2 and whole.data == "sprites" and whole.out == str(out)
+    assert whole.windows == [2] and whole.updates == 2 and whole.data == "scenes" and whole.out == str(out)
     short = dataclasses.asdict(command_line.parse(train.Config, "", ["--config", str(out / "config.json")]))
     assert {key for key, value in dataclasses.asdict(whole).items() if short[key] != value} <= set(train.MAY_CHANGE_ON_RESUME)
     assert short["updates"] == 2 and whole != plain

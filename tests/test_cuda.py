@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 
 def options(model, out, device, **changes):
-    return train.Config(**{**dict(model=str(model), data="sprites", out=str(out), windows=[2, 1], updates=4, batch=2, micro_batch=1,
+    return train.Config(**{**dict(model=str(model), data="scenes", out=str(out), windows=[2, 1], updates=4, batch=2, micro_batch=1,
                                   trajectories=4, solver_steps=8, log_steps=1, checkpoint_steps=2, grid_steps=0, device=device), **changes})
 
 

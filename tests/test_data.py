@@ -511,7 +511,7 @@ def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
     drawn = [prompts.captions[i] for i in prompts.caption_indices(range(300))]
     assert prompts.images is None and prompts.captions == ["", "fox", "cat"] and 150 < drawn.count("fox") < 250 and "" not in drawn
     with pytest.raises(UserError, match="give either --data"):
-        captioned.open_dataset("sprites", "p.txt", seed=0)
+        captioned.open_dataset("scenes", "p.txt", seed=0)
 
 
 LINE_ENDS_OF_STR = "\v\f\x1c\x1d\x1e\x85\u2028\u2029"     # where str.splitlines() cuts and no editor or format ends a line
@@ -553,7 +553,7 @@ def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
     assert "entry 1 has no text; write" in refused("p.jsonl", '{torn\n{"text": "a cat"}\n')
     assert "no prompt in it; write one per line" in refused("p.csv", "prompt\n")
     assert f"--caption-column text: --prompts {tmp_path}/p.txt has no columns; leave it out" in refused("p.txt", "a fox", "text")
-    assert "--data sprites has no columns; leave them out" in refusal("sprites", caption_column="text")
+    assert "--data scenes has no columns; leave them out" in refusal("sprites", caption_column="text")
     assert "cannot be read (unexpected end of data)" in refused("p.csv", 'prompt\na fox\n"a cat\na dog\n')
 
 

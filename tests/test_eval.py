@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, run_two, slow
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 from test_coco import make_coco
 from transformers import CLIPModel
 
@@ -22,12 +24,13 @@ import models
 import sampler
 import teacher
 import train
-from data import coco, sprites
+from data import coco, scenes
+from evaluation import judge as judging
 from evaluation import measuring, metrics, protocols
 from models import architectures, saved
 from runtime import store
 from runtime.cli import UserError
-from tools import tiny
+from tools import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 COUNT = 20                       # images of the fake COCO
@@ -49,20 +52,22 @@ def few_steps(monkeypatch):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folder with COCO, an Inception, a CLIPModel for any image and one for 32 pixels."""
+    """Folder with COCO, an Inception, a CLIPModel for any image and one for 64 pixels, and a judge of eight features."""
     folder = tmp_path_factory.mktemp("parts")
     make_coco(folder / "coco", COUNT)
     torch.jit.script(Colors()).save(folder / "inception.pt")
     torch.manual_seed(0)
-    tokenizer = tiny.make_tokenizer()
-    config = tiny.make_clip(tokenizer).config
-    config.projection_dim = 8                                       # tiny wants ten images for each
+    tokenizer = build.make_tokenizer()
+    config = build.make_clip(tokenizer).config
+    config.projection_dim = 8                                       # pixel wants ten images for each
     clip = CLIPModel(config)
     for name in ("clip", "tiny-clip"):
         clip.save_pretrained(folder / name), tokenizer.save_pretrained(folder / name)
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(
-        image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=32), resample=3, do_center_crop=True,
-        crop_size=dict(height=32, width=32), do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+        image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=64), resample=3, do_center_crop=True,
+        crop_size=dict(height=64, width=64), do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
+    (folder / "judge").mkdir()
+    save_file(judging.Judge((8, 8, 8)).state_dict(), folder / "judge" / "judge.safetensors")
     return folder
 
 
@@ -84,7 +89,7 @@ def students(small_models, tmp_path_factory):
 def options(parts, cache, protocol="coco2017-5k", **more):
     """A Config of few, small images."""
     coco_parts = dict(data=str(parts / "coco"), clip=str(parts / "clip"), inception=str(parts / "inception.pt"))
-    own = dict(clip=str(parts / "tiny-clip")) if protocol == "tiny" else coco_parts
+    own = dict(clip=str(parts / "tiny-clip"), judge=str(parts / "judge")) if protocol == "tiny" else coco_parts
     small = dict(size=32, n=16, real=18, steps=[2], ddim_steps=[1], teacher_steps=4, batch=8, paths=5)
     return protocols.Config(protocol=protocol, cache=str(cache), **(own | small | more))
 
@@ -106,10 +111,10 @@ def test_protocols_are_what_their_names_say():
     found = protocols.PROTOCOLS
     assert list(found) == ["tiny", "pixel", "coco2017-5k", "sdxl-coco2017-5k", "coco2014-30k"]
     assert [(p.split, p.n, p.size, p.fid_size, p.rule) for p in found.values()] == [
-        ("sprites", 2048, None, None, ""), ("sprites-by-group", 2048, 16, 32, ""), ("val2017", 5000, 512, None, "first"),
+        ("scenes", 2048, None, None, ""), ("sprites-by-group", 2048, 16, 32, ""), ("val2017", 5000, 512, None, "first"),
         ("val2017", 5000, 1024, None, "first"),
         ("val2014", 30000, None, 256, "seeded")]
-    assert [p.network for p in found.values()] == ["clip", "clip", *["inception"] * 3]
+    assert [p.network for p in found.values()] == ["judge", "clip", *["inception"] * 3]
     assert all(p.clip == "laion/CLIP-ViT-g-14-laion2B-s12B-b42K" for p in found.values() if p.network == "inception")
     assert found["tiny"].guidance == found["pixel"].guidance == 1 and found["sdxl-coco2017-5k"].teacher == "sdxl"
 
@@ -159,7 +164,7 @@ def test_a_coco_protocol_runs_to_its_end_and_its_string_says_all(
 
 def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_anew(random_sd, parts, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    train.main(train.Config(model=str(random_sd), data="sprites", batch=2, trajectories=2, solver_steps=8, out=str(run), name="proreflow",
+    train.main(train.Config(model=str(random_sd), data="scenes", batch=2, trajectories=2, solver_steps=8, out=str(run), name="proreflow",
                             windows=[2, 1], updates=2, grid_steps=0))
     c = options(parts, tmp_path / "cache", "tiny", run=str(run), n=80, real=80, steps=[1, 2], teacher_steps=2, size=None, paths=4, batch=64)
     result = evaluation.main(c)
@@ -169,7 +174,7 @@ def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_a
         assert row["fd_interval"][0] <= row["fd_corrected"] <= row["fd_interval"][1] and row["nfe"] == row["nfe_pairs_as_one"] == row["steps"]
     assert abs(result["rows"][0]["fd_teacher_corrected"]) < 1e-6
     assert "| teacher | - | 2 |" in (run / "results.md").read_text() and "image_and_caption_ids" not in result
-    for item in ("held-out pairs included", "features: tiny-clip, projected image features", "resize: none"):
+    for item in ("held-out pairs included", "features: judge, 8 features", "clip: tiny-clip", "resize: none", "prompt accuracy: share of the prompts"):
         assert item in result["protocol"]["text"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation.sampler, "generate", None)         # only the picture is drawn again
@@ -177,22 +182,36 @@ def test_tiny_runs_end_to_end_on_a_trained_run_and_a_second_call_makes_nothing_a
         assert evaluation.main(c)["rows"] == result["rows"]
 
 
+def test_what_the_judge_says_of_a_student_is_the_direct_computation(random_sd, parts, tmp_path):
+    folder = shutil.copytree(random_sd, tmp_path / "student-2")
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    unet.save_pretrained(folder / "unet")
+    (folder / "reflow.json").write_text(json.dumps(dict(method="reflow", windows=2, path="vp", teacher=str(random_sd))))
+    c = options(parts, tmp_path / "cache", "tiny", teacher=str(random_sd), size=None, n=40, real=48, teacher_steps=2, paths=12, batch=8)
+    evaluator = measuring.Evaluator(c)
+    row, judged = evaluator.row(folder, 2), judging.Features(parts / "judge")
+    plans, captions = measuring.real_plans(40, "prompts", "scenes")
+    pictures = []
+    for name, windows in ((folder, 2), (random_sd, 1)):
+        pipeline, model, _ = saved.open_model(str(name))
+        pictures.append(models.decode(pipeline, sampler.generate(pipeline, model, captions, range(1_000_000, 1_000_040),
+                                                                 sampler.time_grid(2, windows), batch=8)))
+    ours, theirs = pictures
+    assert row["prompt_accuracy"] == pytest.approx(judged.accuracy(judged.images(ours), plans))
+    assert row["picture_distance"] == pytest.approx(judged.distance(ours[:12], theirs[:12]).mean().item(), rel=1e-4)
+    assert evaluator.row(random_sd, 2)["picture_distance"] == 0
+    fresh, plans = measuring.real_images(40, "floor", "scenes")[0], measuring.real_plans(40, "floor", "scenes")[0]
+    floor, real = evaluator.floor()["floor"], judged.images(measuring.real_images(48, "reference", "scenes")[0])
+    assert floor["prompt_accuracy"] == pytest.approx(judged.accuracy(judged.images(fresh), plans))
+    assert floor["fd_corrected"] == pytest.approx(metrics.mean_interval(metrics.frechet_groups(judged.images(fresh), real))[0], rel=1e-4)
+
+
 def test_evaluation_pictures_are_fresh_and_hold_the_held_out_pairs():
-    images, captions = measuring.real_images(800, "reference")
-    again, other = measuring.real_images(800, "reference"), measuring.real_images(800, "prompts")
+    images, captions = measuring.real_images(200, "reference", "scenes")
+    again, other = measuring.real_images(200, "reference", "scenes"), measuring.real_images(200, "prompts", "scenes")
     assert torch.equal(images, again[0]) and captions == again[1] != other[1]
-    assert set(captions) & {f"{name} on {color}" for name in sprites.load_sheet()[0] for color in sprites.BACKGROUNDS
-                            if sprites.is_held_out(name, color)}
-
-
-def test_sprites_hold_out_a_tenth_and_training_never_draws_it():
-    share = len(sprites.pairs(True)) / len(sprites.pairs(None))
-    assert 0.07 < share < 0.13 and len(sprites.pairs(True)) + len(sprites.pairs(False)) == len(sprites.pairs(None))
-    _, _, facts = sprites.draw(500, torch.Generator().manual_seed(0), held_out=False)
-    assert not any(sprites.is_held_out(fact["object"], fact["background"]) for fact in facts)
-    images, captions, _ = sprites.draw(8, torch.Generator().manual_seed(0))
-    assert images.shape == (8, 3, 32, 32) and images.abs().max() <= 1 and images.std() > 0.1
-    assert {word for caption in captions for word in caption.split()} <= set(sprites.vocabulary())
+    assert scenes.is_held_out(measuring.real_plans(200, "reference", "scenes")[0]).any()
 
 
 # ---- columns, each against a direct computation --------------------------------------------------------------------
@@ -280,7 +299,7 @@ def test_images_without_a_caption_do_not_enter_the_clip_score(random_sd, parts, 
     rows, given = judge.teacher_rows[range(80)]["clip"], [i for i, prompt in enumerate(judge.prompts) if prompt]
     expected = metrics.clip_score(rows[given], judge.clip.texts([judge.prompts[i] for i in given]))
     assert judge.row(random_sd, 1)["clip"] == pytest.approx(expected, rel=1e-6) and 0.8 < len(given) / 80 < 1
-    assert judge.prompts == measuring.real_images(80, "prompts")[1]
+    assert judge.prompts == measuring.real_plans(80, "prompts", "scenes")[1]
     assert torch.allclose(judge.reference["clip"], judge.clip.images(measuring.real_images(80, "reference")[0]), atol=1e-5)
 
 
@@ -491,6 +510,7 @@ def test_several_runs_of_one_recipe_are_named_and_in_order(judge, parts, student
     (dict(protocol="coco2017"), r"--protocol coco2017: not one of tiny, .*; did you mean coco2017-5k\?"),
     (dict(data=""), r"--protocol coco2017-5k: needs COCO; give --data FOLDER, with annotations/captions_val2017.json and val2017 in it"),
     (dict(protocol="tiny"), r"--data .*: --protocol tiny has its own images; leave it out"),
+    (dict(judge="assets/judge"), "--judge assets/judge: it knows the embedded scenes alone, --protocol coco2017-5k has other pictures"),
     (dict(data="nowhere"), r"--data nowhere: annotations/captions_val2017.json cannot be read"),
     (dict(solvers=["ddmi"]), r"--solver ddmi: not one of ddim, .*; did you mean ddim\?"),
     (dict(dtype="fp8"), r"--dtype fp8: not one of fp32, bf16, fp16"),
@@ -510,8 +530,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(judge, tmp_path, change,
 
 
 def test_tiny_wants_ten_images_a_feature(parts, tmp_path):
-    with pytest.raises(UserError, match="--n 79: must be at least 80 for a Frechet distance on the 8 features of tiny-clip"):
-        measuring.Evaluator(options(parts, tmp_path, "tiny", n=79, real=80))
+    with pytest.raises(UserError, match="--n 39: must be at least 40 for a Frechet distance on the 8 features of judge"):
+        measuring.Evaluator(options(parts, tmp_path, "tiny", n=39, real=80))
 
 
 def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, tmp_path):

@@ -22,11 +22,11 @@ import export
 import models
 import sampler
 import train
-from evaluation import measuring, protocols
+from evaluation import judge, measuring, protocols
 from models import load, saved, student
 from runtime import checkpoints
 from runtime.cli import UserError
-from tools import tiny
+from tools import build
 
 PROMPTS, SEEDS = ["red heart on blue", "animal"], [3, 4]
 FAMILIES = ["tiny", "sd15", "sd21", "sdxl"]
@@ -194,7 +194,7 @@ def test_merge_lora_is_the_adapted_network(random_sd):
     with torch.no_grad():
         for p in checkpoints.trained(unet).values():
             p.normal_(std=0.1)
-    inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
+    inputs = torch.randn(2, 16, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
     other = load.load_pipeline(str(random_sd)).unet
     untouched = unet.eval()(*inputs).sample
     export.merge_lora(other.state_dict(), export.adapters(unet.state_dict()))
@@ -214,15 +214,15 @@ def stock(folder):
 SHIPPED = [str(file.parent) for file in sorted(load.ASSETS.glob("*/README.md"))]
 
 
-@pytest.fixture(params=[*SHIPPED, "tiny", "sd21", "sdxl", "bf16 lora", "tiny.save"], ids=lambda name: name.split("/")[-1])
+@pytest.fixture(params=[*SHIPPED, "tiny", "sd21", "sdxl", "bf16 lora", "build.save"], ids=lambda name: name.split("/")[-1])
 def written(request, students, random_sd, tmp_path, monkeypatch):
-    """A folder that ships, or that a run or tiny.py has written."""
+    """A folder that ships, or that a run or tools/build.py has written."""
     if request.param in SHIPPED:
         return Path(request.param)
-    if request.param == "tiny.save":
-        monkeypatch.setattr(tiny, "ASSETS", tmp_path)
+    if request.param == "build.save":
+        monkeypatch.setattr(build, "ASSETS", tmp_path)
         pipeline = load.load_pipeline(str(random_sd))
-        tiny.save(pipeline, tiny.make_clip(pipeline.tokenizer))
+        build.save(pipeline, build.make_clip(pipeline.tokenizer), judge.Judge((8, 8, 8)))
         return tmp_path
     family, changes = ("tiny", dict(lora=2, precision="bf16")) if "lora" in request.param else (request.param, {})
     return students(family, **changes) / "student-2"
@@ -256,7 +256,7 @@ def test_the_line_of_a_students_card_gives_what_sampler_gives_in_the_default_dty
     assert line[1] == "DiffusionPipeline.from_pretrained(folder)"
     options = eval(f"dict({line[2]})")
     assert options == dict(num_inference_steps=2, guidance_scale=1)
-    theirs = stock(folder)(PROMPTS, latents=sampler.noise(SEEDS, (8, 8, 8)), output_type="latent", **options).images
+    theirs = stock(folder)(PROMPTS, latents=sampler.noise(SEEDS, (16, 8, 8)), output_type="latent", **options).images
     assert (latents(folder, 2, 1.0) - theirs).abs().max() <= 1e-4
 
 

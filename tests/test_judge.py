@@ -3,9 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import slow
+from safetensors.torch import save_file
 
 from data import scenes
 from evaluation import judge
+from models import load
+from runtime.cli import UserError
 
 
 def told(answers, **changes):
@@ -44,13 +47,14 @@ def test_a_scene_of_two_is_told_in_one_way():
 
 
 @pytest.mark.parametrize("question, counted", [("top", {"color"}), ("bottom", {"color"}), ("axis", {"relation"}), ("count", {"object", "relation"}),
-                                               ("first", {"object", "relation"})])
+                                               ("only", {"object"}), ("first", {"object", "relation"})])
 def test_a_wrong_answer_counts_where_the_caption_names_it(plans, question, counted):
+    plans = plans[plans[:, 0] == {"only": 1, "first": 2}[question]] if question in ("only", "first") else plans
     right = judge.answers(plans)
     wrong = (right[question] + 1) % judge.QUESTIONS[question]
-    if question == "first":                                # of another group, so that vague captions are wrong as well
+    if question in ("only", "first"):                      # of another group, so that vague captions are wrong as well
         animal, food = scenes.GROUPS.index("animal"), scenes.GROUPS.index("food")
-        wrong = torch.tensor([food if scenes.GROUPS[int(a)] == "animal" else animal for a in right["first"]])
+        wrong = torch.tensor([food if scenes.GROUPS[int(a)] == "animal" else animal for a in right[question]])
         wrong = torch.where(wrong == right["second"], wrong + 1, wrong)
     found = judge.follows(told(right, **{question: wrong}), plans)
     for name in ("object", "color", "relation"):
@@ -63,7 +67,7 @@ def test_a_wrong_answer_counts_where_the_caption_names_it(plans, question, count
 def test_two_objects_in_each_others_place_are_the_right_objects_in_the_wrong_relation(plans):
     right = judge.answers(plans)
     two = plans[:, 0] == 2
-    found = judge.follows(told(right, first=torch.where(two, right["second"], right["first"]), second=right["first"]), plans)
+    found = judge.follows(told(right, first=right["second"], second=right["first"]), plans)
     assert found["object"][1][found["object"][0]].all()
     differ = two & found["relation"][0] & (right["first"] != right["second"])
     exact = torch.tensor([scenes.GROUPS[int(a)] != scenes.GROUPS[int(b)] for a, b in zip(right["first"], right["second"])])
@@ -98,3 +102,49 @@ def test_it_learns(updates, share):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < share * losses[0]
+
+
+# ---- a judge that lies in a folder -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path):
+    torch.manual_seed(0)
+    network = judge.Judge((8, 16, 24))
+    save_file({name: value.half() for name, value in network.state_dict().items()}, tmp_path / "judge.safetensors")
+    return network
+
+
+def test_features_are_the_networks_and_accuracy_is_what_follows_says(small, tmp_path, plans):
+    found, images = judge.Features(tmp_path), scenes.render(plans[:70])
+    features = found.images(images)
+    assert found.dim == 24 and features.shape == (70, 24)
+    with torch.no_grad():
+        small.load_state_dict({name: value.half().float() for name, value in small.state_dict().items()})
+        assert torch.allclose(features, small.features(images), atol=1e-5)
+        right = judge.follows(small(images), plans[:70])
+        assert found.distance(images, images.flip(0)).tolist() == pytest.approx(judge.distance(small, images, images.flip(0)).tolist(), abs=1e-5)
+    shares = found.accuracy(features, plans[:70])
+    assert shares == {name: right[name][1][right[name][0]].double().mean().item() for name in ("object", "color", "relation", "all")}
+
+
+def test_a_folder_without_a_whole_judge_is_refused_by_name(small, tmp_path):
+    with pytest.raises(UserError, match="--judge .*nowhere: judge.safetensors cannot be loaded"):
+        judge.Features(tmp_path / "nowhere")
+    weights = {name: value for name, value in small.state_dict().items() if name != "head.bias"}
+    save_file(weights, tmp_path / "judge.safetensors")
+    with pytest.raises(UserError, match="head.bias"):
+        judge.Features(tmp_path)
+    (tmp_path / "judge.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="restore the folder"):
+        judge.Features(tmp_path)
+
+
+def test_the_committed_judge_has_learned_every_question():
+    found, plans = judge.Features(load.ASSETS / "judge"), scenes.plan(512, torch.Generator().manual_seed(77))
+    features, right = found.images(scenes.render(plans)), judge.answers(plans)
+    guess = judge.split(found.model.head(features))
+    for name, values in guess.items():
+        asked = right[name] >= 0
+        assert (values.argmax(1) == right[name])[asked].double().mean() > 0.8, name
+    assert found.accuracy(features, plans)["all"] > 0.85

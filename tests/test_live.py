@@ -65,7 +65,7 @@ def test_every_network_is_torchs_at_any_batch(exported, name):
         assert found.shape == expected.shape and (found - expected).abs().max() < 1e-4 * expected.abs().max()
     for count in (1, 3, 33):
         prompts = (["red heart on blue", "", "fox " * 30] * 11)[:count]
-        z, t = sampler.noise(range(count), (8, 8, 8)), torch.linspace(1, 0.01, count, dtype=torch.float64)
+        z, t = sampler.noise(range(count), (16, 8, 8)), torch.linspace(1, 0.01, count, dtype=torch.float64)
         cond = models.encode_text(pipeline, prompts)
         tokens = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
@@ -77,7 +77,7 @@ def test_every_network_is_torchs_at_any_batch(exported, name):
 
 def test_the_folder_says_how_it_is_sampled_and_whose_it_is(exported):
     about = json.loads((exported / "student" / "model.json").read_text())
-    assert (about["windows"], about["path"], about["prediction"], about["latents"]) == (2, "vp", "epsilon", [8, 8, 8])
+    assert (about["windows"], about["path"], about["prediction"], about["latents"]) == (2, "vp", "epsilon", [16, 8, 8])
     assert about["tokens"] == dict(length=16, start="<|startoftext|>", end="<|endoftext|>", pad="<|endoftext|>", unknown="<|endoftext|>")
     schedule, _ = models.schedule(saved.open_model("tiny")[0])
     assert about["alpha"] == schedule.alpha.tolist() and about["commit"]
@@ -233,7 +233,7 @@ def test_the_page_draws_what_sampler_py_draws(browser, served):  # noqa: F811
         assert all(row.std() > 20 for row in pictures)
     times = browser.evaluate("[...document.querySelectorAll('#rows .time')].map(each => each.textContent)")
     assert [time.split(" s, ")[1] for time in times] == ["64 evaluations each", "8 evaluations each", "8 evaluations each"]
-    cut = len(saved.open_model("tiny")[0].tokenizer(long.strip()).input_ids) - 16
+    cut = len(saved.open_model("tiny")[0].tokenizer(long.strip()).input_ids) - 32
     assert browser.evaluate(says) == f"This model has never seen: dragon. The last {cut} tokens do not fit and are not seen."
     browser("Emulation.setDeviceMetricsOverride", width=390, height=900, deviceScaleFactor=1, mobile=True)
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")

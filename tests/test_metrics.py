@@ -15,11 +15,11 @@ from transformers import CLIPModel
 import reflow
 import sampler
 import teacher
-from data import sprites
+from data import scenes
 from evaluation import metrics
 from models import load
 from runtime.cli import UserError
-from tools import tiny
+from tools import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -224,8 +224,10 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 def clip_folders(tmp_path_factory):
     """(plain, full): one random CLIPModel of 32 pixels without and with a preprocessor_config.json."""
     torch.manual_seed(0)
-    tokenizer = tiny.make_tokenizer()
-    model = tiny.make_clip(tokenizer)
+    tokenizer = build.make_tokenizer()
+    config = build.make_clip(tokenizer).config
+    config.vision_config.image_size = 32
+    model = CLIPModel(config)
     folders = [tmp_path_factory.mktemp("clip") / name for name in ("plain", "full")]
     for folder in folders:
         model.save_pretrained(folder), tokenizer.save_pretrained(folder)
@@ -283,7 +285,8 @@ def test_clip_texts_keep_their_order_repeated_cut_or_empty(clip_folders):
 
 def test_the_embedded_clip_knows_its_pictures():
     clip = metrics.Clip(load.ASSETS / "tiny-clip")
-    images, captions, _ = sprites.draw(64, torch.Generator().manual_seed(0))
+    plans = scenes.plan(64, torch.Generator().manual_seed(0))
+    images, captions = scenes.render(plans), scenes.describe(plans)[0]
     score = metrics.clip_score(clip.images(images), clip.texts(captions))
     assert clip.name == "tiny-clip" and score > 40 > metrics.clip_score(clip.images(images), clip.texts(captions[1:] + captions[:1]))
 
@@ -301,7 +304,7 @@ def test_a_clip_that_cannot_be_loaded_is_one_line_with_a_remedy(clip_folders, tm
     weights = load_file(clip_folders[0] / "model.safetensors")
     save_file({name: value for name, value in weights.items() if "visual_projection" not in name}, tmp_path / "model.safetensors",
               {"format": "pt"})
-    tiny.make_tokenizer().save_pretrained(tmp_path)
+    build.make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="not a whole CLIPModel: .* lack visual_projection.weight"):
         metrics.Clip(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

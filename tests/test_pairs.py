@@ -442,7 +442,7 @@ def test_windows_of_the_cache_serve_every_stage():
 
 def test_endless_pictures_cannot_be_cached(make):
     with pytest.raises(cli.UserError, match="endless"):
-        make(data="sprites", pairs="data", cache_latents=True)
+        make(data="scenes", pairs="data", cache_latents=True)
 
 
 def test_consistency_pairs_are_one_teacher_step_and_the_students_own_jump(make):

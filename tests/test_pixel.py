@@ -16,11 +16,12 @@ import export
 import models
 import sampler
 import train
-from data import captioned, imaging, sprites
+from data import captioned, drawn, imaging, sprites
 from evaluation import measuring, protocols
 from models import configs, load, pixel, saved
 from runtime.cli import UserError
-from tools import bench, tiny
+from tools import bench, build
+from tools import pixel as builder
 
 LABELS = list(sprites.OBJECTS)
 UNET = dict(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
@@ -43,7 +44,7 @@ def folders(tmp_path_factory):
     """Folders by kind: unconditional; classes, named, with a null class; numbers, without names and so without null class; gray."""
     root = tmp_path_factory.mktemp("pixel")
     return dict(unconditional=save(root / "unconditional"), gray=save(root / "gray", in_channels=1, out_channels=1),
-                classes=save(root / "classes", tiny.make_scheduler("v_prediction"), LABELS, DDIMPipeline, num_class_embeds=9),
+                classes=save(root / "classes", build.make_scheduler("v_prediction"), LABELS, DDIMPipeline, num_class_embeds=9),
                 numbers=save(root / "numbers", num_class_embeds=3))
 
 
@@ -170,7 +171,7 @@ def test_a_unet_that_is_asked_otherwise_is_refused(tmp_path, changes, reason):
 
 def test_a_latent_model_without_text_is_still_refused(tmp_path):
     autoencoder = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4)
-    diffusers.LDMPipeline(autoencoder, UNet2DModel(**UNET), tiny.make_scheduler()).save_pretrained(tmp_path / "ldm")
+    diffusers.LDMPipeline(autoencoder, UNet2DModel(**UNET), build.make_scheduler()).save_pretrained(tmp_path / "ldm")
     with pytest.raises(UserError, match="LDMPipeline has vqvae beside its UNet2DModel; give a model of pixels"):
         load.load_pipeline(str(tmp_path / "ldm"))
 
@@ -273,7 +274,7 @@ def test_protocol_pixel_measures_students_against_their_teacher(students, parts,
 
 
 def test_real_pictures_of_protocol_pixel_are_drawn_at_its_size():
-    images, captions = measuring.real_images(300, "prompts", sprites.GROUP_LEVELS, 16)
+    images, captions = measuring.real_images(300, "prompts", "sprites-by-group", 16)
     assert images.shape == (300, 3, 16, 16) and set(captions) == {"", *LABELS} and 10 <= captions.count("") <= 55
 
 
@@ -297,23 +298,24 @@ def test_pictures_by_group_are_the_same_pictures_with_class_names():
     assert set(by_group.captions) == {"", *LABELS} and by_group.captions[0] == ""
     captions = [by_group.captions[i] for i in by_group.caption_indices(range(400))]
     assert set(captions) == {"", *LABELS} and 20 <= captions.count("") <= 60
-    _, facts = sprites.describe(by_group._plans(range(400)), sprites.GROUP_LEVELS)
+    _, facts = sprites.describe(by_group.plans(range(400)), sprites.GROUP_LEVELS)
     assert all(caption in ("", fact["category"]) for caption, fact in zip(captions, facts))
 
 
 def test_the_pixel_model_is_built_trained_and_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "ASSETS", tmp_path / "assets")
-    built = tiny.build_pixel(tmp_path / "runs", 64, 3)
+    monkeypatch.setattr(builder, "ASSETS", tmp_path / "assets")
+    builder.build(tmp_path / "runs", 3)
     folder = tmp_path / "assets" / "tiny-pixel"
     assert json.loads((folder / "labels.json").read_text()) == LABELS
     assert load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
     pipeline = load.load_pipeline(str(folder))
     assert models.has_null(pipeline) and configs.read_schedule(pipeline.scheduler)[1] == "v_prediction"
-    assert torch.allclose(pipeline.unet.conv_in.weight, built.unet.conv_in.weight, atol=1e-3)
+    trained = load_file(tmp_path / "runs" / "pixel.safetensors")
+    assert torch.allclose(pipeline.unet.conv_in.weight, trained["conv_in.weight"], atol=1e-3)
 
 
 def test_pixel_loss_is_zero_where_the_network_knows_v_and_one_where_it_says_nothing():
-    alphas, generator = tiny.make_scheduler().alphas_cumprod, torch.Generator().manual_seed(0)
+    alphas, generator = build.make_scheduler().alphas_cumprod, torch.Generator().manual_seed(0)
     x, eps = torch.randn(2, 512, 3, 4, 4, generator=generator)
     t, classes = torch.randint(1000, (512,), generator=generator), torch.zeros(512).long()
     alpha = alphas[t].sqrt()[:, None, None, None]
@@ -327,14 +329,14 @@ def test_pixel_loss_is_zero_where_the_network_knows_v_and_one_where_it_says_noth
     known = Known()
     for scale, expected in ((1.0, 0.0), (0.0, v.square().mean().item())):
         known.scale = scale
-        assert abs(tiny.pixel_loss(known, (x, classes, t, eps), alphas).item() - expected) < 1e-6
+        assert abs(builder.loss(known, (x, classes, t, eps), alphas).item() - expected) < 1e-6
 
 
-@pytest.mark.skipif(not (ROOT / "assets" / "tiny-pixel").exists(), reason="assets/tiny-pixel has not been built: python tiny.py --pixel")
+@pytest.mark.skipif(not (ROOT / "assets" / "tiny-pixel").exists(), reason="assets/tiny-pixel has not been built: python -m tools.pixel")
 def test_the_embedded_pixel_model_is_a_preset_that_knows_its_classes():
     pipeline, model, _ = saved.open_model("pixel")
     assert pixel.class_names(pipeline) == LABELS and models.has_null(pipeline) and models.native_size(pipeline) == (16, 16)
-    assert load.PRESETS["pixel"][1] in sprites.SPRITES
+    assert load.PRESETS["pixel"][1] in drawn.SOURCES
     z = sampler.generate(pipeline, model, LABELS, range(8), sampler.time_grid(16))
     assert z.isfinite().all() and z.abs().mean() < 1 and (z.abs() > 1.3).float().mean() < 0.01       # pictures, not noise
 

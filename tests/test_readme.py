@@ -16,7 +16,7 @@ from test_eval import parts  # noqa: F401  a fixture
 import export
 import models
 import reflow
-from data import imaging, sprites
+from data import imaging, scenes
 from runtime.cli import UserError
 from studies import results
 
@@ -73,7 +73,7 @@ def shrunk(line, models, fakes):
 def test_every_command_runs(tmp_path, small_models, parts, pages):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("fox\nred heart on blue\n")
     (tmp_path / "photos").mkdir()
-    imaging.to_pil(sprites.draw(1, torch.Generator().manual_seed(0))[0])[0].save(tmp_path / "photos" / "a.png")
+    imaging.to_pil(scenes.render(scenes.plan(1, torch.Generator().manual_seed(0))))[0].save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "a.txt").write_text("a photo")
     shutil.copytree(tmp_path / "photos", tmp_path / "shards")
     shutil.copytree(parts / "coco", tmp_path / "coco")

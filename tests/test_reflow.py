@@ -11,7 +11,7 @@ import losses
 import pairs
 import reflow
 import teacher
-from tools import tiny
+from tools import build
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, 7, 8, 10, 1000])
@@ -169,7 +169,7 @@ VARIANTS = {"uniform": ({},), "exponential": ({}, dict(base=4.0), dict(base=0.1)
             "log-normal": ({}, dict(mean=0.5, std=0.7))}
 EVERY = [(name, options) for name, variants in VARIANTS.items() for options in variants]
 # Stable Diffusion's tables, the same to infinite sigma (zero terminal SNR), EDM's
-SCHEDULES = {"sd": teacher.Schedule(tiny.make_scheduler().alphas_cumprod),
+SCHEDULES = {"sd": teacher.Schedule(build.make_scheduler().alphas_cumprod),
              "zero-snr": teacher.Schedule(DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod),
              "edm": teacher.EDMSchedule(0.002, 80.0, 0.5)}
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from data import scenes
+from data import drawn, scenes
 
 
 def plans(n, seed=0, **options):
@@ -63,7 +63,7 @@ def test_held_out_pairs_are_a_tenth_and_never_drawn_for_training():
     with_color, pairs = scenes.held_out_pairs()
     assert with_color.double().mean().item() == pytest.approx(0.1, abs=0.02) and pairs.double().mean().item() == pytest.approx(0.1, abs=0.01)
     assert torch.equal(pairs, pairs.T)
-    assert not scenes.is_held_out(plans(400, only=False)).any() and scenes.is_held_out(plans(100, only=True)).all()
+    assert not scenes.is_held_out(plans(400, held_out=False)).any() and scenes.is_held_out(plans(100, held_out=True)).all()
     both = scenes.is_held_out(plans(2000)).double().mean().item()
     assert 0.1 < both < 0.4
 
@@ -72,3 +72,46 @@ def test_scenes_of_one_object_alone_are_drawn():
     plans = scenes.plan(64, torch.Generator().manual_seed(2))
     alone = plans[plans[:, 0] == 1]
     assert torch.equal(scenes.render(alone), scenes.render(plans)[plans[:, 0] == 1])
+
+
+# ---- as data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", drawn.SOURCES)
+def test_every_caption_has_one_number_and_every_number_its_caption(name):
+    data = drawn.Drawn(name, 3)
+    numbers, plans = data.caption_indices(range(300)), data.plans(range(300))
+    captions = data.source.describe(plans, data.levels)[0]
+    assert [data.captions[i] for i in numbers] == captions
+    assert len(set(numbers)) == len(set(captions)) > 5
+    assert data.captions[0] == "" and 0 in numbers and max(numbers) < len(data.captions)
+    assert data.caption_indices(range(40, 50)) == numbers[40:50]
+    assert repr(data.captions) == repr(drawn.Drawn(name, 4).captions)
+
+
+def test_captions_beyond_the_last_are_refused():
+    captions = scenes.Captions(scenes.LEVELS)
+    for number in (-1, len(captions)):
+        with pytest.raises(IndexError):
+            captions[number]
+    assert captions[len(captions) - 1]
+
+
+def test_pictures_by_group_show_one_object_and_name_its_group():
+    data = drawn.Drawn("scenes-by-group", 0)
+    plans = data.plans(range(200))
+    assert (plans[:, 0] == 1).all() and set(data.source.describe(plans, data.levels)[0]) <= {"", *scenes.GROUPS}
+
+
+def test_objects_move_by_whole_places_and_look_alike_wherever_they_lie():
+    many = plans(60)
+    many[:, 4:6], many[:, scenes.FACTS:scenes.FACTS + 2] = 3, 0.5            # one background, of no shade
+    alone = many[many[:, 0] == 1]
+    alone[:, 1] = alone[0, 1]
+    images, places = scenes.render(alone), scenes.places_of(alone)[0]
+    cut = [image[:, 16 * y:16 * y + 40, 16 * x:16 * x + 40] for image, (x, y) in zip(images, places.tolist())]
+    assert len({tuple(place) for place in places.tolist()}) == 4
+    upper = [piece for piece, (_, y) in zip(cut, places.tolist()) if y == 0]
+    assert all(torch.equal(piece, upper[0]) for piece in upper)              # the background changes downward alone
+    first, second = scenes.places_of(many[many[:, 0] == 2])
+    assert (first - second).abs().max(1).values.eq(2).all() and first.min() >= 0 and first.max() <= 2

@@ -21,7 +21,6 @@ import teacher
 from data import imaging
 from models import load, saved
 from runtime import cli
-from tools import tiny
 
 ORDERS = {"ddim": 1, "heun": 2, "dpm2": 2, **{f"dpm2, r = {r}": 2 for r in (0.2, 0.7)}}
 OURS = {name: functools.partial(solvers.dpm2, r=float(name.split()[-1])) if "=" in name else sampler.SOLVERS[name] for name in ORDERS}
@@ -340,7 +339,7 @@ def weaker(random_sd, tmp_path_factory):
     """A folder like random_sd, its UNet other random weights, and a reflow.json of 4 windows."""
     folder = shutil.copytree(random_sd, tmp_path_factory.mktemp("weaker") / "student-4")
     torch.manual_seed(1)
-    tiny.make_unet().save_pretrained(folder / "unet")
+    diffusers.UNet2DConditionModel.from_config(diffusers.UNet2DConditionModel.load_config(folder / "unet")).save_pretrained(folder / "unet")
     (folder / "reflow.json").write_text(json.dumps(dict(windows=4, path="vp")))
     return folder
 

@@ -17,7 +17,7 @@ import train
 from runtime import cli
 from runtime.cli import UserError
 from studies import __main__, proreflow, results, runner, simple_reflow
-from tools import bench, tiny
+from tools import bench, build
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -79,8 +79,8 @@ def test_costs_are_the_counted_ones(lab, small_models, monkeypatch):
     """The loop's own calls of the student and the solver, counted."""
     lab.c.model = str(small_models["sd15"])
     for options in (dict(recipe="proreflow", windows=[8, 4]), dict(recipe="lcm")):
-        counted = bench.run_training(model=lab.c.model, random_init=False, data="sprites", batch=16, updates=2, device="cpu", **options)["evaluations"]
-        words = f"--recipe {options['recipe']} --data sprites --updates 2" + (" --windows 8 4" if "windows" in options else "")
+        counted = bench.run_training(model=lab.c.model, random_init=False, data="scenes", batch=16, updates=2, device="cpu", **options)["evaluations"]
+        words = f"--recipe {options['recipe']} --data scenes --updates 2" + (" --windows 8 4" if "windows" in options else "")
         assert counted["solver"] + 3 * counted["student"] == pytest.approx(lab.evaluations(words)) or options["recipe"] == "lcm"
 
 
@@ -260,8 +260,8 @@ def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd
 def small_clip(tmp_path_factory):
     """A CLIPModel of 8 features: 80 images are enough."""
     torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "small-clip", tiny.make_tokenizer()
-    settings = tiny.make_clip(tokenizer).config
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "small-clip", build.make_tokenizer()
+    settings = build.make_clip(tokenizer).config
     settings.projection_dim = 8
     CLIPModel(settings).save_pretrained(folder), tokenizer.save_pretrained(folder)
     return folder
@@ -270,7 +270,7 @@ def small_clip(tmp_path_factory):
 @pytest.mark.slow
 def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "EVALUATORS", {})
-    c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="sprites", n=80, real=80, paths=4,
+    c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="scenes", n=80, real=80, paths=4,
                           out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_clip), workers=1, device="cpu")
     monkeypatch.setattr(proreflow, "SCALES", (1, 2))
     __main__.main(c)

@@ -22,11 +22,11 @@ import teacher
 from models import configs, latents, load, saved
 from runtime import store
 from runtime.cli import UserError
-from tools import tiny
+from tools import build
 
 
 def test_schedule_is_stable_diffusions_on_the_grid_and_clean_at_zero(schedule):
-    alphas_cumprod = tiny.make_scheduler().alphas_cumprod.double()
+    alphas_cumprod = build.make_scheduler().alphas_cumprod.double()
     for timestep in (0, 1, 499, 999):
         alpha, sigma = schedule(torch.tensor((timestep + 1) / 1000, dtype=torch.float64))
         assert alpha.item() == pytest.approx(alphas_cumprod[timestep].sqrt().item(), abs=1e-12)
@@ -140,7 +140,7 @@ def test_sampler_equals_diffusers_own_pipeline_and_scheduler(random_sd, steps, g
 
 def test_time_grid_is_trailing_and_respects_windows():
     for steps in (1, 2, 4, 5, 8, 10, 20, 25, 40):
-        scheduler = tiny.make_scheduler()
+        scheduler = build.make_scheduler()
         scheduler.set_timesteps(steps)
         assert (1000 * sampler.time_grid(steps)[:-1] - 1).round().long().tolist() == scheduler.timesteps.tolist()
     assert sampler.time_grid(3, 2).tolist() == [1, 0.75, 0.5, 0]
@@ -254,7 +254,7 @@ def test_guidance_of_a_low_precision_network_is_computed_in_float32(random_sd):
             return (encoder_hidden_states[:, :1, :1, None].expand_as(z),)
     model = models.as_model(load.load_pipeline(str(random_sd)), Network(1, 1).to(torch.bfloat16))
     cond, uncond = ({"encoder_hidden_states": torch.full((2, 1, 1), value)} for value in (1.0, 1.0078125))
-    eps = model(torch.zeros(2, 8, 8, 8), torch.ones(2), cond, 5.3, uncond)[1]
+    eps = model(torch.zeros(2, 16, 8, 8), torch.ones(2), cond, 5.3, uncond)[1]
     assert torch.allclose(eps, torch.full_like(eps, 1.0078125 - 5.3 * 0.0078125), atol=1e-6)            # bf16's step here is 0.004
 
 
@@ -336,7 +336,7 @@ def test_random_weights_for_a_folder_keep_its_architecture_and_depend_on_the_see
         assert all(torch.equal(states[3][key], states[0][key]) for key in states[1])           # made by build with seed 0
     tiny_sd = load.load_pipeline("tiny", torch.bfloat16, random_init=True)
     assert tiny_sd.unet.dtype == torch.bfloat16 and tiny_sd.vae.config.latent_channels == 8
-    assert models.as_model(tiny_sd)(torch.zeros(1, 8, 8, 8), torch.ones(1), models.encode_text(tiny_sd, ["fox"]))[0].isfinite().all()
+    assert models.as_model(tiny_sd)(torch.zeros(1, 16, 8, 8), torch.ones(1), models.encode_text(tiny_sd, ["fox"]))[0].isfinite().all()
 
 
 def test_a_loaded_model_is_frozen_and_sdxls_autoencoder_is_float32_beside_fp16(small_models):
@@ -916,5 +916,5 @@ def test_times_outside_data_to_noise_are_refused(schedule):
 
 def test_the_embedded_tokenizer_is_the_same_whoever_makes_it():
     """Two processes train one text tower with a tokenizer each: words must have the same numbers in both."""
-    one, *others = (tiny.make_tokenizer() for _ in range(3))
+    one, *others = (build.make_tokenizer() for _ in range(3))
     assert all(other.get_vocab() == one.get_vocab() for other in others)

@@ -26,9 +26,9 @@ from models import load, saved, student
 from models.conditions import Conditions
 from pairs import cache_bytes
 from runtime import checkpoints, cli, options, progress
-from tools import tiny
+from tools import build
 
-SMALL = dict(data="sprites", windows=[2, 1], updates=6, batch=4, trajectories=4, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
+SMALL = dict(data="scenes", windows=[2, 1], updates=6, batch=4, trajectories=4, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
 SHORT = dict(windows=[2], updates=2, batch=2, trajectories=2)
 CURVE = dict(updates=6, lr=1e-4)
 
@@ -145,7 +145,7 @@ def test_dropout_reaches_every_dropout_of_the_student_and_no_picture(random_sd, 
 
 def test_with_lora_the_teacher_answers_without_the_students_dropout(random_sd):
     unet = load.load_pipeline(str(random_sd)).unet
-    inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
+    inputs = torch.randn(2, 16, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 5, unet.config.cross_attention_dim)
     plain = unet(*inputs).sample.detach()
     c = train.Config(lora=2)
     solver = student.FrozenNetwork(c, unet, torch.device("cpu"))
@@ -166,7 +166,7 @@ def test_the_learnt_normalizer_learns_and_levels_the_loss(random_sd, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LossNormalizer, "__init__", init)
         train.main(small(random_sd, tmp_path, windows=[1], updates=40, trajectories=8, normalization="learned"))
-    z, t = torch.randn(16, 8, 8, 8), torch.full((16,), 1.0)
+    z, t = torch.randn(16, 16, 8, 8), torch.full((16,), 1.0)
     predicted = made[0](z, t).mean().item()
     assert len(made) == 1 and predicted == pytest.approx(np.log(np.mean(loss_curve(tmp_path)[-10:])), abs=0.7) and abs(predicted) > 0.3
 
@@ -186,11 +186,16 @@ def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddi
     assert grids[0] == "000000.png" and grids[-1] == "000006.png" and "000002.png" in grids
     assert any((tmp_path / "tensorboard").iterdir())
     pipeline, model, _ = saved.open_model(str(random_sd))
-    dataset = captioned.open_dataset("sprites", "", 0)
+    dataset = captioned.open_dataset("scenes", "", 0)
     prompts = [dataset.captions[i] for i in dict.fromkeys(dataset.caption_indices(range(64))) if i][:4]
-    z = sampler.generate(pipeline, model, prompts, range(4), sampler.time_grid(2))
-    expected = imaging.contact_sheet([[picture] for picture in imaging.to_pil(models.decode(pipeline, z), 4)], ["2 steps"], prompts)
+
+    def column(steps):
+        return imaging.to_pil(models.decode(pipeline, sampler.generate(pipeline, model, prompts, range(4), sampler.time_grid(steps))), 2)
+    teachers = imaging.contact_sheet(list(zip(*map(column, (32, 4, 2, 1)))),
+                                     ["teacher\n32 steps", "teacher\n4 steps", "teacher\n2 steps", "teacher\n1 step"], prompts)
+    expected = imaging.beside(teachers, imaging.contact_sheet(list(zip(column(2))), ["student\n2 steps"]))
     found = Image.open(tmp_path / "grids" / "000000.png")
+    assert found.size == expected.size
     assert np.abs(np.asarray(found, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
@@ -325,7 +330,7 @@ def test_a_run_caches_no_more_trajectories_than_it_draws_pairs(random_sd, tmp_pa
         assert f"{count} trajectories of 8 steps" in capsys.readouterr().out
         shards = [load_file(file) for file in (tmp_path / "cache" / name).rglob("*.safetensors")]
         size, recipe = sum(value.nbytes for shard in shards for value in shard.values()), train.resolve_recipe(c)
-        pipeline, dataset = load.load_pipeline(str(random_sd)), captioned.open_dataset("sprites", "", 0)
+        pipeline, dataset = load.load_pipeline(str(random_sd)), captioned.open_dataset("scenes", "", 0)
         assert sum(len(shard.get("z", ())) for shard in shards) == count
         assert size == cache_bytes(c, recipe, pipeline, dataset, Conditions(c, recipe, pipeline, dataset))
 
@@ -412,7 +417,7 @@ def test_lora_keeps_one_copy_of_the_network_and_leaves_the_teacher_as_it_was(ran
             assert not value.requires_grad and torch.equal(value, before[name.replace(".base_layer", "")])
     # its previous adapter is the student of the stage before, and with the adapters off it is the teacher
     plain, stage_before = (load.load_pipeline(str(folder)).unet for folder in (random_sd, tmp_path / "student-2"))
-    inputs = torch.randn(2, 8, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 16, plain.config.cross_attention_dim)
+    inputs = torch.randn(2, 16, 8, 8), torch.tensor([500.0, 20.0]), torch.randn(2, 16, plain.config.cross_attention_dim)
     with torch.no_grad():
         outputs = [network(*inputs, return_dict=False)[0] for network in (solver, stage_before, plain, solver.student)]
         assert torch.allclose(outputs[0], outputs[1], atol=1e-4)
@@ -463,7 +468,7 @@ def test_guidance_is_put_in_by_the_teacher_alone(random_sd, tmp_path, monkeypatc
 def share_of_the_largest(recipe, samples=64, draws=40):
     """Of the gradient with respect to an x-predicting network's output, the largest sample's share: (median, maximum) over draws of
     `samples` samples at uniform times, the network's errors alike at all of them."""
-    schedule, shares = teacher.Schedule(tiny.make_scheduler().alphas_cumprod), []
+    schedule, shares = teacher.Schedule(build.make_scheduler().alphas_cumprod), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(draws):
         x, eps, error = torch.randn(3, samples, 64, generator=generator)

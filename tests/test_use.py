@@ -12,7 +12,7 @@ import sampler
 from models import architectures, load, saved
 
 PAGE = (ROOT / "docs" / "use.md").read_text() if (ROOT / "docs" / "use.md").is_file() else ""
-PROMPTS, SEEDS = ["red heart on blue", "fox on green", "pizza on gray", "penguin on orange"] * 4, list(range(16))
+PROMPTS, SEEDS = ["red heart on blue", "fox on green", "pizza on white", "penguin on orange"] * 4, list(range(16))
 TRAILING = dict(timestep_spacing="trailing")
 
 
@@ -42,7 +42,7 @@ def student():
     """(pipeline, pictures of the teacher's 32 steps, noise)."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(load.ASSETS / "student-2")
     pipeline.set_progress_bar_config(disable=True)
-    noise = sampler.noise(SEEDS, (8, 8, 8))
+    noise = sampler.noise(SEEDS, (16, 8, 8))
     teacher, model, _ = saved.open_model("tiny")
     cond = models.encode_text(teacher, PROMPTS)
     with torch.no_grad():

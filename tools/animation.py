@@ -90,9 +90,10 @@ class OneStep(progress.Grid):
         super().__init__(*given)
         self.kept, self.wanted = kept, wanted
 
+    def begin(self, model, board, pairs):
+        self.kept["teacher"] = self.pictures(model, 32, pairs=pairs)
+
     def draw(self, model, windows, step, board, ema=None):
-        if not self.kept:
-            self.kept["teacher"] = self.pictures(model, 32)
         if (windows, step) in self.wanted:
             self.kept[windows, step] = self.pictures(model, 1, ema)
 

@@ -1,0 +1,229 @@
+"""How the embedded models are trained: Muon and the loop against closed forms and against themselves, what each network is asked, and
+the whole builder, a few updates long."""
+import shutil
+
+import diffusers
+import pytest
+import torch
+from conftest import run_two
+from safetensors.torch import load_file
+
+import models
+import sampler
+from data import scenes
+from models import saved
+from tools import build, fitting
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 24), (16, 90), (90, 16)])
+def test_orthogonal_keeps_singular_vectors_and_makes_their_values_near_one(rows, columns):
+    given = torch.randn(3, rows, columns, generator=generator())
+    found = fitting.orthogonal(given)
+    for one, other in zip(given, found):
+        u, s, v = torch.linalg.svd(one, full_matrices=False)
+        inside = u.T @ other @ v.T
+        assert (inside - inside.diagonal().diag()).abs().max() < 1e-4
+        large = inside.diagonal()[s > 0.2 * s[0]]
+        assert large.min() > 0.6 and large.max() < 1.3
+
+
+SCRIPT = """
+import os, sys
+import torch
+import torch.distributed as dist
+from tools import fitting
+
+if "WORLD_SIZE" in os.environ:
+    dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3))
+optimizer = fitting.Both(model, 0.01)
+for step in range(3):
+    model.zero_grad()
+    model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+    optimizer.step(1.0)
+if int(os.environ.get("RANK", 0)) == 0:
+    torch.save(model.state_dict(), sys.argv[1])
+"""
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    """Three matrices of one shape: the second process has one of them, and a row of zeros."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run_two([str(tmp_path / "script.py"), str(tmp_path / "two.pt")], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3), *(torch.nn.Conv2d(8, 8, 3) for _ in range(3))]
+    model = torch.nn.Sequential(*layers)
+    before, optimizer = {key: value.clone() for key, value in model.state_dict().items()}, fitting.Both(model, 0.01)
+    for step in range(3):
+        model.zero_grad()
+        model(torch.randn(2, 3, 16, 16, generator=generator(step))).square().mean().backward()
+        optimizer.step(1.0)
+    two = torch.load(tmp_path / "two.pt")
+    for key, value in model.state_dict().items():
+        assert torch.allclose(value, two[key], atol=1e-6) and not torch.equal(value, before[key]), key
+
+
+def test_an_update_has_the_size_of_adamws_and_vectors_and_tables_are_adamws():
+    model = torch.nn.ModuleDict(dict(table=torch.nn.Embedding(9, 4), layer=torch.nn.Linear(64, 32)))
+    optimizer = fitting.Both(model, 0.01)
+    muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    assert muon == {id(model.layer.weight)} and adamw == {id(model.layer.bias), id(model.table.weight)}
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator())
+    before = model.layer.weight.detach().clone()
+    optimizer.step(0.5)
+    assert (model.layer.weight - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.005, rel=0.25)
+
+
+def test_the_learning_rate_goes_up_stays_and_falls_to_zero():
+    shares = [fitting.trapezoid(step, 1000) for step in range(1000)]
+    assert shares[0] == 0.01 and shares[99] == shares[599] == 1 and shares[800] == 0.5 and 0 < shares[999] < 0.003
+    assert all(a >= b for a, b in zip(shares[600:], shares[601:]))
+
+
+def regression(folder, steps=12, stop=None):
+    """A small training, stopped by an error before the update `stop`."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+    def loss(network, batch, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return (network(batch) - batch.sum(1, keepdim=True)).square().mean()
+    fitting.fit("regression", model, loss, lambda g: torch.randn(16, 4, generator=g), steps, 0.01, folder, ema_decay=0.9, snapshots=5)
+    return model.state_dict()
+
+
+def test_a_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    straight = regression(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["regression-000005.safetensors", "regression-000010.safetensors",
+                                                                "regression.safetensors"]
+    (again := tmp_path / "again").mkdir()
+    monkeypatch.setattr(fitting.time, "time", iter(range(0, 10 ** 6, 61)).__next__)         # a checkpoint after every update
+    with pytest.raises(KeyboardInterrupt):
+        regression(again, stop=7)
+    resumed = regression(again)
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+    assert all(torch.equal(value, regression(again)[key]) for key, value in straight.items())        # finished: read
+
+
+def test_a_training_that_diverges_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="regression: loss nan at update 0"):
+        fitting.fit("regression", torch.nn.Linear(2, 2), lambda model, batch, step: model(batch).sum() * float("nan"),
+                    lambda g: torch.zeros(1, 2), 3, 0.1, tmp_path)
+
+
+# ---- what the networks are asked -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_balance_takes_the_root_of_each_variance_and_what_is_decoded_stays():
+    torch.manual_seed(0)
+    vae, images = build.make_autoencoder().eval(), scenes.render(scenes.plan(24, generator()))
+    vae.encoder.layers[-1].weight.mul_(torch.linspace(0.2, 2, build.CHANNELS)[:, None, None, None])
+
+    def moments():
+        z = vae.encode(images).latents.transpose(0, 1).flatten(1)
+        return torch.cov(z), z.mean(1)
+    before, decoded = torch.linalg.eigvalsh(moments()[0]), vae.decode(vae.encode(images).latents).sample
+    build.balance(vae, images)
+    cov, mean = moments()
+    assert mean.abs().max() < 1e-4 and (cov - cov.diagonal().diag()).abs().max() < 1e-3
+    assert torch.allclose(cov.diagonal(), (before / before[-1]).sqrt(), rtol=1e-2)
+    inside = (slice(None), slice(None), slice(16, -16), slice(16, -16))                   # zeros are padded at the edge
+    again = vae.decode(vae.encode(images).latents).sample
+    assert (again - decoded)[inside].abs().mean() < 0.05 * decoded[inside].std()
+
+
+def test_each_of_the_last_tokens_tells_the_latents_of_its_place():
+    torch.manual_seed(0)
+    tokenizer = build.make_tokenizer()
+    painter = build.Painter(tokenizer)
+    tokens = tokenizer(["fox left of pizza on blue"], padding="max_length", return_tensors="pt").input_ids
+    assert tokens.shape == (1, build.WORDS + build.PLACES)
+    latents = painter(tokens)
+    assert latents.shape == (1, build.CHANNELS, 8, 8)
+    told = painter.head(painter.text_encoder(tokens).last_hidden_state)[0, build.WORDS:]
+    for place in range(build.PLACES):
+        y, x = divmod(place, 4)
+        assert torch.allclose(latents[0, :, 2 * y:2 * y + 2, 2 * x:2 * x + 2].flatten(), told[place], atol=1e-6)
+
+
+def test_every_caption_leaves_the_places_their_tokens():
+    tokenizer = build.make_tokenizer()
+    longest = sorted(scenes.NAMES, key=lambda name: -len(tokenizer(name).input_ids))[0]
+    text = f"{longest} left of {longest} on purple and yellow"
+    assert len(tokenizer(text).input_ids) <= build.WORDS
+    ids = tokenizer(scenes.vocabulary()).input_ids
+    assert all(len(each) == 3 for each in ids) and len({each[1] for each in ids}) == len(ids)            # one token a word
+
+
+def test_the_plainest_scene_is_decided_by_what_the_caption_tells():
+    plans = scenes.plan(400, generator())
+    plain = scenes.plainest(plans)
+    captions, images = scenes.describe(plain)[0], scenes.render(plain)
+    assert captions == scenes.describe(plans)[0]
+    seen = {}
+    for caption, image, level in zip(captions, images, plans[:, scenes.FACTS - 1]):
+        if level == 0:
+            assert torch.equal(seen.setdefault(caption, image), image)
+    exact = plans[plans[:, scenes.FACTS - 1] == 0][:8]
+    moved = exact.clone()
+    moved[:, scenes.FACTS:] = torch.rand(8, scenes.UNIFORMS, generator=generator(1))
+    assert torch.equal(scenes.render(scenes.plainest(exact)), scenes.render(scenes.plainest(moved)))
+    assert not torch.equal(scenes.render(exact), scenes.render(moved))
+
+
+def test_a_network_that_has_learned_its_guidance_has_no_loss():
+    """Its answer: eps, moved on by what the text changes."""
+    alphas = build.make_scheduler().alphas_cumprod
+    z_0, eps = torch.randn(2, 6, 16, 8, 8, generator=generator())
+    text, null, t = torch.randn(6, 3, 4, generator=generator(1)), torch.zeros(6, 3, 4), torch.randint(1000, (6,), generator=generator())
+    change = text.mean((1, 2))[:, None, None, None]
+
+    class Network:
+        def __call__(self, z, t, said):
+            answer = self.base if len(z) == 6 else torch.cat([self.base, self.base])
+            told = said.mean((1, 2))[:, None, None, None]
+            return type("Output", (), {"sample": answer + told})
+    network = Network()
+    network.base = eps + (2.5 - 1) * change - change                # with the text: eps + 1.5 change
+    assert build.unet_loss(network, (z_0, text, null, t, eps), alphas, 2.5).item() < 1e-8
+    assert build.unet_loss(network, (z_0, text, null, t, eps), alphas).item() > 1e-3
+    network.base = eps - change
+    assert build.unet_loss(network, (z_0, text, null, t, eps), alphas).item() < 1e-8
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_the_builder_writes_a_pipeline_that_is_sampled_as_stock_diffusers_does(tmp_path, monkeypatch):
+    for name in ("tiny-sd", "tiny-clip"):
+        (tmp_path / "assets" / name).mkdir(parents=True)
+    monkeypatch.setattr(build, "ASSETS", tmp_path / "assets")
+    build.build(tmp_path / "runs", 32, 2, 1, 2, 1, 1, "all")
+    assert {"autoencoder", "decoder", "text", "unet", "unet-guided", "judge", "clip"} <= {file.stem for file in (tmp_path / "runs").iterdir()}
+    folder = tmp_path / "assets" / "tiny-sd"
+    pipeline, model, _ = saved.open_model(str(folder))
+    assert 4e6 < sum(p.numel() for p in pipeline.unet.parameters()) < 8e6 and models.latent_shape(pipeline) == (16, 8, 8)
+    z = sampler.generate(pipeline, model, ["red heart on blue"], range(1), sampler.time_grid(2))
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock("red heart on blue", latents=sampler.noise(range(1), (16, 8, 8)), num_inference_steps=2, guidance_scale=1,
+                   output_type="latent").images
+    assert (z - theirs).abs().max() < 1e-4 * z.abs().max()
+    assert len(load_file(tmp_path / "assets" / "judge" / "judge.safetensors")) > 20
+    shutil.rmtree(tmp_path / "assets")
+    for name in ("tiny-sd", "tiny-clip"):
+        (tmp_path / "assets" / name).mkdir(parents=True)
+    build.build(tmp_path / "runs", 32, 2, 1, 2, 1, 1, "all")                 # all is there: only written again
+    assert torch.equal(saved.open_model(str(folder))[0].unet.conv_in.weight, pipeline.unet.conv_in.weight)
