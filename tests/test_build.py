@@ -211,7 +211,7 @@ def test_the_builder_writes_a_pipeline_that_is_sampled_as_stock_diffusers_does(t
         (tmp_path / "assets" / name).mkdir(parents=True)
     monkeypatch.setattr(build, "ASSETS", tmp_path / "assets")
     build.build(tmp_path / "runs", 32, 2, 1, 2, 1, 1, "all")
-    assert {"autoencoder", "decoder", "text", "unet", "unet-guided", "judge", "clip"} <= {file.stem for file in (tmp_path / "runs").iterdir()}
+    assert {"autoencoder", "decoder", "text", "unet", "judge", "clip"} <= {file.stem for file in (tmp_path / "runs").iterdir()}
     folder = tmp_path / "assets" / "tiny-sd"
     pipeline, model, _ = saved.open_model(str(folder))
     assert 4e6 < sum(p.numel() for p in pipeline.unet.parameters()) < 8e6 and models.latent_shape(pipeline) == (16, 8, 8)

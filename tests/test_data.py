@@ -553,7 +553,7 @@ def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
     assert "entry 1 has no text; write" in refused("p.jsonl", '{torn\n{"text": "a cat"}\n')
     assert "no prompt in it; write one per line" in refused("p.csv", "prompt\n")
     assert f"--caption-column text: --prompts {tmp_path}/p.txt has no columns; leave it out" in refused("p.txt", "a fox", "text")
-    assert "--data scenes has no columns; leave them out" in refusal("sprites", caption_column="text")
+    assert "--data scenes has no columns; leave them out" in refusal("scenes", caption_column="text")
     assert "cannot be read (unexpected end of data)" in refused("p.csv", 'prompt\na fox\n"a cat\na dog\n')
 
 

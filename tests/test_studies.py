@@ -242,7 +242,7 @@ def test_velocities_are_those_the_sampler_meets(random_sd):
 
 @pytest.mark.slow
 def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd):
-    lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "sprites", 0.01
+    lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "scenes", 0.01
     spread = simple_reflow.loss_spread(lab, random_sd, count=256, bins=4)
     for bins in spread.values():
         assert len(bins) == 4 and all(0 < least < mean < most for _, least, mean, most in bins)

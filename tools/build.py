@@ -6,7 +6,7 @@
 The whole takes hours on two cores, and goes on where it was when it is run again.
 
 Order of work: train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a
-text encoder to tell latents from captions, cache the latents, train the UNet, then guided; for
+text encoder to tell latents from captions, cache the latents, train the UNet; for
 evaluation alone, train the judge and a small CLIP. assets/tiny-sd, assets/tiny-clip and assets/judge
 are written; python -m tools.cards measures them.
 Everything is kept under --runs and reused when the command is run again.
@@ -41,7 +41,9 @@ CHANNELS = 16               # of the latents, as SD3's and FLUX's
 
 TEXT_WIDTH = 256            # of the text encoder, and so of the UNet's cross attention
 
-GUIDANCE = 2.0              # that the UNet learns at the end
+GUIDANCE = 2.0              # that the UNet learns
+
+GUIDED_FROM = 0.6           # of its updates: from where the learning rate falls
 
 # ---- what is built, in SD's own classes --------------------------------------------------------------------
 
@@ -294,11 +296,11 @@ def build(runs, pictures, autoencoder_updates, text_updates, unet_updates, judge
         eps = torch.randn(z_0.shape, generator=generator)
         return z_0, text[:-1], text[-1:].expand(len(rows), -1, -1), t, eps
     unet = make_unet().to(memory_format=torch.channels_last)      # 25% faster on a CPU
-    for name, guidance, updates, lr in (("unet", 1.0, unet_updates, 2e-3),
-                                        ("unet-guided", GUIDANCE, unet_updates // 2, 1e-3)):
-        fitting.fit(name, unet, lambda model, batch, step, guidance=guidance: unet_loss(
-            model, batch, scheduler.alphas_cumprod, guidance), unet_batch, updates, lr, runs,
-            ema_decay=0.9995, snapshots=500)
+
+    def loss(model, batch, step):
+        guided = step >= GUIDED_FROM * unet_updates
+        return unet_loss(model, batch, scheduler.alphas_cumprod, GUIDANCE if guided else 1.0)
+    fitting.fit("unet", unet, loss, unet_batch, unet_updates, 2e-3, runs, ema_decay=0.9995, snapshots=500)
     if stop_after == "unet":
         return
 
@@ -308,13 +310,13 @@ def build(runs, pictures, autoencoder_updates, text_updates, unet_updates, judge
         return judge.augment(images, generator), plans
     judged = judge.Judge().to(memory_format=torch.channels_last)
     fitting.fit("judge", judged, lambda model, batch, step: judge.loss(model, *batch), judge_batch,
-                judge_updates, 1e-3, runs, ema_decay=0.995)
+                judge_updates, 2e-3, runs, ema_decay=0.995)
 
     def clip_batch(generator):
         images, plans = draw(256, generator)
         return images, tokens_of(plans, WORDS)
     clip = make_clip(tokenizer)
-    fitting.fit("clip", clip, clip_loss, clip_batch, clip_updates, 1e-3, runs, ema_decay=0.995)
+    fitting.fit("clip", clip, clip_loss, clip_batch, clip_updates, 2e-3, runs, ema_decay=0.995)
     if int(os.environ.get("RANK", 0)) == 0:
         vae.register_to_config(scaling_factor=scale)
         parts = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet.eval())
@@ -343,9 +345,8 @@ if __name__ == "__main__":
     parser.add_argument("--autoencoder-updates", type=int, default=2400,
                         help="of batch 32, then half as many of the decoder")
     parser.add_argument("--text-updates", type=int, default=2000, help="of batch 128")
-    parser.add_argument("--unet-updates", type=int, default=3500,
-                        help="of batch 64, then half as many guided")
-    parser.add_argument("--judge-updates", type=int, default=2500, help="of batch 64")
-    parser.add_argument("--clip-updates", type=int, default=1500, help="of batch 256")
+    parser.add_argument("--unet-updates", type=int, default=3000, help="of batch 64")
+    parser.add_argument("--judge-updates", type=int, default=1500, help="of batch 64")
+    parser.add_argument("--clip-updates", type=int, default=900, help="of batch 256")
     parser.add_argument("--stop-after", choices=("autoencoder", "text", "unet", "all"), default="all")
     build(**vars(parser.parse_args()))
