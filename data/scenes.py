@@ -52,42 +52,43 @@ OBJECTS = {
               "hippopotamus, giraffe, zebra, camel, llama, gorilla, sloth, deer, ram, sauropod, T-Rex, "
               "jellyfish",
     "food": "red apple, green apple, pear, tangerine, lemon, banana, watermelon, grapes, strawberry, "
-              "blueberries, cherries, peach, pineapple, coconut, kiwi fruit, tomato, eggplant, avocado, "
-              "broccoli, cucumber, bell pepper, hot pepper, ear of corn, carrot, onion, croissant, bagel, "
-              "bread, baguette bread, pretzel, cheese wedge, egg, cooking, pancakes, waffle, cut of meat, "
-              "poultry leg, hot dog, hamburger, french fries, pizza, sandwich, taco, green salad, "
-              "steaming bowl, sushi, rice ball, pie, cupcake, shortcake, birthday cake, lollipop, candy, "
-              "chocolate bar, popcorn, doughnut, cookie, honey pot, soft ice cream, hot beverage, teapot, "
-              "wine glass, cocktail glass, beer mug, cup with straw, bubble tea, mushroom",
+            "blueberries, cherries, peach, pineapple, coconut, kiwi fruit, tomato, eggplant, avocado, "
+            "broccoli, cucumber, bell pepper, hot pepper, ear of corn, carrot, onion, croissant, bagel, "
+            "bread, baguette bread, pretzel, cheese wedge, egg, cooking, pancakes, waffle, cut of meat, "
+            "poultry leg, hot dog, hamburger, french fries, pizza, sandwich, taco, green salad, "
+            "steaming bowl, sushi, rice ball, pie, cupcake, shortcake, birthday cake, lollipop, candy, "
+            "chocolate bar, popcorn, doughnut, cookie, honey pot, soft ice cream, hot beverage, teapot, "
+            "wine glass, cocktail glass, beer mug, cup with straw, bubble tea, mushroom",
     "plant": "cactus, evergreen tree, deciduous tree, palm tree, seedling, four leaf clover, tulip, "
-              "cherry blossom, rose, hibiscus, sunflower, bouquet, maple leaf, potted plant, lotus, "
-              "Christmas tree",
+             "cherry blossom, rose, hibiscus, sunflower, bouquet, maple leaf, potted plant, lotus, "
+             "Christmas tree",
     "sky": "sun, full moon, crescent moon, star, cloud, cloud with rain, cloud with lightning, "
-              "rainbow, high voltage, snowflake, fire, droplet, ringed planet, globe showing Americas, "
-              "snowman without snow, volcano",
+           "rainbow, high voltage, snowflake, fire, droplet, ringed planet, globe showing Americas, "
+           "snowman without snow, volcano",
     "vehicle": "automobile, taxi, bus, racing car, police car, ambulance, fire engine, delivery truck, "
-              "tractor, motor scooter, motorcycle, bicycle, locomotive, bullet train, tram, helicopter, "
-              "airplane, rocket, flying saucer, sailboat, speedboat, ship, skateboard, roller skate",
+               "tractor, motor scooter, motorcycle, bicycle, locomotive, bullet train, tram, helicopter, "
+               "airplane, rocket, flying saucer, sailboat, speedboat, ship, skateboard, roller skate",
     "building": "house, castle, church, factory, school, tent, Japanese castle, hut, circus tent, red paper "
-              "lantern, Tokyo tower",
+                "lantern, Tokyo tower",
     "clothes": "crown, top hat, woman’s hat, glasses, sunglasses, necktie, t-shirt, jeans, dress, socks, "
-              "scarf, gloves, running shoe, high-heeled shoe, backpack, handbag, ring, billed cap, "
-              "graduation cap",
+               "scarf, gloves, running shoe, high-heeled shoe, backpack, handbag, ring, billed cap, "
+               "graduation cap",
     "music": "guitar, violin, trumpet, saxophone, drum, accordion, musical keyboard, microphone",
     "tool": "axe, scissors, pencil, paintbrush, artist palette, magnet, compass, umbrella, key, locked, "
-              "bell, light bulb, candle, bucket, toothbrush, anchor",
+            "bell, light bulb, candle, bucket, toothbrush, anchor",
     "thing": "soccer ball, basketball, american football, baseball, tennis, pool 8 ball, boxing glove, "
-              "trophy, bullseye, kite, game die, puzzle piece, teddy bear, balloon, wrapped gift, gem "
-              "stone, camera, television, laptop, mobile phone, telephone, joystick, hourglass done, "
-              "alarm clock, watch, closed book, envelope, package, money bag, chair, brick, bone, tooth, "
-              "brain",
+             "trophy, bullseye, kite, game die, puzzle piece, teddy bear, balloon, wrapped gift, gem "
+             "stone, camera, television, laptop, mobile phone, telephone, joystick, hourglass done, "
+             "alarm clock, watch, closed book, envelope, package, money bag, chair, brick, bone, tooth, "
+             "brain",
     "face": "grinning face, face with tears of joy, winking face, smiling face with heart-eyes, "
-              "star-struck, sleeping face, hot face, cold face, cowboy hat face, partying face, smiling "
-              "face with sunglasses, nerd face, loudly crying face, enraged face, clown face, ghost, "
-              "alien, robot, skull, jack-o-lantern",
+            "star-struck, sleeping face, hot face, cold face, cowboy hat face, partying face, smiling "
+            "face with sunglasses, nerd face, loudly crying face, enraged face, clown face, ghost, "
+            "alien, robot, skull, jack-o-lantern",
     "heart": "red heart, orange heart, yellow heart, green heart, blue heart, purple heart, black heart, "
-              "white heart, pink heart, broken heart",
+             "white heart, pink heart, broken heart",
 }
+
 
 # Unicode's names where the everyday word is shorter
 RENAMED = {

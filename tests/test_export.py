@@ -271,7 +271,7 @@ def test_the_card_begins_with_what_the_hub_reads_and_with_the_call(students, tea
     exec(code, names)
     assert names["image"].size == (32, 32)
     info, pipeline = json.loads((folder / "reflow.json").read_text()), load.load_pipeline(str(folder))
-    for name, base, license_ in (("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"), ("tiny", None, "cc-by-sa-4.0"),
+    for name, base, license_ in (("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "creativeml-openrail-m"), ("tiny", None, "apache-2.0"),
                                  ("someone/model", "someone/model", None)):
         data = export.card_data(pipeline, {**info, "teacher": name})
         assert (data.base_model, data.license) == (base, license_)

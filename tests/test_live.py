@@ -83,7 +83,7 @@ def test_the_folder_says_how_it_is_sampled_and_whose_it_is(exported):
     assert about["alpha"] == schedule.alpha.tolist() and about["commit"]
     assert json.loads((exported / "teacher" / "model.json").read_text())["windows"] == 1
     for name in MODELS:
-        assert "OpenMoji" in (exported / name / "README.md").read_text() and "heart" in (exported / name / "vocabulary.json").read_text()
+        assert "Microsoft" in (exported / name / "README.md").read_text() and "heart" in (exported / name / "vocabulary.json").read_text()
         assert {file.name for file in exported.joinpath(name).iterdir()} == {
             "unet.onnx", "text_encoder.onnx", "decoder.onnx", "model.json", "tokenizer", "README.md", "vocabulary.json"}
 
