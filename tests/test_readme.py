@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_python, run_two, slow
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from test_eval import parts  # noqa: F401  a fixture
 
@@ -88,6 +89,28 @@ def test_every_command_runs(tmp_path, small_models, parts, pages):  # noqa: F811
         assert done.returncode == 0, (line, done.stderr[-2000:])
     for file in GROUPS[pages]:
         assert (tmp_path / file).stat().st_size > 500, file
+
+
+def test_the_demo_shows_pictures_first_then_trains_and_measures(tmp_path):
+    """The lines of `make demo`, a hundredth of them."""
+    small = {"sampler.py": "", "train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --grid-steps 2",
+             "eval.py": "--n 960 --real 960 --steps 1 --ddim-steps 1 --teacher-steps 1 --paths 2"}
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    said = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    lines = [shlex.split(line) for line in said.splitlines() if re.search(r"\b(sampler|train|eval)\.py", line)]
+    names = [next(word for word in words if word.endswith(".py")) for words in lines]
+    assert names == list(small)
+    for name, words in zip(names, lines):
+        run = run_two if any(word.endswith("torchrun") for word in words) else run_python
+        done = run([str(ROOT / name), *words[words.index(name) + 1:], *small[name].split()], tmp_path)
+        assert done.returncode == 0, (name, done.stderr[-2000:])
+        assert (tmp_path / "runs" / "demo" / "first.png").stat().st_size > 5000
+    folder = tmp_path / "runs" / "demo"
+    whole, left = Image.open(folder / "grids" / "000008.png"), Image.open(folder / "teacher.png")
+    assert whole.height == left.height and whole.width > left.width + 100
+    assert np.array_equal(np.asarray(whole.crop((0, 0, *left.size))), np.asarray(left))
+    assert all((folder / name).exists() for name in ("results.md", "grid.png", *(f"student-{k}/{export.PICTURE}" for k in (8, 4, 2, 1))))
 
 
 def test_every_page_with_commands_is_run():
