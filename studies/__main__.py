@@ -63,7 +63,7 @@ def main(c):
         shared = evaluator(c)
         result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python -m studies {name}",
                       **found,
-                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.clip.name} "
+                      protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
                       rows=lab.records, runs=lab.commands, seconds=time.time() - start, **export.versions())

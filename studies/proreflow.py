@@ -350,7 +350,7 @@ def discrepancy(lab):
     1a), before and after reflow?"""
     run = progressive_run(lab)
     folders = {"teacher": lab.c.model} | {f"{k} windows": run / f"student-{k}" for k in (8, 4, 2)}
-    prompts = measuring.real_images(64, "discrepancy")[1]
+    prompts = measuring.real_plans(64, "discrepancy", "scenes")[1]
     figure, panels = plt.subplots(2, len(folders), figsize=(10, 5.2), layout="constrained", sharex=True,
                                   sharey=True)
     lines = []

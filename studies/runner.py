@@ -38,7 +38,8 @@ class Config:
     n: int = 1024               # images per row
     real: int = 16384           # real images of the reference
     paths: int = 64             # trajectories per row, for the endpoint error
-    clip: str = ""              # CLIPModel folder: features of FD and CLIP score; default: the embedded one
+    clip: str = ""              # CLIPModel folder, of CLIP scores; default: the embedded one
+    judge: str = ""             # folder of the judge: FD, prompts followed; default: the embedded one
     workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per
                                 # core
     device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
@@ -167,7 +168,7 @@ class Lab:
         edit = request.get("edit")
         key = {**request, "edit": edit and edit[0], "folder": str(request["folder"]),
                "age": measuring.file_age(str(request["folder"])),
-               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.model],
+               "protocol": [self.c.n, self.c.real, self.c.paths, self.c.clip, self.c.judge, self.c.model],
                "distance": "grouped jackknife"}
         return self.out / "rows" / f"{store.digest(json.dumps(key, sort_keys=True))}.json"
 
@@ -200,7 +201,7 @@ EVALUATORS = {}               # of this process: --seed of the first image -> Ev
 def evaluator(c, seed=protocols.Config.seed):
     if seed not in EVALUATORS:
         EVALUATORS[seed] = measuring.Evaluator(protocols.Config(
-            n=c.n, real=c.real, paths=c.paths, clip=c.clip, teacher=c.model, device=c.device,
+            n=c.n, real=c.real, paths=c.paths, clip=c.clip, judge=c.judge, teacher=c.model, device=c.device,
             cache=f"{c.out}/eval", seed=seed))
     return EVALUATORS[seed]
 

@@ -300,7 +300,7 @@ def test_images_without_a_caption_do_not_enter_the_clip_score(random_sd, parts, 
     expected = metrics.clip_score(rows[given], judge.clip.texts([judge.prompts[i] for i in given]))
     assert judge.row(random_sd, 1)["clip"] == pytest.approx(expected, rel=1e-6) and 0.8 < len(given) / 80 < 1
     assert judge.prompts == measuring.real_plans(80, "prompts", "scenes")[1]
-    assert torch.allclose(judge.reference["clip"], judge.clip.images(measuring.real_images(80, "reference")[0]), atol=1e-5)
+    assert torch.allclose(judge.reference["clip"], judge.clip.images(measuring.real_images(80, "reference", "scenes")[0]), atol=1e-5)
 
 
 # ---- the same rows however they come about -------------------------------------------------------------------------

@@ -31,8 +31,8 @@ SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --
          "train.py --lora": "--updates 4 --batch 2 --trajectories 2 --solver-steps 8 --checkpoint-steps 2 --precision fp32 --grid-steps 0",
          "export.py push": "--dry-run",
          "train.py --cache-only": "--trajectories 2 --solver-steps 8", "tools.bench": "--parts training", "tools.cards": "--help",
-         "studies": "--model {sd15} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip",
-         "eval.py": "--n 640 --real 640 --steps 1 --ddim-steps 1 --teacher-steps 2",
+         "studies": "--model {random} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip --judge {parts}/judge",
+         "eval.py": "--n 960 --real 960 --steps 1 --ddim-steps 1 --teacher-steps 2",
          "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
                                "--inception {parts}/inception.pt",
          "eval.py --protocol pixel": "--n 640 --real 640 --teacher-steps 2 --ddim-steps 1"}
@@ -72,7 +72,7 @@ def shrunk(line, models, fakes):
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("pages", [pages if "docs/use.md" in pages else slow(pages) for pages in GROUPS],
                          ids=lambda pages: "-".join(re.findall(r"\w+(?=\.md)", " ".join(pages))))
-def test_every_command_runs(tmp_path, small_models, parts, pages):  # noqa: F811
+def test_every_command_runs(tmp_path, small_models, random_sd, parts, pages):  # noqa: F811
     (tmp_path / "prompts.txt").write_text("fox\nred heart on blue\n")
     (tmp_path / "photos").mkdir()
     imaging.to_pil(scenes.render(scenes.plan(1, torch.Generator().manual_seed(0))))[0].save(tmp_path / "photos" / "a.png")
@@ -81,7 +81,7 @@ def test_every_command_runs(tmp_path, small_models, parts, pages):  # noqa: F811
     shutil.copytree(parts / "coco", tmp_path / "coco")
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     for line in (line for page in pages for line in commands(PAGES[page]) if line != ". .venv/bin/activate"):
-        program, words = shrunk(line, small_models, parts)
+        program, words = shrunk(line, {**small_models, "random": random_sd}, parts)
         if program == "make":
             done = subprocess.run([program, *words], cwd=ROOT, capture_output=True, text=True)
         else:

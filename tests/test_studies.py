@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
+from safetensors.torch import save_file
 from transformers import CLIPModel
 
 import reflow
 import train
+from evaluation import judge
 from runtime import cli
 from runtime.cli import UserError
 from studies import __main__, proreflow, results, runner, simple_reflow
@@ -257,21 +259,22 @@ def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd
 
 
 @pytest.fixture(scope="module")
-def small_clip(tmp_path_factory):
-    """A CLIPModel of 8 features: 80 images are enough."""
+def small_eyes(tmp_path_factory):
+    """A folder with a CLIPModel and a judge of 8 features: 80 images are enough."""
     torch.manual_seed(0)
-    folder, tokenizer = tmp_path_factory.mktemp("models") / "small-clip", build.make_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("eyes"), build.make_tokenizer()
     settings = build.make_clip(tokenizer).config
     settings.projection_dim = 8
     CLIPModel(settings).save_pretrained(folder), tokenizer.save_pretrained(folder)
+    save_file(judge.Judge((8, 8, 8)).state_dict(), folder / "judge.safetensors")
     return folder
 
 
 @pytest.mark.slow
-def test_a_study_trains_measures_writes_and_is_not_repeated(small_models, small_clip, tmp_path, monkeypatch, capsys):
+def test_a_study_trains_measures_writes_and_is_not_repeated(random_sd, small_eyes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runner, "EVALUATORS", {})
-    c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(small_models["sd15"]), data="scenes", n=80, real=80, paths=4,
-                          out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_clip), workers=1, device="cpu")
+    c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(random_sd), data="scenes", n=80, real=80, paths=4,
+                          out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_eyes), judge=str(small_eyes), workers=1, device="cpu")
     monkeypatch.setattr(proreflow, "SCALES", (1, 2))
     __main__.main(c)
     first = json.loads((tmp_path / "results" / "guidance.json").read_text())
