@@ -52,7 +52,7 @@ def few_steps(monkeypatch):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folder with COCO, an Inception, a CLIPModel for any image and one for 64 pixels, and a judge of eight features."""
+    """Folder with COCO, an Inception, CLIPModels for any image, for 64 and for 32 pixels, and a judge of eight features."""
     folder = tmp_path_factory.mktemp("parts")
     make_coco(folder / "coco", COUNT)
     torch.jit.script(Colors()).save(folder / "inception.pt")
@@ -61,6 +61,8 @@ def parts(tmp_path_factory):
     config = build.make_clip(tokenizer).config
     config.projection_dim = 8                                       # pixel wants ten images for each
     clip = CLIPModel(config)
+    config.vision_config.image_size = 32                            # as the pixel model's pictures are seen
+    CLIPModel(config).save_pretrained(folder / "pixel-clip"), tokenizer.save_pretrained(folder / "pixel-clip")
     for name in ("clip", "tiny-clip"):
         clip.save_pretrained(folder / name), tokenizer.save_pretrained(folder / name)
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(

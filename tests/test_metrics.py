@@ -357,7 +357,7 @@ def test_images_that_are_not_finite_are_refused_not_drawn_black(stand_in):
     with pytest.raises(UserError, match="2 of 3 images are not finite"):
         metrics.Inception(stand_in).images(images)
     with pytest.raises(UserError, match="1 of 1 images are not finite"):                     # a CLIP that takes tensors as they are too
-        metrics.Clip(ROOT / "assets" / "tiny-clip").images(torch.full((1, 3, 32, 32), float("nan")))
+        metrics.Clip(ROOT / "assets" / "tiny-clip").images(torch.full((1, 3, 64, 64), float("nan")))
 
 
 def test_inception_is_named_by_what_it_is(stand_in, monkeypatch):

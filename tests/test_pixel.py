@@ -264,7 +264,7 @@ def test_sampler_needs_a_prompt_only_where_there_is_a_class(folders, tmp_path):
 def test_protocol_pixel_measures_students_against_their_teacher(students, parts, tmp_path, kind, monkeypatch):  # noqa: F811
     monkeypatch.setattr(measuring, "STRAIGHTNESS_STEPS", 2)
     result = evaluation.main(protocols.Config(run=str(students(kind)), protocol="pixel", n=80, real=80, steps=[1], ddim_steps=[1],
-                                               teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu", clip=str(parts / "tiny-clip")))
+                                               teacher_steps=4, paths=4, cache=str(tmp_path), device="cpu", clip=str(parts / "pixel-clip")))
     found = result["protocol"]
     assert found["size"] == "16 pixels as generated, 32 as both networks see them"
     assert found["resize"].endswith("of real and generated images")

@@ -335,7 +335,7 @@ def test_random_weights_for_a_folder_keep_its_architecture_and_depend_on_the_see
         assert not any(torch.equal(states[1][key], states[0][key]) for key in states[1])
         assert all(torch.equal(states[3][key], states[0][key]) for key in states[1])           # made by build with seed 0
     tiny_sd = load.load_pipeline("tiny", torch.bfloat16, random_init=True)
-    assert tiny_sd.unet.dtype == torch.bfloat16 and tiny_sd.vae.config.latent_channels == 8
+    assert tiny_sd.unet.dtype == torch.bfloat16 and tiny_sd.vae.config.latent_channels == 16
     assert models.as_model(tiny_sd)(torch.zeros(1, 16, 8, 8), torch.ones(1), models.encode_text(tiny_sd, ["fox"]))[0].isfinite().all()
 
 

@@ -103,7 +103,7 @@ def main(n=2048):
         decoding = seconds(lambda: models.decode(pipeline, z))
 
     sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) / 1e6
-             for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)}
+             for part in (models.network(pipeline), pipeline.vae, pipeline.text_encoder)}
     real = evaluator.judge.images(measuring.real_images(n, "floor", "scenes")[0])
     real = torch.cat([real, evaluator.reference["judge"].cpu()])
     facts = dict(

@@ -14,6 +14,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+import models
 from data import sprites
 from evaluation import measuring, metrics, protocols
 from models.load import ASSETS
@@ -72,7 +73,7 @@ def measure(n=2048):
     images, captions = measuring.real_images(n, "prompts", "sprites-by-group", SIZE)
     named = torch.tensor([bool(caption) for caption in captions])
     features = evaluator.look(images, range(n), "")["clip"]
-    parameters = sum(p.numel() for p in evaluator.open("pixel")[0].unet.parameters()) / 1e6
+    parameters = sum(p.numel() for p in models.network(evaluator.open("pixel")[0]).parameters()) / 1e6
     (ASSETS / "tiny-pixel" / "README.md").write_text(CARD.format(
         size=SIZE, parameters=parameters, labels=", ".join(LABELS), attribution=sprites.ATTRIBUTION,
         n=n, clip=rows[32]["clip"],
