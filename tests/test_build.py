@@ -184,11 +184,11 @@ def test_the_plainest_scene_is_decided_by_what_the_caption_tells():
 
 
 def test_a_network_that_has_learned_its_guidance_has_no_loss():
-    """Its answer: eps, moved on by what the text changes."""
+    """Its answer with the text, u + 2.5 (eps - u), if u is its answer without."""
     alphas = build.make_scheduler().alphas_cumprod
     z_0, eps = torch.randn(2, 6, 16, 8, 8, generator=generator())
     text, null, t = torch.randn(6, 3, 4, generator=generator(1)), torch.zeros(6, 3, 4), torch.randint(1000, (6,), generator=generator())
-    change = text.mean((1, 2))[:, None, None, None]
+    change = text.mean((1, 2))[:, None, None, None]                 # of its answer, by the text
 
     class Network:
         def __call__(self, z, t, said):
@@ -196,7 +196,7 @@ def test_a_network_that_has_learned_its_guidance_has_no_loss():
             told = said.mean((1, 2))[:, None, None, None]
             return type("Output", (), {"sample": answer + told})
     network = Network()
-    network.base = eps + (2.5 - 1) * change - change                # with the text: eps + 1.5 change
+    network.base = eps - change / 2.5
     assert build.unet_loss(network, (z_0, text, null, t, eps), alphas, 2.5).item() < 1e-8
     assert build.unet_loss(network, (z_0, text, null, t, eps), alphas).item() > 1e-3
     network.base = eps - change

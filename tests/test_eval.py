@@ -61,10 +61,10 @@ def parts(tmp_path_factory):
     config = build.make_clip(tokenizer).config
     config.projection_dim = 8                                       # pixel wants ten images for each
     clip = CLIPModel(config)
-    config.vision_config.image_size = 32                            # as the pixel model's pictures are seen
-    CLIPModel(config).save_pretrained(folder / "pixel-clip"), tokenizer.save_pretrained(folder / "pixel-clip")
     for name in ("clip", "tiny-clip"):
         clip.save_pretrained(folder / name), tokenizer.save_pretrained(folder / name)
+    config.vision_config.image_size = 32                            # as the pixel model's pictures are seen
+    CLIPModel(config).save_pretrained(folder / "pixel-clip"), tokenizer.save_pretrained(folder / "pixel-clip")
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(
         image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=64), resample=3, do_center_crop=True,
         crop_size=dict(height=64, width=64), do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)))

@@ -176,8 +176,9 @@ def unet_loss(model, batch, alphas_cumprod, guidance=1.0):
     which is eps's error over alpha. Plain eps weights hardly see the noisiest tenth of the axis,
     where few-step sampling takes place.
     batch: z_0 and eps (n, C, h, w), text and null text (n, tokens, width), t (n,).
-    guidance: above 1, the target is moved by what the network itself says that the text changes, so
-    that it learns classifier-free guidance of this strength (model-guidance, Tang et al. 2025)."""
+    guidance: above 1, the target is moved by a share of what the network itself says that the text
+    changes (model-guidance, Tang et al. 2025). As this has the guidance in it already, the share is
+    1 - 1 / guidance: told = eps + share (told - untold) where told = untold + guidance (eps - untold)."""
     z_0, text, null, t, eps = batch
     alpha = alphas_cumprod[t].sqrt()[:, None, None, None]
     z_t = alpha * z_0 + (1 - alpha ** 2).sqrt() * eps
@@ -185,7 +186,7 @@ def unet_loss(model, batch, alphas_cumprod, guidance=1.0):
         with torch.no_grad():
             twice = model(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([text, null])).sample
         told, untold = twice.chunk(2)
-        eps = eps + (guidance - 1) * (told - untold)
+        eps = eps + (1 - 1 / guidance) * (told - untold)
     return ((model(z_t, t, text).sample - eps) / alpha).square().mean()
 
 
@@ -345,7 +346,7 @@ if __name__ == "__main__":
     parser.add_argument("--autoencoder-updates", type=int, default=2400,
                         help="of batch 32, then half as many of the decoder")
     parser.add_argument("--text-updates", type=int, default=2000, help="of batch 128")
-    parser.add_argument("--unet-updates", type=int, default=3000, help="of batch 64")
+    parser.add_argument("--unet-updates", type=int, default=2800, help="of batch 64")
     parser.add_argument("--judge-updates", type=int, default=1500, help="of batch 64")
     parser.add_argument("--clip-updates", type=int, default=900, help="of batch 256")
     parser.add_argument("--stop-after", choices=("autoencoder", "text", "unet", "all"), default="all")
