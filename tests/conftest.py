@@ -112,7 +112,7 @@ SMALL_AUTOENCODER = dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_
 # What makes a published architecture small: two levels of UNet, three of autoencoder (factor 4), two layers of text.
 SMALL_VAE = dict(block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                  layers_per_block=1, norm_num_groups=8, sample_size=32)
-SMALL_TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=700, projection_dim=32)
+SMALL_TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=1000, projection_dim=32)
 SMALL_UNET = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=8, attention_head_dim=2,
                   cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                   up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))

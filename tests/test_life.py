@@ -24,7 +24,7 @@ from runtime.options import command
 SIZE, SEEDS, PROMPTS = 32, [3, 4], ["red heart on blue", "a fox"]
 VAE = dict(SMALL["sd15"]["vae"], latent_channels=4)
 CLIP = SMALL["sd15"]["text_encoder"]
-T5 = dict(vocab_size=700, d_model=64, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+T5 = dict(vocab_size=1000, d_model=64, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 SD3 = dict(vae=VAE, text_encoder=CLIP, text_encoder_2=dict(CLIP, hidden_size=24, intermediate_size=32, projection_dim=24), text_encoder_3=T5,
            transformer=dict(sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
                             joint_attention_dim=64, caption_projection_dim=16, pooled_projection_dim=56, pos_embed_max_size=12))   # 56 = 32 + 24
@@ -32,7 +32,7 @@ FLUX = dict(vae=VAE, text_encoder=CLIP, text_encoder_2=T5,
             transformer=dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
                              joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6)))
 ZIMAGE = dict(vae=VAE, text_encoder=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                         num_key_value_heads=1, head_dim=16, vocab_size=700),
+                                         num_key_value_heads=1, head_dim=16, vocab_size=1000),
               transformer=dict(in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
                                axes_dims=[4, 6, 6], axes_lens=[640, 32, 32]))
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")    # with DiT's own, latents are too large for 1e-4
@@ -44,7 +44,7 @@ SANA = dict(vae=dict(encoder_block_out_channels=(8,) * 3, decoder_block_out_chan
                      decoder_layers_per_block=(1,) * 3, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
                      encoder_qkv_multiscales=((),) * 3, decoder_qkv_multiscales=((),) * 3, latent_channels=4),
             text_encoder=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                              head_dim=16, vocab_size=700),
+                              head_dim=16, vocab_size=1000),
             transformer=dict(TRANSFORMER, in_channels=4, out_channels=4, num_cross_attention_heads=2, cross_attention_head_dim=8,
                              cross_attention_dim=16, caption_channels=32))
 PIXEL = dict(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,

@@ -91,8 +91,7 @@ def main(n=2048):
     # 64 pictures by seed
     captions = scenes.describe(specific(64, "sheet"))[0]
     pictures = imaging.to_pil(draw(pipeline, model, captions, 0), 2)
-    sheet = imaging.contact_sheet([pictures[i:i + COLUMNS] for i in range(0, 64, COLUMNS)], [""] * COLUMNS,
-                                  [""] * (64 // COLUMNS))
+    sheet = imaging.contact_sheet([pictures[i:i + COLUMNS] for i in range(0, 64, COLUMNS)])
     sheet.save(ASSETS / "tiny-sd" / "sheet.webp", quality=90, method=6)
 
     # what decoding costs beside the network
