@@ -1,7 +1,7 @@
 // Written by `python -m tools.page`: what is where in sprites.webp.
 const SPRITES = {
  "model": "tiny",
- "tile": 32,
+ "tile": 64,
  "columns": 63,
  "rows": 12,
  "steps": [
@@ -12,7 +12,7 @@ const SPRITES = {
   2,
   1
  ],
- "credit": "All emojis designed by OpenMoji (https://openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Changes: selected, rasterized. The weights were trained on these pictures alone and can reproduce them closely; treat them, and pictures made with them, as adaptations under CC BY-SA 4.0: name OpenMoji, and share alike. The code that made them is Apache-2.0.",
+ "credit": "Fluent emoji, copyright Microsoft Corporation, MIT License (https://github.com/microsoft/fluentui-emoji), from the npm package @lobehub/fluent-emoji-3d, MIT License. Changes: selected, cropped, resized, composited. The weights were learned from these pictures alone; they are ours to give under Apache-2.0, with this notice of the pictures' license.",
  "models": [
   {
    "name": "teacher",
@@ -25,27 +25,27 @@ const SPRITES = {
  ],
  "prompts": [
   {
-   "prompt": "red heart on blue",
+   "prompt": "fox on green",
    "seed": 0
   },
   {
-   "prompt": "strawberry on pink",
+   "prompt": "penguin on orange",
    "seed": 1
   },
   {
-   "prompt": "pizza on gray",
+   "prompt": "unicorn on pink",
    "seed": 2
   },
   {
-   "prompt": "penguin on orange",
+   "prompt": "panda left of pizza on blue",
    "seed": 3
   },
   {
-   "prompt": "fox on green",
+   "prompt": "sun above sunflower on purple",
    "seed": 4
   },
   {
-   "prompt": "on purple",
+   "prompt": "heart",
    "seed": 5
   }
  ]
