@@ -54,7 +54,7 @@ def draw(name, opened, prompt, steps, solver, guidance, seed):
     believed = models.decode(pipeline, torch.cat([beliefs[i] for i in shown]))
     believed = torch.cat([believed, torch.ones(SHOWN - len(shown), *believed.shape[1:])])   # white: as long
     (picture,), strip = (imaging.to_pil(images, max(1, side // images.shape[-1]))
-                         for images, side in ((image, 256), (believed, 96)))
+                         for images, side in ((image, 256), (believed, 128)))
     count = sampler.evaluations(solver, steps, windows) * (1 if guidance in (0, 1) else 2)
     return (picture, imaging.contact_sheet([strip], [str(i + 1) for i in shown]),
             f"{steps} step{'s' * (steps > 1)}, {count} network evaluation{'s' * (count > 1)}: "

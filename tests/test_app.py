@@ -36,7 +36,7 @@ def test_the_picture_is_the_one_that_its_command_draws(student, tmp_path, monkey
     sampler.run()
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "a.png")))
     assert re.fullmatch(rf"{steps} steps, {count} network evaluations: \d+\.\d\d s", took)
-    tiles = [np.asarray(strip)[-100:-4, left:left + 96] for left in range(0, app.SHOWN * 100, 100)]
+    tiles = [np.asarray(strip)[-132:-4, left:left + 128] for left in range(0, app.SHOWN * 132, 132)]
     assert [tile.min() < 255 for tile in tiles] == [i < steps for i in range(app.SHOWN)]     # as many beliefs as steps, SHOWN at most
 
 

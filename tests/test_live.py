@@ -78,7 +78,7 @@ def test_every_network_is_torchs_at_any_batch(exported, name):
 def test_the_folder_says_how_it_is_sampled_and_whose_it_is(exported):
     about = json.loads((exported / "student" / "model.json").read_text())
     assert (about["windows"], about["path"], about["prediction"], about["latents"]) == (2, "vp", "epsilon", [16, 8, 8])
-    assert about["tokens"] == dict(length=16, start="<|startoftext|>", end="<|endoftext|>", pad="<|endoftext|>", unknown="<|endoftext|>")
+    assert about["tokens"] == dict(length=32, start="<|startoftext|>", end="<|endoftext|>", pad="<|endoftext|>", unknown="<|endoftext|>")
     schedule, _ = models.schedule(saved.open_model("tiny")[0])
     assert about["alpha"] == schedule.alpha.tolist() and about["commit"]
     assert json.loads((exported / "teacher" / "model.json").read_text())["windows"] == 1
@@ -126,11 +126,11 @@ def test_tokens_are_transformers():
              "<|endoftext|>fox<|startoftext|> <|ENDOFTEXT|>", "na\u00efve caf\u00e9 \u00a0 \u3000 x", *("".join(draw.choice(letters, draw.integers(1, 60))) for _ in range(300))]
     expected = pipeline.tokenizer(texts, padding="max_length", truncation=True).input_ids
     lengths = [len(ids) for ids in pipeline.tokenizer(texts).input_ids]
-    tokens = dict(length=16, start="<|startoftext|>", end="<|endoftext|>", pad="<|endoftext|>", unknown="<|endoftext|>")
+    tokens = dict(length=32, start="<|startoftext|>", end="<|endoftext|>", pad="<|endoftext|>", unknown="<|endoftext|>")
     found = javascript("const tokenize = tokenizer.makeTokenizer(given.vocabulary, given.merges, given.tokens); return given.texts.map(tokenize);",
                        dict(vocabulary=json.loads((folder / "vocab.json").read_text()), merges=(folder / "merges.txt").read_text(), tokens=tokens, texts=texts))
     for text, each, ids, length in zip(texts, found, expected, lengths):
-        assert each == dict(ids=ids, cut=max(0, length - 16)), text
+        assert each == dict(ids=ids, cut=max(0, length - 32)), text
 
 
 @needs_node

@@ -13,7 +13,7 @@ from tools import notebooks
 
 # notebook -> what makes it short
 SHORT = {
-    "one_training_step": {"range(100)": "range(10)", "96": "16", "80": "8", " * 12": " * 2"},
+    "one_training_step": {"range(100)": "range(40)", "96": "16", "80": "8", " * 12": " * 2"},
     "your_own_model": {"import subprocess": "from conftest import run_python",
                        "subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)":
                            "run_python([f'{os.getcwd()}/{command[0]}', *map(str, command[1:])], os.getcwd())",

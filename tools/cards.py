@@ -6,6 +6,7 @@ Some ten minutes on two cores. Beside the card of assets/tiny-sd goes sheet.webp
 specific prompts, chosen by seed.
 """
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +16,7 @@ import sampler
 from data import imaging, scenes
 from evaluation import measuring, metrics, protocols
 from models.load import ASSETS
-from runtime import processes, seeds
+from runtime import cli, processes, seeds
 from tools import build
 
 STEPS = 32, 8, 4, 2, 1
@@ -61,7 +62,13 @@ def real_against_real(features, n, trials=20):
     return [f"{mean:.2f} ± {std:.2f}" for mean, std in zip(values.mean(0).tolist(), values.std(0).tolist())]
 
 
-def main(n=2048):
+@dataclass
+class Config:
+    n: int = 2048               # pictures of each number of steps
+
+
+def main(c):
+    n = c.n
     rank, world, _, barrier = processes.start_processes(SimpleNamespace(device="cpu", shard=False))
     evaluator = measuring.Evaluator(protocols.Config(protocol="tiny", n=n), rank, world, barrier)
     for steps in STEPS:
@@ -196,4 +203,4 @@ All that captions name is right on {floor[prompt_accuracy][all]:.1%} of {n} real
 """
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Config, __doc__)
