@@ -386,7 +386,7 @@ def test_data_cache_makes_what_training_then_uses(here, random_sd, run_file):
     assert done.returncode == 0 and "c: 1 latents" in done.stdout, done.stderr[-2000:]
 
 
-def test_sampler_writes_what_was_asked_for(cli, here, student):
+def test_sampler_writes_what_was_asked_for(cli, here, student, random_sd):
     status, out, err = cli(f"sampler.py --model {student} --prompt fox --out a.png")
     assert status == 0 and "2 steps = 2 network evaluations" in out
     assert Image.open("a.png").size == (256, 256)
@@ -395,7 +395,9 @@ def test_sampler_writes_what_was_asked_for(cli, here, student):
     cli(f"sampler.py --model {student} --prompt fox cat --n 3 --grid --guidance 2 --scale 2 --out c.png")
     assert Image.open("c.png").width > 3 * 64
     cli(f"sampler.py --model {student} --prompt fox --compare --save-steps --scale 2 --out d.png")
-    assert Image.open("d.png").width > 2 * 64 and Image.open("d-steps.png").width > 2 * 64
+    assert Image.open("d.png").width > 3 * 128 and Image.open("d-steps.png").width > 2 * 64      # the teacher at 32 and 2 steps, the student
+    cli(f"sampler.py --model {random_sd} --prompt fox --compare --scale 2 --out e.png")
+    assert Image.open("e.png").width > 4 * 128                                                   # the teacher at 32, 4, 2 and 1 steps
 
 
 def test_same_seed_same_picture_and_image_i_has_seed_plus_i(cli, here, student):

@@ -4,7 +4,7 @@ paths become straight; below, pictures of the embedded model in one step, which 
     python -m tools.animation                   # writes results/reflow-2d.webp; ten minutes on two cores
 
 Both students go through the same stages, and every frame shows them equally far. The plane's is trained
-here, the pictures' by train.py, which also says what to draw: the first prompts of its data.
+here, the pictures' by train.py.
 """
 import contextlib
 import functools
@@ -42,8 +42,8 @@ class Config:
     paths: int = 70             # drawn
     picture_updates: int = 400  # of the pictures' student, over all stages
     picture_trajectories: int = 768  # of the pictures' teacher
-    prompts: str = ""           # text file, one prompt per line: what the pictures show, up to four; default:
-                                # the first of its data
+    prompts: str = "assets/scenes/prompts.txt"  # text file, one prompt per line: what the pictures show, the
+                                                # first four; "": the first of the model's data
     out: str = "results/reflow-2d.webp"  # animated WebP
 
 
