@@ -1,18 +1,21 @@
 """How the embedded models are trained: Muon and the loop against closed forms and against themselves, what each network is asked, and
 the whole builder, a few updates long."""
+import functools
 import shutil
 
 import diffusers
 import pytest
 import torch
 from conftest import run_two
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import models
 import sampler
 from data import scenes
-from models import saved
-from tools import build, fitting
+from evaluation import judge, measuring, protocols
+from models import load, saved
+from runtime.cli import UserError
+from tools import build, cards, fitting
 
 
 def generator(seed=0):
@@ -201,6 +204,25 @@ def test_a_network_that_has_learned_its_guidance_has_no_loss():
     assert build.unet_loss(network, (z_0, text, null, t, eps), alphas).item() > 1e-3
     network.base = eps - change
     assert build.unet_loss(network, (z_0, text, null, t, eps), alphas).item() < 1e-8
+
+
+def test_the_curve_is_of_every_snapshot(tmp_path, monkeypatch):
+    """The teacher's own weights as one of two: what its own row says."""
+    with pytest.raises(UserError, match="--curve .*: no unet-"):
+        cards.snapshots(tmp_path, 40)
+    save_file(judge.Judge((8, 8, 8)).state_dict(), tmp_path / "judge.safetensors")
+    config = functools.partial(protocols.Config, judge=str(tmp_path), real=48, cache=str(tmp_path / "cache"))
+    monkeypatch.setattr(cards.protocols, "Config", config)
+    weights = load_file(load.ASSETS / "tiny-sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(weights, tmp_path / "unet-000500.safetensors", {"updates": "500"})
+    save_file({key: value * 0 for key, value in weights.items()}, tmp_path / "unet-000900.safetensors", {"updates": "900"})
+    draw = cards.draw
+    monkeypatch.setattr(cards, "draw", lambda *given: draw(*given, steps=1))
+    right, nothing = cards.snapshots(tmp_path, 40)
+    assert (right["updates"], right["samples"], nothing["samples"]) == (500, 32_000, 57_600)
+    row = measuring.Evaluator(config(protocol="tiny", n=40, teacher_steps=1, paths=1)).row("tiny", 1, kernels=False)
+    assert right["fd_corrected"] == pytest.approx(row["fd_corrected"], rel=1e-3) != nothing["fd_corrected"]
+    assert right["prompt_accuracy"] == row["prompt_accuracy"]["all"]
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

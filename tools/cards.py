@@ -1,15 +1,21 @@
 """Measures the embedded models and writes their cards.
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m tools.cards
+    python -m tools.cards --curve runs/build
 
-Some ten minutes on two cores. Beside the card of assets/tiny-sd goes sheet.webp: 64 pictures of
+The first takes some ten minutes on two cores; the second measures the snapshots that the builder has
+left of the UNet, and writes assets/tiny-sd/curve.json. Beside the card of assets/tiny-sd goes sheet.webp: 64 pictures of
 specific prompts, chosen by seed.
 """
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import models
 import sampler
@@ -17,6 +23,7 @@ from data import imaging, scenes
 from evaluation import measuring, metrics, protocols
 from models.load import ASSETS
 from runtime import cli, processes, seeds
+from runtime.cli import UserError
 from tools import build
 
 STEPS = 32, 8, 4, 2, 1
@@ -62,13 +69,39 @@ def real_against_real(features, n, trials=20):
     return [f"{mean:.2f} ± {std:.2f}" for mean, std in zip(values.mean(0).tolist(), values.std(0).tolist())]
 
 
+def snapshots(folder, n):
+    """FD of the UNet while it was trained, in 32 steps; n pictures each.
+    Returns: [{"updates", "samples", "fd_corrected", "fd_interval", "prompt_accuracy"}]."""
+    files = sorted(Path(folder).glob("unet-*.safetensors"))
+    if not files:
+        raise UserError(f"--curve {folder}: no unet-*.safetensors in it; give --runs of tools.build")
+    evaluator, found = measuring.Evaluator(protocols.Config(protocol="tiny", n=n, teacher_steps=1, paths=1)), []
+    pipeline, model, _ = evaluator.open("tiny")
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            updates = int(stored.metadata()["updates"])
+        models.network(pipeline).load_state_dict({key: value.float() for key, value in load_file(file).items()})
+        rows = torch.cat([evaluator.judge.images(draw(pipeline, model, evaluator.prompts[i:i + 64], 1_000_000 + i))
+                          for i in range(0, n, 64)])
+        corrected, half = metrics.mean_interval(metrics.frechet_groups(rows, evaluator.reference["judge"]))
+        found.append(dict(updates=updates, samples=updates * 64, fd_corrected=corrected,
+                          fd_interval=[corrected - half, corrected + half],
+                          prompt_accuracy=evaluator.judge.accuracy(rows, evaluator.plans)["all"]))
+        print(found[-1])
+    return found
+
+
 @dataclass
 class Config:
     n: int = 2048               # pictures of each number of steps
+    curve: str = ""             # --runs of tools.build: measure the snapshots there instead
 
 
 def main(c):
     n = c.n
+    if c.curve:
+        (ASSETS / "tiny-sd" / "curve.json").write_text(json.dumps(snapshots(c.curve, n), indent=1))
+        return
     rank, world, _, barrier = processes.start_processes(SimpleNamespace(device="cpu", shard=False))
     evaluator = measuring.Evaluator(protocols.Config(protocol="tiny", n=n), rank, world, barrier)
     for steps in STEPS:
@@ -173,6 +206,7 @@ share of pictures that show what their prompt names, as the judge says; of real 
 - Autoencoder: {psnr:.2f} dB mean PSNR on pictures it never saw; decoding takes {decoding:.2f} times one evaluation of the UNet (one thread, 64 at a time).
 - Prompts followed with full captions, 512 each: pairs seen in training, real {composed[seen][0]:.1%}, generated {composed[seen][1]:.1%}; pairs never
   seen, real {composed[held out][0]:.1%}, generated {composed[held out][1]:.1%}.
+- FD and prompts followed of the UNet's snapshots, by samples seen: [curve.json](curve.json).
 
 ## The prompts of the sheet, row by row
 
