@@ -118,8 +118,8 @@ class Output:
     keep: int = 2                    # checkpoints kept
     checkpoint_steps: int = 200      # updates between checkpoints
     log_steps: int = 20              # updates between lines of OUT/log.jsonl and points of OUT/tensorboard
-    grid_steps: int = 500            # updates between pictures in OUT/grids, the first of them before any
-                                     # update; 0 = none
+    grid_steps: int = 500            # updates between pictures in OUT/grids, beside the teacher's, the first
+                                     # of them before any update; 0 = none
     validation_prompts: str = ""     # text file, one prompt per line: what these pictures show; default: four
                                      # captions of the data
     report_to: list[str] | None = None  # wandb or trackio, beside OUT/tensorboard, which is always there

@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m tools.build
     python -m tools.build --stop-after autoencoder
 
-The whole takes hours on two cores, and goes on where it was when it is run again.
+The whole takes some two hours on two cores, and goes on where it was when it is run again.
 
-Order of work: train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a
-text encoder to tell latents from captions, cache the latents, train the UNet; for
-evaluation alone, train the judge and a small CLIP. assets/tiny-sd, assets/tiny-clip and assets/judge
-are written; python -m tools.cards measures them.
+Order of work: train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a text encoder to tell
+latents from captions, cache the latents, train the UNet; for evaluation alone, train the judge and a
+small CLIP. assets/tiny-sd, assets/tiny-clip and assets/judge are written; python -m tools.cards
+measures them.
 Everything is kept under --runs and reused when the command is run again.
 """
 import argparse

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m tools.cards
     python -m tools.cards --curve runs/build
 
-The first takes some ten minutes on two cores; the second measures the snapshots that the builder has
-left of the UNet, and writes assets/tiny-sd/curve.json. Beside the card of assets/tiny-sd goes sheet.webp: 64 pictures of
-specific prompts, chosen by seed.
+The first takes some ten minutes on two cores. Beside the card of assets/tiny-sd goes sheet.webp: 64
+pictures of specific prompts, chosen by seed. The second measures the snapshots that the builder has
+left of the UNet, and writes assets/tiny-sd/curve.json.
 """
 import json
 import time
