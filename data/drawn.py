@@ -1,12 +1,11 @@
 """The embedded pictures as data: endless, drawn when they are asked for."""
 import torch
 
-from data import scenes, sprites
+from data import scenes
 from runtime import seeds
 
 # --data NAME -> the module that draws, and the levels of its captions
-SOURCES = {"scenes": (scenes, scenes.LEVELS), "scenes-by-group": (scenes, scenes.GROUP_LEVELS),
-           "sprites": (sprites, sprites.LEVELS), "sprites-by-group": (sprites, sprites.GROUP_LEVELS)}
+SOURCES = {"scenes": (scenes, scenes.LEVELS), "scenes-by-group": (scenes, scenes.GROUP_LEVELS)}
 
 
 class Drawn:

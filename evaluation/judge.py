@@ -99,13 +99,13 @@ class Features:
                           for part in images.split(batch)])
 
     @torch.no_grad()
-    def accuracy(self, features, plans):
+    def accuracy(self, features, plans, levels=scenes.LEVELS):
         """Share of pictures that show what their captions name, of those whose captions name it, by
-        their features (N, dim).  plans: (N, ...), of the scenes that the captions describe.
-        Returns: {"object", "color", "relation", "all": share}."""
+        their features (N, dim).  plans: (N, ...), of the scenes that the captions of these levels
+        describe.  Returns: {"object", "color", "relation", "all": share}, less what no caption names."""
         answered = split(self.model.head(features.to(self.device, torch.float32)).cpu())
         return {name: right[named].double().mean().item()
-                for name, (named, right) in follows(answered, plans).items()}
+                for name, (named, right) in follows(answered, plans, levels).items() if named.any()}
 
     @torch.no_grad()
     def distance(self, a, b):
@@ -146,7 +146,7 @@ def augment(images, generator):
     return images + 0.15 * u[:, 7:] * torch.randn(images.shape, generator=generator)
 
 
-def follows(logits, plans):
+def follows(logits, plans, levels=scenes.LEVELS):
     """Which pictures show what their captions name.
     logits: of a Judge; plans: of the scenes that the prompts describe, with their caption levels.
     Returns: {"object", "color", "relation", "all": (named, right)}, bool (n,) each: whether the
@@ -155,7 +155,7 @@ def follows(logits, plans):
     guess, right = {name: values.argmax(1) for name, values in logits.items()}, answers(plans)
     groups = sorted(set(scenes.GROUPS))
     group = torch.tensor([groups.index(name) for name in scenes.GROUPS])
-    texts = [list(scenes.LEVELS[count - 1])[level]
+    texts = [list(levels[count - 1])[level]
              for count, level in plans[:, [0, scenes.FACTS - 1]].long().tolist()]
 
     def says(word):

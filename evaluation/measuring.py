@@ -139,12 +139,17 @@ class Evaluator:
             return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         return store.cached(folder / name, count, settings, shard, SHARD, *self.processes, desc=label)
 
-    def look(self, images, part, name):
-        """Features of the images of these numbers, (N, 3, H, W) in [-1, 1].  Returns: dict of (N,
-        dim)."""
+    def seen(self, images):
+        """Images (N, 3, H, W) in [-1, 1] at the size at which the networks see them."""
         size = self.protocol.fid_size
         if size and images.shape[-2:] != (size, size):
             images = coco.tensor(coco.square(picture, size) for picture in imaging.to_pil(images))
+        return images
+
+    def look(self, images, part, name):
+        """Features of the images of these numbers, (N, 3, H, W) in [-1, 1].  Returns: dict of (N,
+        dim)."""
+        images = self.seen(images)
         if self.c.save_images:
             folder = Path(self.c.save_images, name)
             folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +266,7 @@ class Evaluator:
             found = {"straightness": torch.tensor(straight, dtype=torch.float64)}
             if self.judge:
                 pipeline = self.open(folder)[0]
-                ours, theirs = (models.decode(pipeline, z) for z in (end, path[:, -1].to(end)))
+                ours, theirs = (self.seen(models.decode(pipeline, z)) for z in (end, path[:, -1].to(end)))
                 found["picture"] = self.judge.distance(ours, theirs).double()
             if c.teacher_steps % windows == 0:
                 chord = metrics.chord_error(model, path.to(self.device), cond, windows, guidance, uncond)
@@ -276,6 +281,10 @@ class Evaluator:
                           c.batch)
 
     # ---- numbers ----
+
+    def followed(self, features, plans):
+        """Share of pictures that show what their captions name, as the judge says; see its accuracy."""
+        return self.judge.accuracy(features, plans, drawn.SOURCES[self.protocol.split][1])
 
     @functools.cached_property
     def texts(self):
@@ -321,7 +330,7 @@ class Evaluator:
             endpoint_error=paths["endpoint"].mean().sqrt().item(),
             straightness=paths["straightness"].mean(0).tolist(),
             chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None,
-            **({"prompt_accuracy": self.judge.accuracy(rows["judge"], self.plans),
+            **({"prompt_accuracy": self.followed(rows["judge"], self.plans),
                 "picture_distance": paths["picture"].mean().item()} if self.judge else {}),
             seconds_per_image=rows["seconds"].mean().item())
 
@@ -341,7 +350,7 @@ class Evaluator:
         return {"floor": dict(
             fd_corrected=corrected, fd_interval=[corrected - half, corrected + half],
             clip=metrics.clip_score(rows["clip"][named], self.clip.texts(captions)[named]),
-            **({"prompt_accuracy": self.judge.accuracy(rows["judge"], plans)} if self.judge else {}))}
+            **({"prompt_accuracy": self.followed(rows["judge"], plans)} if self.judge else {}))}
 
     def describe(self, students):
         """The protocol of a table, item by item. students: their reflow.json.

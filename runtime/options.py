@@ -58,7 +58,7 @@ Method = dataclasses.make_dataclass("Method", [
 class Data:
     """what it learns from"""
     data: str = ""                   # images with captions: folder, shards, datasets name, scenes (tiny's)
-                                     # or sprites-by-group (pixel's)
+                                     # or scenes-by-group (pixel's)
     prompts: str = ""                # text file, one prompt per line, instead of --data: no images needed
     size: int | None = None          # pixels, square; default: what the model was made for
     image_column: str = ""           # of a datasets source; default: its first column of images

@@ -17,12 +17,13 @@ import matplotlib.pyplot as plt
 import export
 from runtime import cli, store
 from runtime.cli import UserError
-from studies import proreflow, runner, simple_reflow
+from studies import proreflow, runner, simple_reflow, time_law
 from studies.plots import DPI
 from studies.results import markdown
 from studies.runner import Lab, evaluator
 
 STUDIES = {
+    "time-law": time_law.time_law,
     "ablation": proreflow.ablation, "crossing": proreflow.crossing,
     "direction-weight": proreflow.direction_weight,
     "baselines": proreflow.baselines, "samples": proreflow.samples, "discrepancy": proreflow.discrepancy,
@@ -66,7 +67,7 @@ def main(c):
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
-                      rows=lab.records, runs=lab.commands, seconds=time.time() - start, **export.versions())
+                      teacher=c.model, rows=lab.records, runs=lab.commands, seconds=time.time() - start, **export.versions())
         store.write_atomically(results / f"{name}.json",
                                lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         store.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))

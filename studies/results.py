@@ -47,15 +47,15 @@ def index(studies):
     """results/README.md: of each study the question, the first sentence of its verdict, what it
     says against itself, picture and link."""
     parts = ["# Results",
-             "One section for each study; its page has every comparison, table and command. All of them "
-             "were measured on the embedded model before the present one, 32 pixels and one object a "
-             "picture. FD is the Frechet distance on that model's CLIP features, lower is better; it is "
-             "not FID, and whether it is corrected for the bias of few images stands at the end of each "
-             "page. What the studies say together: [docs/results.md](../docs/results.md). Written by "
+             "One section for each study; its page has every comparison, table and command. FD is the "
+             "Frechet distance on the features that the end of each page names, lower is better; it is not "
+             "FID. What the studies say together: [docs/results.md](../docs/results.md). Written by "
              "`python -m studies.results`."]
     for name, study in studies.items():
         answer, *others = study["verdict"]
         caveats = [sentence for sentence in others if "run again" in sentence]
+        if "teacher" not in study:                          # of what was committed before studies said so
+            caveats.append("Measured on the former embedded model, 32 pixels and one object a picture.")
         parts += [f"## [{name}](studies/{name}.md)",
                   f"**{study['question']}** {' '.join([answer, *caveats])}",
                   f"`{study['command']}`", f"![{study['question']}](studies/{name}.png)"]
@@ -87,14 +87,14 @@ def short(result):
 def pixel(few, nine):
     """The pixel teacher and its student. few, nine: results of eval.py at 1, 2, 4 steps and at nine
     evaluations."""
-    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd']:.2f}"
+    fd = {(row["method"], row["nfe"], row["solver"]): f"{row['fd_corrected']:.2f}"
           for row in few["rows"] + nine["rows"]}
     best = "dpm2:0.5/sigmoid:10"
     lines = [["teacher", *(fd["ddim", steps, "ddim"] for steps in (1, 2, 4)), fd[best, 9, best],
               fd["teacher", 32, "ddim"]],
              ["simple-reflow, 1,000 updates", *(fd["simple-reflow", steps, "ddim"] for steps in (1, 2, 4)),
               fd["simple-reflow", 9, best], "-"]]
-    return table(["plain FD, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`", "32 steps"],
+    return table(["FD corrected, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`", "32 steps"],
                  lines)
 
 

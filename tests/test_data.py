@@ -303,7 +303,7 @@ def test_a_caption_for_all_hides_no_other_fault(tmp_path):
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "e.png").write_bytes(GOOD["a.png"])
     assert "e.png or its caption cannot be read ('utf-8'" in refusal(tmp_path, caption="x")
-    for source in (("sprites", ""), ("", "prompts.txt")):
+    for source in (("scenes", ""), ("", "prompts.txt")):
         for options in (dict(caption="x"), dict(min_size=8)):
             with pytest.raises(UserError, match="--caption / --min-size: --.* has no image files; leave them out"):
                 captioned.open_dataset(*source, seed=0, **options)
@@ -479,7 +479,7 @@ def test_pictures_that_are_given_and_not_used_are_printed(tmp_path, capsys, rand
     text = (f"--data {tmp_path}: only its captions are used, pairs are the teacher's own trajectories; --pairs data or --forward-rate R "
             "uses its pictures\n")
     cases = [(str(tmp_path), {}, 1), (str(tmp_path), {"forward_rate": 0.5}, 0), (str(tmp_path), {"pairs": "data"}, 0),
-             (str(tmp_path), {"projection": 0.1, "windows": [1]}, 0), ("sprites", {}, 0)]
+             (str(tmp_path), {"projection": 0.1, "windows": [1]}, 0), ("scenes", {}, 0)]
     for i, (source, options, times) in enumerate(cases):
         train.main(train.Config(model=str(random_sd), data=source, trajectories=2, solver_steps=8, batch=2, cache_only=True,
                                 cache=f"{tmp_path}/.cache{i}", **options))
@@ -502,8 +502,8 @@ def test_a_run_says_what_it_repeats_and_encodes_each_image_once(tmp_path, capsys
         train.main(train.Config(model=str(random_sd), data=str(tmp_path), min_size=-1))
 
 
-def test_sprites_are_endless_and_prompts_have_no_images(tmp_path):
-    endless = open_("sprites")
+def test_scenes_are_endless_and_prompts_have_no_images(tmp_path):
+    endless = open_("scenes")
     assert endless.size is None and endless.rows([5, 3]) == [5, 3] and endless.skipped == []
     assert torch.equal(endless.images([5, 3], 32), endless.decode(endless.rows([5, 3]), 32))
     (tmp_path / "p.txt").write_text("fox\n\ncat \nfox\n")

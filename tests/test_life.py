@@ -70,7 +70,7 @@ PACKED = dict(pack=lambda z: FluxPipeline._pack_latents(z, *z.shape), unpack=lam
 ROWS = {
     "sd15": row(published("sd15", SMALL["sd15"])),
     "sdxl": row(published("sdxl", SMALL["sdxl"])),
-    "pixel": row(pixels, prompts=[""], data="sprites-by-group", size=None),
+    "pixel": row(pixels, prompts=[""], data="scenes-by-group", size=None),
     "sd3": row(published("sd3", SD3)),
     "sd35 without t5": row(published("sd35-medium", {**SD3, "text_encoder_3": None, "tokenizer_3": None,
                                                      "transformer": dict(SD3["transformer"], dual_attention_layers=(0,))})),

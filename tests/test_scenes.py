@@ -115,3 +115,13 @@ def test_objects_move_by_whole_places_and_look_alike_wherever_they_lie():
     assert all(torch.equal(piece, upper[0]) for piece in upper)              # the background changes downward alone
     first, second = scenes.places_of(many[many[:, 0] == 2])
     assert (first - second).abs().max(1).values.eq(2).all() and first.min() >= 0 and first.max() <= 2
+
+
+def test_shrunk_scenes_are_antialiased():
+    """Each pixel of half the size lies near the mean of its four, more so than without antialiasing, and keeps the picture's mean."""
+    plans = scenes.plan(64, torch.Generator().manual_seed(0))
+    large, shrunk = scenes.render(plans), scenes.render(plans, 32)
+    means = torch.nn.functional.avg_pool2d(large, 2)
+    aliased = torch.nn.functional.interpolate(large, size=32, mode="bicubic").clamp(-1, 1)
+    assert (shrunk - means).square().mean() < 0.7 * (aliased - means).square().mean()
+    assert (shrunk.mean((1, 2, 3)) - large.mean((1, 2, 3))).abs().max() < 0.01

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 import zlib
 
 import numpy as np
@@ -13,12 +14,15 @@ from conftest import ROOT, run_python
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+import models
 import reflow
+import sampler
 import train
-from evaluation import judge
+from evaluation import judge, metrics
+from models import saved
 from runtime import cli
 from runtime.cli import UserError
-from studies import __main__, proreflow, results, runner, simple_reflow
+from studies import __main__, proreflow, results, runner, simple_reflow, time_law
 from tools import bench, build
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -129,6 +133,8 @@ def pretend(lab, random_sd, monkeypatch):
     lab.measure = lambda requests: [made_up(request) for request in requests]
     lab.c.model = str(random_sd)
     bins = [(0.1 * i, 0.1, 1.0, 10.0) for i in range(10)]
+    monkeypatch.setattr(time_law, "errors", lambda *_: [(1 - i / 64, 0.1) for i in range(64)])
+    monkeypatch.setattr(time_law, "plane", lambda lab, share, width, updates: 0.5 - 0.1 * share - 0.1 * (width > 0))
     monkeypatch.setattr(simple_reflow, "loss_spread", lambda *_: {"raw": bins, "normalized": [(t, 0.5, 1.0, 2.0) for t, *_ in bins]})
     return lab
 
@@ -235,6 +241,33 @@ def test_perturbed_velocities_are_equally_wrong_in_one_way_only(schedule):
     # an image is perturbed alike in any batch, and otherwise than its neighbor
     alone = proreflow.perturb(z[2:3], t[2:3], x[2:3], eps[2:3], schedule, "direction", 0.4)
     assert torch.allclose(alone[0], proreflow.perturb(z, t, x, eps, schedule, "direction", 0.4)[0][2:3], atol=1e-6)
+
+
+def test_errors_at_window_starts_are_the_chord_errors(lab, random_sd, monkeypatch):
+    """time-law's profile against eval.py's column, which asks at the starts alone; elsewhere it is another number."""
+    pipeline, model, _ = saved.open_model(str(random_sd))
+    points = []
+    end = sampler.generate(pipeline, model, ["fox", "food", ""], range(3), sampler.time_grid(8), batch=3, callback=lambda state: points.append(state["z"]))
+    path = torch.stack([*points, end], 1)
+
+    class Rows(list):
+        def __getitem__(self, numbers):
+            return {"z": path}
+    lab.c.model = str(random_sd)
+    monkeypatch.setattr(time_law, "evaluator", lambda c: types.SimpleNamespace(teacher_path=Rows(range(3)), prompts=["fox", "food", "", "more"]))
+    found = time_law.errors(lab, random_sd)
+    cond = models.encode_text(pipeline, ["fox", "food", ""])
+    starts = [value for _, value in found[::len(time_law.PLACES)]]
+    assert starts == pytest.approx(metrics.chord_error(model, path, cond, 4), rel=1e-4)
+    assert [t for t, _ in found[::len(time_law.PLACES)]] == [1, 0.75, 0.5, 0.25] and found[1][1] != starts[0]
+
+
+def test_the_plane_is_trained_once_and_the_law_decides(lab, monkeypatch):
+    untrained = time_law.plane(lab, 0, 0, 0)
+    uniform, half = (time_law.plane(lab, share, 32, 150) for share in (0, 0.5))
+    assert half < untrained and half < uniform
+    monkeypatch.setattr(time_law.flow2d, "straighten", lambda *_: pytest.fail("trained again"))
+    assert time_law.plane(lab, 0.5, 32, 150) == half
 
 
 def test_velocities_are_those_the_sampler_meets(random_sd):

@@ -282,7 +282,7 @@ def evaluations(c, device):
     rows = {}
     for name, recipe in reflow.RECIPES.items():
         stages, batch = len(recipe.stages), 4
-        found = run_training(model="tiny", data="sprites", recipe=name, batch=batch, updates=stages,
+        found = run_training(model="tiny", data="scenes", recipe=name, batch=batch, updates=stages,
                              trajectories=2, device=device)
         solver = found["evaluations"]["solver"] / (batch * stages)
         assert found["evaluations"]["student"] == batch * stages

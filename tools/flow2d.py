@@ -37,10 +37,10 @@ class Student(torch.nn.Module):
     """The exact teacher plus a correction that starts at zero: the untrained student is the
     teacher."""
 
-    def __init__(self):
+    def __init__(self, width=128):
         super().__init__()
-        layers = [torch.nn.Linear(12, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128), torch.nn.SiLU(),
-                  torch.nn.Linear(128, 2)]
+        layers = [torch.nn.Linear(12, width), torch.nn.SiLU(), torch.nn.Linear(width, width), torch.nn.SiLU(),
+                  torch.nn.Linear(width, 2)]
         self.net = torch.nn.Sequential(*layers)
         torch.nn.init.zeros_(layers[-1].weight), torch.nn.init.zeros_(layers[-1].bias)
 
