@@ -48,8 +48,9 @@ PROTOCOLS = {
                      real=8192, clip=str(load.ASSETS / "tiny-clip"), judge=str(load.ASSETS / "judge"),
                      teacher="tiny", guidance=1.0, size=None, batch=64, paths=128, note="ours"),
     "pixel": Protocol(split="scenes-by-group", rule="", network="judge", images_per_feature=5, fid_size=64,
-                      n=2048, real=8192, clip=str(load.ASSETS / "tiny-clip"), judge=str(load.ASSETS / "judge"),
-                      teacher="pixel", guidance=1.0, size=16, batch=64, paths=128, note="ours"),
+                      n=2048, real=8192, clip=str(load.ASSETS / "tiny-clip"),
+                      judge=str(load.ASSETS / "judge"), teacher="pixel", guidance=1.0, size=16, batch=64,
+                      paths=128, note="ours"),
     "coco2017-5k": COCO_2017,
     "sdxl-coco2017-5k": dataclasses.replace(COCO_2017, teacher="sdxl", size=1024, batch=4, paths=16),
     "coco2014-30k": dataclasses.replace(

@@ -67,7 +67,8 @@ def main(c):
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
-                      teacher=c.model, rows=lab.records, runs=lab.commands, seconds=time.time() - start, **export.versions())
+                      teacher=c.model, rows=lab.records, runs=lab.commands, seconds=time.time() - start,
+                      **export.versions())
         store.write_atomically(results / f"{name}.json",
                                lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
         store.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))

@@ -94,8 +94,8 @@ def pixel(few, nine):
               fd["teacher", 32, "ddim"]],
              ["simple-reflow, 1,000 updates", *(fd["simple-reflow", steps, "ddim"] for steps in (1, 2, 4)),
               fd["simple-reflow", 9, best], "-"]]
-    return table(["FD corrected, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`", "32 steps"],
-                 lines)
+    return table(["FD corrected, pixels", "1 step", "2 steps", "4 steps", f"9 evaluations, `{best}`",
+                  "32 steps"], lines)
 
 
 def first_tables(study, count):

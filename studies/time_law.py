@@ -150,25 +150,26 @@ def time_law(lab):
                   title="Does the uniform law catch up? Pictures")
     panels[2].legend(frameon=False, fontsize=8)
     for (share, width), values in distances.items():
-        panels[3].plot(counts, values, color=BLUE if share == 0 else ORANGE, marker="o" if share == 0 else "s",
-                       linestyle={WIDTHS[0]: ":", WIDTHS[1]: "--", WIDTHS[2]: "-"}[width],
+        panels[3].plot(counts, values, color=ORANGE if share else BLUE, marker="s" if share else "o",
+                       linestyle=dict(zip(WIDTHS, (":", "--", "-")))[width],
                        label=f"share {share:g}, width {width}")
     panels[3].axhline(untrained, color=GREEN, linewidth=1, label="plain DDIM")
     panels[3].set(xlabel="updates of 512", ylabel="distance to the teacher's end", xscale="log",
                   title="Does it catch up? In the plane, 4 windows")
     panels[3].legend(frameon=False, fontsize=7)
     verdict = [
-        f"ProReflow 8→4 in 4 steps, {updates} updates of 32: FD {shown(column(0.5, 4))} with half of the times at "
-        f"the window starts, {shown(column(0, 4))} with uniform times, plain DDIM {plain[4]['fd_corrected']:.2f}, "
-        f"the teacher in 32 steps {top['fd_corrected']:.2f}.",
+        f"ProReflow 8→4 in 4 steps, {updates} updates of 32: FD {shown(column(0.5, 4))} with half of the "
+        f"times at the window starts, {shown(column(0, 4))} with uniform times, plain DDIM "
+        f"{plain[4]['fd_corrected']:.2f}, the teacher in 32 steps {top['fd_corrected']:.2f}.",
         f"With {longer / updates:.3g} times the updates (one seed) uniform times have "
-        f"{rows[0, 0, longer, 4]['fd_corrected']:.2f}, half at the starts {rows[0.5, 0, longer, 4]['fd_corrected']:.2f}.",
+        f"{rows[0, 0, longer, 4]['fd_corrected']:.2f}, half at the starts "
+        f"{rows[0.5, 0, longer, 4]['fd_corrected']:.2f}.",
         "Error of u at the starts of 4 windows, root mean square: "
         + ", ".join(f"{label} {value:.3f}" for label, value in at_start.items()) + ".",
         *map(str, comparisons),
-        f"In the plane at 4 steps plain DDIM is {untrained:.3f} from the teacher's end; after {counts[-1]} updates "
-        + ", ".join(f"{distances[0, width][-1]:.3f} (uniform) and {distances[0.5, width][-1]:.3f} (half) at width "
-                    f"{width}" for width in WIDTHS) + ".", tests]
+        f"In the plane at 4 steps plain DDIM is {untrained:.3f} from the teacher's end; after {counts[-1]} "
+        "updates " + ", ".join(f"{distances[0, width][-1]:.3f} (uniform) and {distances[0.5, width][-1]:.3f} "
+                               f"(half) at width {width}" for width in WIDTHS) + ".", tests]
     return dict(verdict=verdict, figure=figure, tables=[
         (f"Recipe proreflow, 8→4, batch 32, {len(seeds)} seeds (mean ± 95%); the longer ones one seed",
          ["share at the starts", "updates", "FD, 8 windows, 8 steps", "FD, 4 windows, 4 steps",

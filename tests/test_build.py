@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import run_two
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 import models
 import sampler
@@ -15,7 +16,7 @@ from data import scenes
 from evaluation import judge, measuring, protocols
 from models import load, saved
 from runtime.cli import UserError
-from tools import build, cards, fitting
+from tools import build, cards, fitting, sd3
 
 
 def generator(seed=0):
@@ -249,3 +250,75 @@ def test_the_builder_writes_a_pipeline_that_is_sampled_as_stock_diffusers_does(t
         (tmp_path / "assets" / name).mkdir(parents=True)
     build.build(tmp_path / "runs", 32, 2, 1, 2, 1, 1, "all")                 # all is there: only written again
     assert torch.equal(saved.open_model(str(folder))[0].unet.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
+# ---- the transformer's twin ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return sd3.make_pipeline()
+
+
+def test_sd3_reads_what_the_towers_of_the_embedded_model_say(twin):
+    """The UNet's text before its last norm, the small CLIP's layer before its last and its class features; one zero for T5."""
+    texts = ["fox on blue", "ghost left of pizza on black and purple", ""]
+    found = models.encode_text(twin, texts)
+    teacher = load.load_pipeline("tiny")
+    theirs, states = models.encode_text(teacher, texts)["encoder_hidden_states"], found["encoder_hidden_states"]
+    with torch.no_grad():
+        normed = teacher.text_encoder.final_layer_norm(states[:, :32, :256])                # which SD3 leaves out
+    assert states.shape == (3, 33, 384) and (normed - theirs).abs().max() < 1e-4 and not states[:, 32].any()
+    clip = CLIPModel.from_pretrained(load.ASSETS / "tiny-clip").float().eval()
+    tokens = twin.tokenizer(texts, padding="max_length", max_length=build.WORDS, return_tensors="pt").input_ids
+    with torch.no_grad():
+        said = clip.text_model(tokens, output_hidden_states=True)
+        features = clip.text_projection(said.pooler_output)
+    assert torch.allclose(states[:, :build.WORDS, 256:], said.hidden_states[-2], atol=1e-4)
+    assert torch.allclose(found["pooled_projections"][:, sd3.POOLED:], features, atol=1e-4)
+    with pytest.raises(ValueError, match="not the tensors of this tower"):                    # of which it has two layers
+        sd3.with_projection(clip.text_model, {**clip.config.text_config.to_dict(), "num_hidden_layers": 1}, torch.zeros(64, 128))
+
+
+def test_a_flow_network_that_has_learned_its_guidance_has_no_loss():
+    z_0, eps = torch.randn(2, 6, 16, 8, 8, generator=generator())
+    sigma, change = torch.rand(6, generator=generator(1)), torch.randn(6, 1, 1, 1, generator=generator(2))
+    text, null = dict(said=change), dict(said=torch.zeros(6, 1, 1, 1))
+
+    class Network:
+        def __call__(self, z, timestep, said):
+            level = sigma.repeat(len(z) // 6)
+            assert torch.allclose(timestep, 1000 * level)
+            assert torch.allclose(z[:6], torch.lerp(z_0, eps, sigma[:, None, None, None]), atol=1e-6)
+            return type("Output", (), {"sample": self.base.repeat(len(z) // 6, 1, 1, 1) + said})
+    network = Network()
+    network.base = eps - z_0 - change / 2.5
+    assert sd3.loss(network, (z_0, text, null, sigma, eps), 2.5).item() < 1e-8
+    assert sd3.loss(network, (z_0, text, null, sigma, eps)).item() > 1e-3
+    network.base = eps - z_0 - change
+    assert sd3.loss(network, (z_0, text, null, sigma, eps)).item() < 1e-8
+
+
+def test_blocks_of_the_twin_begin_as_the_identity(twin):
+    z, cond = torch.randn(2, 16, 8, 8, generator=generator()), models.encode_text(twin, ["fox", ""])
+    assert not twin.transformer(z, timestep=torch.full((2,), 500.0), **cond).sample.any()
+    sizes = sum(p.numel() for p in twin.transformer.parameters())
+    assert 4e6 < sizes < 8e6
+
+
+def test_the_twin_is_trained_and_sampled_as_stock_diffusers_does(tmp_path, monkeypatch):
+    """Its folder has links to tiny-sd's, and the schedule of its training is the scheduler's own."""
+    shutil.copytree(load.ASSETS / "tiny-sd", tmp_path / "assets" / "tiny-sd")
+    shutil.copytree(load.ASSETS / "tiny-clip", tmp_path / "assets" / "tiny-clip")
+    monkeypatch.setattr(sd3, "ASSETS", tmp_path / "assets")
+    sd3.train(tmp_path / "runs", 64, 4)
+    folder = tmp_path / "assets" / "tiny-sd3"
+    assert (folder / "vae").resolve() == (tmp_path / "assets" / "tiny-sd" / "vae").resolve()
+    pipeline, model, _ = saved.open_model(str(folder))
+    z = sampler.generate(pipeline, model, ["fox on blue"], range(1), sampler.time_grid(2))
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder, text_encoder_3=None)
+    stock.scheduler = models.sd3.as_student(pipeline, model.schedule).scheduler
+    stock.set_progress_bar_config(disable=True)
+    theirs = stock("fox on blue", latents=sampler.noise(range(1), (16, 8, 8)), num_inference_steps=2, guidance_scale=1,
+                   max_sequence_length=1, output_type="latent").images
+    assert z.abs().max() > 0.1 and (z - theirs).abs().max() < 1e-3 * z.abs().max()

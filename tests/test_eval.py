@@ -17,7 +17,6 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 from test_coco import make_coco
-from transformers import CLIPModel
 
 import eval as evaluation
 import models

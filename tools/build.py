@@ -216,6 +216,21 @@ def cached(path, count, make, chunk=2048):
     return (torch.cat([part[key] for part in parts]) for key in ("plans", "latents"))
 
 
+@torch.no_grad()
+def encode(vae, images):
+    """Latents of scenes, before their scale."""
+    return torch.cat([vae.encode(part).latents for part in images.split(64)])
+
+
+def scene_latents(vae, runs, pictures):
+    """So many training scenes and their latents, before their scale, kept in `runs`.
+    Returns: (plans, latents in half precision)."""
+    def make(first, last):
+        plans = scenes.plan(last - first, torch.Generator().manual_seed(1000 + first), held_out=False)
+        return plans, encode(vae, scenes.render(plans).contiguous(memory_format=torch.channels_last))
+    return cached(runs / "latents.safetensors", pictures, make)
+
+
 # ---- the story ---------------------------------------------------------------------------------------------
 
 
@@ -262,15 +277,12 @@ def build(runs, pictures, autoencoder_updates, text_updates, unet_updates, judge
         return tokenizer(scenes.describe(plans)[0], padding="max_length", max_length=length, truncation=True,
                          return_tensors="pt").input_ids
 
-    @torch.no_grad()
-    def encode(images):
-        return torch.cat([vae.encode(part).latents for part in images.split(64)])
-    scale = round(1 / encode(draw(some, torch.Generator().manual_seed(2))[0]).std().item(), 4)
+    scale = round(1 / encode(vae, draw(some, torch.Generator().manual_seed(2))[0]).std().item(), 4)
 
     def text_batch(generator):
         plans = scenes.plan(128 // world, generator, held_out=False)
         images = scenes.render(scenes.plainest(plans)).contiguous(memory_format=torch.channels_last)
-        return tokens_of(plans), scale * encode(images)
+        return tokens_of(plans), scale * encode(vae, images)
     painter = Painter(tokenizer)
     fitting.fit("text", painter, lambda model, batch, step: (model(batch[0]) - batch[1]).square().mean(),
                 text_batch, text_updates, 2e-3, runs, ema_decay=0.998)
@@ -279,11 +291,7 @@ def build(runs, pictures, autoencoder_updates, text_updates, unet_updates, judge
         return
 
     # the UNet; a scene's caption is drawn anew each time
-    def make_latents(first, last):
-        plans = scenes.plan(last - first, torch.Generator().manual_seed(1000 + first), held_out=False)
-        images = scenes.render(plans).contiguous(memory_format=torch.channels_last)
-        return plans, encode(images)
-    plans, latents = cached(runs / "latents.safetensors", pictures, make_latents)
+    plans, latents = scene_latents(vae, runs, pictures)
     scheduler = make_scheduler()
     null = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
 
