@@ -65,10 +65,11 @@ test-lowest:
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 
-# rebuild the embedded model from the pictures: hours, resumable
+# rebuild the embedded models from the pictures: hours, resumable
 tiny: $(VENV)/ready
 	$(SPREAD) -m tools.build
 	$(SPREAD) -m tools.cards
+	$(SPREAD) -m tools.pixel
 
 clean:
 	rm -rf $(VENV) .venv-lowest runs $(LIVE)/runtime $(LIVE)/models .pytest_cache .ruff_cache __pycache__ tests/__pycache__

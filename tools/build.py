@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m tools.build
     python -m tools.build --stop-after autoencoder
 
-The whole takes some two hours on two cores, and goes on where it was when it is run again.
+The whole takes some three hours on two cores, and goes on where it was when it is run again.
 
 Order of work: train the autoencoder (64 x 64 x 3 to 8 x 8 x 16, f = 8), train a text encoder to tell
 latents from captions, cache the latents, train the UNet; for evaluation alone, train the judge and a
@@ -354,7 +354,7 @@ if __name__ == "__main__":
     parser.add_argument("--autoencoder-updates", type=int, default=2400,
                         help="of batch 32, then half as many of the decoder")
     parser.add_argument("--text-updates", type=int, default=2000, help="of batch 128")
-    parser.add_argument("--unet-updates", type=int, default=2800, help="of batch 64")
+    parser.add_argument("--unet-updates", type=int, default=5600, help="of batch 64")
     parser.add_argument("--judge-updates", type=int, default=1200, help="of batch 64")
     parser.add_argument("--clip-updates", type=int, default=500, help="of batch 256")
     parser.add_argument("--stop-after", choices=("autoencoder", "text", "unet", "all"), default="all")
