@@ -3,7 +3,7 @@ const SPRITES = {
  "model": "tiny",
  "tile": 64,
  "columns": 63,
- "rows": 12,
+ "rows": 24,
  "steps": [
   32,
   16,
@@ -19,8 +19,16 @@ const SPRITES = {
    "windows": 1
   },
   {
+   "name": "4-window student",
+   "windows": 4
+  },
+  {
    "name": "2-window student",
    "windows": 2
+  },
+  {
+   "name": "1-window student",
+   "windows": 1
   }
  ],
  "prompts": [
