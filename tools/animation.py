@@ -40,8 +40,8 @@ class Config:
     updates: int = 800          # of each stage in the plane, batches of 512
     trajectories: int = 8192    # to train on in the plane
     paths: int = 70             # drawn
-    picture_updates: int = 400  # of the pictures' student, over all stages
-    picture_trajectories: int = 768  # of the pictures' teacher
+    picture_updates: int = 1200  # of the pictures' student, over all stages
+    picture_trajectories: int = 1536  # of the pictures' teacher
     prompts: str = "assets/scenes/prompts.txt"  # text file, one prompt per line: what the pictures show, the
                                                 # first four; "": the first of the model's data
     out: str = "results/reflow-2d.webp"  # animated WebP
