@@ -204,7 +204,7 @@ def ask(browser, **values):  # noqa: F811
 def shown(browser):  # noqa: F811
     """uint8 (rows, pictures, H, W, 3)"""
     return np.array(browser.evaluate("""[...document.querySelectorAll('#rows .pictures')].map(row => [...row.children].map(canvas =>
-        [...canvas.getContext('2d').getImageData(0, 0, 32, 32).data]))"""), np.uint8).reshape(3, 4, 32, 32, 4)[..., :3]
+        [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]))"""), np.uint8).reshape(3, 4, 64, 64, 4)[..., :3]
 
 
 def test_the_page_draws_what_sampler_py_draws(browser, served):  # noqa: F811
@@ -223,7 +223,7 @@ def test_the_page_draws_what_sampler_py_draws(browser, served):  # noqa: F811
             pipeline, model, info = saved.open_model(MODELS[model])
             z = sampler.generate(pipeline, model, [prompt] * 4, range(seed, seed + 4), sampler.time_grid(steps, info.get("windows", 1)), guidance)
             yield np.stack([np.asarray(each) for each in imaging.to_pil(models.decode(pipeline, z))])
-    says, long = "document.getElementById('says').textContent", "purple dragon " + "fox " * 20
+    says, long = "document.getElementById('says').textContent", "purple dragon " + "fox " * 40
     for prompt, seed, guidance, steps in (("red heart on blue", 0, 1, 2), (long, 7, 2, 4)):
         if seed:
             assert browser.evaluate(says) == "Drawn."
