@@ -442,6 +442,7 @@ def test_students_stand_side_by_side_at_every_number_of_steps(browser, made):
             assert words == ["teacher: 4 steps", f"plain DDIM: {steps}",
                              *(f"{n}-window student: {steps if n in drawn else f'needs {n} steps'}" for n in (4, 2, 1))]
             assert browser.evaluate("document.querySelectorAll('#grid .tile.none').length") == 3 - len(drawn)
+            assert browser.evaluate("[...document.querySelectorAll('#grid figcaption')].filter(each => each.scrollWidth > each.clientWidth).length") == 0
             strips = browser.evaluate("[...document.querySelectorAll('#beliefs .strip')].map(each => each.children.length)")
             assert strips == [count] * (1 + len(drawn))
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")

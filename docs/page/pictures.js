@@ -13,9 +13,10 @@
     element.setAttribute("role", "img");
     element.setAttribute("aria-label", label);
     const column = offset[count] + at - 1, row = item * models.length + m;
-    element.style.width = element.style.height = `${size}px`;       // whole pixels: a neighbor must not shine through
-    element.style.backgroundPosition = `${-size * column}px ${-size * row}px`;
-    element.style.backgroundSize = `${size * columns}px ${size * rows}px`;
+    const drawn = size + 2;                                         // a pixel of each edge is cut: neighbors shine through there
+    element.style.width = element.style.height = `${size}px`;
+    element.style.backgroundPosition = `${-drawn * column - 1}px ${-drawn * row - 1}px`;
+    element.style.backgroundSize = `${drawn * columns}px ${drawn * rows}px`;
     return element;
   }
 
