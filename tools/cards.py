@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -89,6 +90,25 @@ def snapshots(folder, n):
                           prompt_accuracy=evaluator.judge.accuracy(rows, evaluator.plans)["all"]))
         print(found[-1])
     return found
+
+
+def lines_of(folder, protocol, steps, n):
+    """The rows of a small card: FD, its ratio to the first number of steps, prompts followed. Every process
+    of a group that is there makes its share.
+    Returns: (Evaluator, Markdown), "" on all processes but the first."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank, barrier = (dist.get_rank(), dist.barrier) if world > 1 else (0, lambda: None)
+    barrier()                                              # the first process has written the folder
+    evaluator = measuring.Evaluator(protocols.Config(protocol=protocol, teacher=folder, n=n), rank, world,
+                                    barrier)
+    rows = {count: evaluator.row(folder, count, kernels=False) for count in steps}
+    if rank:
+        return evaluator, ""
+    first = rows[steps[0]]["fd_corrected"]
+    return evaluator, "\n".join(
+        f"| {count} | {row['fd_corrected']:.2f} ± {row['fd_interval'][1] - row['fd_corrected']:.2f} | "
+        f"{row['fd_corrected'] / first:.2f} | {row['prompt_accuracy']['all']:.1%} |"
+        for count, row in rows.items())
 
 
 @dataclass

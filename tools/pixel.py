@@ -18,12 +18,13 @@ import torch.distributed as dist
 
 import models
 from data import scenes
-from evaluation import measuring, protocols
 from models.load import ASSETS
-from tools import fitting
+from tools import cards, fitting
 from tools.build import make_scheduler
 
 SIZE = 16                           # of the pictures
+
+STEPS = 32, 9, 4, 2, 1              # of the card
 
 LABELS = list(scenes.OBJECTS)       # its classes by number; one more is the null class, ""
 
@@ -71,22 +72,13 @@ def build(runs, updates):
 
 def measure(n=2048):
     """Measure assets/tiny-pixel by eval.py's protocol `pixel` and write its model card."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    barrier = dist.barrier if world > 1 else lambda: None
-    barrier()                                              # the first process has written the folder
-    evaluator = measuring.Evaluator(protocols.Config(protocol="pixel", n=n), rank, world, barrier)
-    rows = {steps: evaluator.row("pixel", steps, kernels=False) for steps in (32, 9, 4, 2, 1)}
-    if rank:
+    evaluator, rows = cards.lines_of("pixel", "pixel", STEPS, n)
+    if not rows:
         return
-    floor = evaluator.floor()["floor"]
     parameters = sum(p.numel() for p in models.network(evaluator.open("pixel")[0]).parameters()) / 1e6
     (ASSETS / "tiny-pixel" / "README.md").write_text(CARD.format(
         size=SIZE, parameters=parameters, labels=", ".join(LABELS), attribution=scenes.ATTRIBUTION,
-        n=n, floor=floor,
-        rows="\n".join(f"| {steps} | {row['fd_corrected']:.2f} ± "
-                       f"{row['fd_interval'][1] - row['fd_corrected']:.2f} | "
-                       f"{row['fd_corrected'] / rows[32]['fd_corrected']:.2f} | "
-                       f"{row['prompt_accuracy']['all']:.1%} |" for steps, row in rows.items())))
+        n=n, floor=evaluator.floor()["floor"], rows=rows))
     print((ASSETS / "tiny-pixel" / "README.md").read_text())
 
 

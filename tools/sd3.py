@@ -18,10 +18,9 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection,
 import export
 import models
 from data import scenes
-from evaluation import measuring, protocols
 from models import load
 from models.load import ASSETS
-from tools import build, fitting
+from tools import build, cards, fitting
 
 POOLED = 64                 # of each text tower
 
@@ -153,23 +152,14 @@ def save(pipeline, folder):
 
 def measure(n=2048):
     """Measure assets/tiny-sd3 by eval.py's protocol `tiny` and write its model card."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    barrier = dist.barrier if world > 1 else lambda: None
-    barrier()                                              # the first process has written the folder
     folder = str(ASSETS / "tiny-sd3")
-    evaluator = measuring.Evaluator(protocols.Config(protocol="tiny", teacher=folder, n=n), rank, world,
-                                    barrier)
-    rows = {steps: evaluator.row(folder, steps, kernels=False) for steps in STEPS}
-    if rank:
+    evaluator, rows = cards.lines_of(folder, "tiny", STEPS, n)
+    if not rows:
         return
-    pipeline = evaluator.open(folder)[0]
+    transformer = evaluator.open(folder)[0].transformer
     (ASSETS / "tiny-sd3" / "README.md").write_text(CARD.format(
-        parameters=sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6, n=n, shift=SHIFT,
-        guidance=build.GUIDANCE, attribution=scenes.ATTRIBUTION, floor=evaluator.floor()["floor"],
-        rows="\n".join(f"| {steps} | {row['fd_corrected']:.2f} ± "
-                       f"{row['fd_interval'][1] - row['fd_corrected']:.2f} | "
-                       f"{row['fd_corrected'] / rows[32]['fd_corrected']:.2f} | "
-                       f"{row['prompt_accuracy']['all']:.1%} |" for steps, row in rows.items())))
+        parameters=sum(p.numel() for p in transformer.parameters()) / 1e6, n=n, shift=SHIFT, rows=rows,
+        guidance=build.GUIDANCE, attribution=scenes.ATTRIBUTION, floor=evaluator.floor()["floor"]))
     print((ASSETS / "tiny-sd3" / "README.md").read_text())
 
 
