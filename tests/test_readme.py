@@ -35,7 +35,7 @@ SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --
          "eval.py": "--n 960 --real 960 --steps 1 --ddim-steps 1 --teacher-steps 2",
          "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
                                "--inception {parts}/inception.pt",
-         "eval.py --protocol pixel": "--n 640 --real 640 --teacher-steps 2 --ddim-steps 1"}
+         "eval.py --protocol pixel": "--n 960 --real 960 --teacher-steps 2 --ddim-steps 1"}
 # what this machine does not have, and the number that a short run ends with
 STAND_IN = {"--model sd15": "--model {sd15}", "--model sdxl": "--model {sdxl}", "checkpoint-003000": "checkpoint-000008"}
 
