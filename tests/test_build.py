@@ -325,6 +325,9 @@ def test_the_twin_is_trained_and_sampled_as_stock_diffusers_does(tmp_path, monke
     sd3.train(tmp_path / "runs", 64, 4)
     folder = tmp_path / "assets" / "tiny-sd3"
     assert (folder / "vae").resolve() == (tmp_path / "assets" / "tiny-sd" / "vae").resolve()
+    before = {file: file.read_bytes() for file in (tmp_path / "assets" / "tiny-sd").rglob("*") if file.is_file()}
+    sd3.train(tmp_path / "runs", 64, 4)                                      # written again: what is linked stays as it is
+    assert all(file.read_bytes() == content for file, content in before.items())
     pipeline, model, _ = saved.open_model(str(folder))
     z = sampler.generate(pipeline, model, ["fox on blue"], range(1), sampler.time_grid(2))
     stock = diffusers.DiffusionPipeline.from_pretrained(folder, text_encoder_3=None)

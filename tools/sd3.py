@@ -8,6 +8,7 @@ built and writes its model card.
 """
 import argparse
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -140,13 +141,14 @@ def train(runs, pictures, updates):
 
 def save(pipeline, folder):
     """Write the pipeline in fp16; the autoencoder and the tokenizers are links to tiny-sd's."""
+    if folder.exists():                                    # or the links would be written through
+        for link in filter(Path.is_symlink, folder.iterdir()):
+            link.unlink()
     pipeline.transformer.eval()
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     export.make_portable(folder)
     for name, target in (("vae", "vae"), ("tokenizer", "tokenizer"), ("tokenizer_2", "tokenizer")):
-        for file in (folder / name).iterdir():
-            file.unlink()
-        (folder / name).rmdir()
+        shutil.rmtree(folder / name)
         (folder / name).symlink_to(Path("..", "tiny-sd", target))
 
 
