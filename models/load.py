@@ -36,6 +36,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 # --model NAME -> (folder or hub id, its default data)
 PRESETS = {"tiny": (str(ASSETS / "tiny-sd"), "scenes"),
+           "tiny-sd3": (str(ASSETS / "tiny-sd3"), "scenes"),
            "pixel": (str(ASSETS / "tiny-pixel"), "scenes-by-group"),
            "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", ""),
            # 768 px, v; stabilityai removed its own copy in November 2025

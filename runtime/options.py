@@ -20,9 +20,9 @@ from teacher import DTYPES, PRECISIONS
 @dataclass
 class Model:
     """the teacher"""
-    model: str = "tiny"              # teacher: a preset (tiny, pixel, sd15, sd21, sdxl, sd3, sd35,
-                                     # sd35-medium, flux, flux-schnell, zimage, dit, pixart, pixart-sigma,
-                                     # sana), a diffusers folder, a hub id or .safetensors
+    model: str = "tiny"              # teacher: a preset (tiny, tiny-sd3, pixel, sd15, sd21, sdxl, sd3,
+                                     # sd35, sd35-medium, flux, flux-schnell, zimage, dit, pixart,
+                                     # pixart-sigma, sana), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
                                      # default, of SD and SDXL alone: from the hub
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but

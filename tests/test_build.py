@@ -336,3 +336,16 @@ def test_the_twin_is_trained_and_sampled_as_stock_diffusers_does(tmp_path, monke
     theirs = stock("fox on blue", latents=sampler.noise(range(1), (16, 8, 8)), num_inference_steps=2, guidance_scale=1,
                    max_sequence_length=1, output_type="latent").images
     assert z.abs().max() > 0.1 and (z - theirs).abs().max() < 1e-3 * z.abs().max()
+
+
+def test_the_committed_twin_shares_with_tiny_and_draws_what_it_is_told():
+    """As the judge sees full captions of one object, in eight steps of Euler."""
+    pipeline, model, _ = saved.open_model("tiny-sd3")
+    tiny = saved.open_model("tiny")[0]
+    assert load.PRESETS["tiny-sd3"][1] == load.PRESETS["tiny"][1] and models.latent_shape(pipeline) == models.latent_shape(tiny)
+    assert all(torch.equal(value, tiny.vae.state_dict()[key]) for key, value in pipeline.vae.state_dict().items())
+    plans = cards.specific(32, "test")
+    pictures = cards.draw(pipeline, model, scenes.describe(plans)[0], 0, steps=8)
+    eyes = judge.Features(load.ASSETS / "judge")
+    told, shuffled = (eyes.accuracy(eyes.images(pictures), each)["all"] for each in (plans, plans.flip(0)))
+    assert told > 0.7 and shuffled < 0.1

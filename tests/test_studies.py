@@ -22,7 +22,7 @@ from evaluation import judge, metrics
 from models import saved
 from runtime import cli
 from runtime.cli import UserError
-from studies import __main__, proreflow, results, runner, simple_reflow, time_law
+from studies import __main__, curriculum, methods, proreflow, results, runner, simple_reflow, time_law
 from tools import bench, build
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -97,21 +97,70 @@ def test_trajectories_are_part_of_the_cost_and_of_the_budget(lab):
         assert abs(lab.evaluations(f"{options} --updates {c.updates}") - 40_000) < 0.02 * 40_000, options
 
 
-def test_arms_of_the_ablation_cost_the_same(lab):
-    runs = {}
-    lab.train = lambda asked: runs.update(asked) or {name: lab.out / name for name in asked}
-    lab.measure = lambda requests: [dict(fd_corrected=1.0, endpoint_error=0.1, clip=60.0) for _ in requests]
-    proreflow.ablation(lab)
-    costs = {name: lab.evaluations(options) for name, options in runs.items()}
-    updates = {name: lab.parse(options).updates for name, options in runs.items()}
-    for s in range(3):
-        for alpha in ("0", f"{proreflow.ALPHA:g}"):
-            arm = {key: f"ablation/ProReflow-{key}-{alpha}-s{s}" for key in ("direct", "8-4-equal-updates", "8-4-equal-evaluations")}
-            assert costs[arm["8-4-equal-evaluations"]] == pytest.approx(costs[arm["direct"]], rel=0.01)
-            assert updates[arm["8-4-equal-updates"]] == updates[arm["direct"]] < updates[arm["8-4-equal-evaluations"]]
-            ours = [f"ablation/ours-{key}-{alpha}-s{s}" for key in ("direct", "8-4-equal-updates")]
-            assert costs[ours[0]] == costs[ours[1]] and updates[ours[0]] == updates[ours[1]]
-    assert len(runs) == 2 * 3 * 5 and len({tuple(lab.parse(options).__dict__.items()).__repr__() for options in runs.values()}) == len(runs)
+def test_straight_training_costs_what_the_curriculum_had_cost_by_then(lab):
+    for seed in range(2):
+        arms = curriculum.arms(lab, 400, 1536, seed)
+        assert set(arms) == {(arm, k) for arm in curriculum.STYLES for k in curriculum.KEPT}
+        configs = {key: lab.parse(options) for key, (_, options) in arms.items()}
+        for k in curriculum.KEPT:
+            merged, plain, straight = (train.resolve_recipe(configs[arm, k]) for arm in curriculum.STYLES)
+            assert merged.direction_weight == straight.direction_weight > plain.direction_weight == 0 and straight.stages == (k,)
+            done = dict(zip(merged.stages, np.cumsum(reflow.stage_updates(merged, 400))))
+            assert configs[curriculum.STRAIGHT, k].updates == done[k] and done[1] == 400
+        assert len({(c.seed, c.batch, c.trajectories, c.cache) for c in configs.values()}) == 1
+        costs = [lab.evaluations(arms[arm, 1][1]) for arm in curriculum.STYLES]
+        assert costs == [costs[0]] * 3
+
+
+def test_every_method_has_the_same_budget_and_the_same_choice(lab):
+    for budget in methods.BUDGETS:
+        for name in methods.METHODS:
+            configs = {(rate, starts): lab.parse(methods.options_of(lab, name, rate, starts, budget, 0))
+                       for rate in methods.RATES for starts in (False, True)}
+            for (rate, starts), c in configs.items():
+                recipe = train.resolve_recipe(c)
+                words = methods.options_of(lab, name, rate, starts, budget, 0)
+                assert lab.evaluations(words) == pytest.approx(budget, rel=0.02), (name, budget)
+                assert c.lr == rate and (recipe.time_law == "starts") == starts and c.updates >= 8 * len(recipe.stages)
+    laws = {name: train.resolve_recipe(lab.parse(methods.options_of(lab, name, 2e-4, False, 30_000, 0))).time_law for name in methods.METHODS}
+    assert laws.pop("Simple ReFlow") == "exponential" and set(laws.values()) == {"uniform"}
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
+def test_the_sweep_chooses_by_its_own_noise_and_seed(pretend):
+    asked, trained = [], {}
+    pretend.train = lambda runs: trained.update(runs) or {name: pretend.out / name for name in runs}
+
+    def measure(requests):
+        asked.extend(requests)
+        rows = [made_up(request) for request in requests]
+        for row, request in zip(rows, requests):
+            if "methods/sweep/" in str(request["folder"]):
+                row["fd_corrected"] = 1 + ("0.0006-starts" not in str(request["folder"]))
+        return rows
+    pretend.measure = measure
+    found = methods.methods(pretend)
+    final = {name: pretend.parse(options) for name, options in trained.items() if "sweep" not in name}
+    assert {(c.lr, c.time_law) for c in final.values()} == {(6e-4, "starts")} and {c.seed for c in final.values()} == {0, 1, 2}
+    assert {pretend.parse(options).seed for name, options in trained.items() if "sweep" in name} == {methods.SWEEP_SEED}
+    for request in asked:
+        assert ("methods/sweep/" in str(request["folder"])) == (request.get("seed") == methods.SWEEP_NOISE)
+    lines = [line for line in found["tables"][-1][2] if line[2] == "half at starts"]
+    assert all(line[-1] == "**1.00**" for line in lines) and len(lines) == len(methods.METHODS)
+
+
+def test_a_student_is_asked_in_as_many_steps_as_it_has_windows(lab):
+    def asked(name):
+        return {steps: request["folder"].name for steps, request in methods.students(lab, name, lab.out).items()}
+    assert asked("default") == {1: "student-1", 2: "student-2", 4: "student-4", 8: "student-8"}
+    assert asked("PeRFlow") == {4: "student-4", 8: "student-4"} and asked("ProReflow-II (8→4→2)")[2] == "student-2"
+    assert asked("LCM") == dict.fromkeys((1, 2, 4, 8), "student-1") and methods.students(lab, "LCM", lab.out)[1]["solver"] == "lcm"
+
+
+def test_another_teacher_has_runs_and_results_of_its_own(tmp_path):
+    small, other = (runner.Config(out=str(tmp_path), model=model) for model in ("tiny", "/somewhere/tiny-sd3"))
+    assert runner.Lab(small).out == tmp_path and runner.Lab(other).out == tmp_path / "tiny-sd3"
+    assert "--model /somewhere/tiny-sd3" in train.command(runner.Lab(other).parse(""))
 
 
 # ---- each study on made-up rows --------------------------------------------------------------------------------------
@@ -120,10 +169,11 @@ def test_arms_of_the_ablation_cost_the_same(lab):
 def made_up(request):
     """A row that depends on what is asked: more steps are better, runs of 8 windows first are worse."""
     name = str(request["folder"])
-    fd = 2.0 + 1 / request["steps"] + 0.5 * ("8-4" in name or "progressive" in name) + zlib.crc32(f"{name} {request.get('solver')}".encode()) % 1000 * 1e-5
+    fd = 2.0 + 1 / request["steps"] + 0.5 * ("progressive" in name) + 0.9 * ("no-direction" in name) + zlib.crc32(f"{name} {request.get('solver')}".encode()) % 1000 * 1e-5
     fd += {"d": 0.3, "m": 0.1}.get((request.get("edit") or "x")[0][0], 0) + 0.1 * (request.get("guidance") or 1)
     noise = np.random.default_rng(zlib.crc32(f"{name} {request}".encode())).normal(0, 0.05, 20)
-    return dict(fd_corrected=fd, fd_groups=(fd + noise - noise.mean()).tolist(), fd_interval=[fd - 0.1, fd + 0.1], endpoint_error=fd / 10, clip=60.0, chord_error=[0.1], straightness=[0.1])
+    return dict(fd_corrected=fd, fd_groups=(fd + noise - noise.mean()).tolist(), fd_interval=[fd - 0.1, fd + 0.1], endpoint_error=fd / 10, clip=60.0, chord_error=[0.1], straightness=[0.1],
+                prompt_accuracy=dict(all=0.7))
 
 
 @pytest.fixture
@@ -140,7 +190,7 @@ def pretend(lab, random_sd, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")         # made-up differences are all alike
-@pytest.mark.parametrize("name", [name for name in __main__.STUDIES if name not in ("discrepancy", "samples")])
+@pytest.mark.parametrize("name", [name for name in __main__.STUDIES if name != "discrepancy"])
 def test_a_study_is_whole(pretend, name, tmp_path):
     found = __main__.STUDIES[name](pretend)
     assert found["verdict"] and all(sentence.endswith(".") for sentence in found["verdict"])
@@ -154,16 +204,12 @@ def test_a_study_is_whole(pretend, name, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
 def test_verdicts_are_those_of_the_rows(pretend):
-    ablation = proreflow.ablation(pretend)["verdict"]
-    assert sum("progressive against direct" in s and "worse" in s for s in ablation) == sum("progressive against direct" in s for s in ablation) == 12
-    assert re.match(r"Pairs from trajectory: 8→4→2 against straight to 2 windows by FD: worse at 100 \(by 0\.[45]\d\), 300 \(by 0\.[45]\d\), ",
-                    proreflow.crossing(pretend)["verdict"][0])
+    compared = curriculum.curriculum(pretend)["verdict"]
+    assert compared[0].endswith("by FD worse in 3 of 3 comparisons; by endpoint error worse in 3 of 3 comparisons.")
+    assert compared[1].endswith("by FD better in 3 of 3 comparisons; by endpoint error better in 3 of 3 comparisons.")
     assert proreflow.noise(pretend)["verdict"][0].startswith("Direction costs more at 4 of 4 sizes")
     guided = proreflow.guidance(pretend)["verdict"][:2]
     assert all("FD is lowest at guidance 1 " in sentence for sentence in guided)
-    pretend.measure = lambda requests: [dict(made_up(request), fd_corrected=2.0 if request["steps"] == 32 else 2.2) for request in requests]
-    met = proreflow.one_step(pretend)["verdict"]
-    assert "target 1.5 x is met" in met[0] and "target 1.2 x is met" in met[1] and "target 1 x is missed by 0.10" in met[2]
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
@@ -204,9 +250,7 @@ def test_a_lead_within_the_noise_is_called_no_difference(pretend):
         lead = 0.02 * ("progressive" in str(request["folder"]) or (request.get("edit") or "x")[0][0] == "d")
         return dict(row, fd_corrected=2.0 - lead, fd_groups=[value - row["fd_corrected"] + 2.0 - lead for value in row["fd_groups"]])
     pretend.measure = lambda requests: [close(request) for request in requests]
-    for sentence in proreflow.crossing(pretend)["verdict"][:-1]:
-        assert "no difference is shown at 100" in sentence and "better" not in sentence and "worse" not in sentence
-    for name in ("baselines", "guidance", "noise"):
+    for name in ("guidance", "noise"):
         compared = [sentence for sentence in __main__.STUDIES[name](pretend)["verdict"] if "groups of images)" in sentence]
         assert compared and all("no difference is shown" in sentence for sentence in compared), name
 
@@ -340,7 +384,7 @@ def test_a_run_that_fails_names_itself_and_its_reason(lab, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(study=["ablations"]), "did you mean ablation"), (dict(scale=0), "--scale 0"), (dict(seeds=0), "--seeds 0"), (dict(workers=0), "--workers 0")])
+    (dict(study=["curricula"]), "did you mean curriculum"), (dict(scale=0), "--scale 0"), (dict(seeds=0), "--seeds 0"), (dict(workers=0), "--workers 0")])
 def test_bad_input_is_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         __main__.main(runner.Config(**{"study": ["noise"], **changes}))

@@ -27,7 +27,7 @@ POOLED = 64                 # of each text tower
 
 SHIFT = 3.0                 # of the noise levels towards noise, SD3's
 
-STEPS = 32, 8, 4, 2, 1      # of the card
+STEPS = 32, 16, 8, 4, 2, 1  # of the card
 
 
 # ---- what is built, in SD3's own classes -------------------------------------------------------------------
