@@ -1,12 +1,13 @@
 """The evidence: questions about reflow, answered by runs that anybody can repeat.
 
-    python -m studies ablation             # one of STUDIES
+    python -m studies curriculum           # one of STUDIES
     python -m studies all                  # all of them
 
 A study trains what is missing, measures it, and writes its table and its figure.
 A study names its runs in train.py's own options and its rows by what eval.py measures.
 Both are kept under --out: a study that was stopped goes on, a second call costs nothing.
-What it finds goes to --results as NAME.json, NAME.md and NAME.png.
+What it finds goes to --results as NAME.json, NAME.md and NAME.png; of another teacher (--model) than the
+embedded UNet, as NAME-MODEL.
 """
 import json
 import time
@@ -17,18 +18,15 @@ import matplotlib.pyplot as plt
 import export
 from runtime import cli, store
 from runtime.cli import UserError
-from studies import proreflow, runner, simple_reflow, time_law
+from studies import curriculum, methods, proreflow, runner, simple_reflow, time_law
 from studies.plots import DPI
 from studies.results import markdown
 from studies.runner import Lab, evaluator
 
 STUDIES = {
-    "time-law": time_law.time_law,
-    "ablation": proreflow.ablation, "crossing": proreflow.crossing,
-    "direction-weight": proreflow.direction_weight,
-    "baselines": proreflow.baselines, "samples": proreflow.samples, "discrepancy": proreflow.discrepancy,
-    "noise": proreflow.noise,
-    "guidance": proreflow.guidance, "pairs": proreflow.pairs, "one-step": proreflow.one_step,
+    "time-law": time_law.time_law, "curriculum": curriculum.curriculum, "methods": methods.methods,
+    "direction-weight": proreflow.direction_weight, "discrepancy": proreflow.discrepancy,
+    "noise": proreflow.noise, "guidance": proreflow.guidance, "pairs": proreflow.pairs,
     "simple-reflow": simple_reflow.simple_reflow, "best-of-both": simple_reflow.best_of_both}
 
 
@@ -49,7 +47,8 @@ def main(c):
                         "folder") from error
     for name in names:
         start, lab.commands, lab.records = time.time(), [], []
-        before = results / f"{name}.json"
+        file = "-".join(filter(None, (name, runner.label(c))))
+        before = results / f"{file}.json"
         if before.is_file():
             seconds = json.loads(before.read_text())["seconds"]
             print(f"{name}: took {seconds / 60:.0f} minutes when {before} was made, less what was "
@@ -59,19 +58,21 @@ def main(c):
         lab.measure([dict(folder=c.model, steps=steps)
                      for steps in sorted({row["steps"] for row in lab.records})])
         figure = found.pop("figure")
-        figure.savefig(results / f"{name}.png", dpi=DPI)
+        figure.savefig(results / f"{file}.png", dpi=DPI)
         plt.close(figure)
         shared = evaluator(c)
-        result = dict(name=name, question=STUDIES[name].__doc__.strip(), command=f"python -m studies {name}",
+        teacher = [f"--model {c.model}"] * bool(runner.label(c))
+        question = " ".join([*STUDIES[name].__doc__.split(), *(f"({words})" for words in teacher)])
+        result = dict(name=file, question=question, command=" ".join(["python -m studies", name, *teacher]),
                       **found,
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
                       teacher=c.model, rows=lab.records, runs=lab.commands, seconds=time.time() - start,
                       **export.versions())
-        store.write_atomically(results / f"{name}.json",
+        store.write_atomically(results / f"{file}.json",
                                lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
-        store.write_atomically(results / f"{name}.md", lambda part: part.write_text(markdown(result)))
+        store.write_atomically(results / f"{file}.md", lambda part: part.write_text(markdown(result)))
         print(markdown(result))
     return results
 

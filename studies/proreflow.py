@@ -1,171 +1,18 @@
-"""The questions to ProReflow: what its curriculum, its direction term, its pairs and its peers give
-at equal cost."""
+"""The questions to ProReflow: what its direction term, its pairs and its peers give at equal cost."""
 import math
 from functools import partial
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
-import eval as evaluation
-import models
 import sampler
-import train
-from data import imaging
 from evaluation import measuring
 from models import saved
-from studies.plots import BLACK, BLUE, DPI, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
-from studies.runner import Comparison, counted, judge, mean_interval, paired, shown
+from studies import curriculum
+from studies.plots import BLUE, GREEN, ORANGE, axes
+from studies.runner import Comparison, counted, judge, mean_interval, shown
 
-# ---- 1. ablation -------------------------------------------------------------------------------------------
-
-ALPHA = 0.3                   # of the ablation: the best by FD of the direction-weight study, 0 aside
-
-
-def ablation(lab):
-    """Is progressive reflow better than straight to 4 windows at equal cost? Is the direction
-    term?"""
-    direct, merged, seeds = "--windows 4", "--windows 8 4", range(lab.c.seeds)
-    updates = lab.updates(200, 2)
-    source = {"ProReflow": "--recipe proreflow", "ours": ""}
-    runs, cost = {}, {}
-    for method, columns in source.items():
-        base = f"{columns} {direct} --updates {updates}"
-        equal = lab.within(lab.evaluations(base) / lab.c.scale, f"{columns} {merged}") if columns else None
-        for s in seeds:
-            pool = f"--seed {s}" if columns else lab.cached(s)
-            for alpha in (0, ALPHA):
-                arms = {"direct": base, "8→4, equal updates": f"{columns} {merged} --updates {updates}"}
-                if equal:
-                    arms["8→4, equal evaluations"] = equal
-                for arm, options in arms.items():
-                    words = arm.replace("→", "-").replace(", ", "-").replace(" ", "-")
-                    name = f"ablation/{method}-{words}-{alpha:g}-s{s}"
-                    runs[name] = f"{options} --direction-weight {alpha:g} {pool}"
-                    cost.setdefault((method, arm, alpha), []).append(name)
-    folders = lab.train(runs)
-    rows = dict(zip(runs, lab.measure([dict(folder=folders[name] / "student-4", steps=4) for name in runs])))
-    found = {key: {column: [rows[name][column] for name in names]
-                   for column in ("fd_corrected", "endpoint_error", "clip")}
-             for key, names in cost.items()}
-    tables, comparisons = [], {}
-    for method in source:
-        lines = []
-        for (_, arm, alpha), values in ((key, value) for key, value in found.items() if key[0] == method):
-            name = cost[method, arm, alpha][0]
-            c = lab.parse(runs[name])
-            lines.append([arm, f"{alpha:g}", c.updates, f"{lab.evaluations(runs[name]) / 1000:.0f}",
-                          shown(values["fd_corrected"]),
-                          shown(values["endpoint_error"], 4), shown(values["clip"], 1)])
-        tables.append((f"{method}: 4 windows, 4 steps, {lab.c.seeds} seeds of training (mean ± 95%)",
-                       ["curriculum", "alpha", "updates", "evaluations (1000)", "FD", "endpoint error",
-                        "CLIP score"], lines))
-    for question in ("progressive against direct", "direction term against none"):
-        for method in source:
-            for arm in dict.fromkeys(arm for m, arm, _ in found if m == method):
-                for unit, column in (("FD", "fd_corrected"), ("endpoint error", "endpoint_error")):
-                    if question.startswith("progressive"):
-                        compared = [((method, arm, alpha), (method, "direct", alpha),
-                                     f"{arm}, alpha {alpha:g}")
-                                    for alpha in (0, ALPHA) if arm != "direct"]
-                    else:
-                        compared = [((method, arm, ALPHA), (method, arm, 0), arm)]
-                    for one, other, where in compared:
-                        comparisons.setdefault(question, []).append(Comparison(
-                            f"{method}: {question}, {where}", found[one][column], found[other][column], unit))
-    tests = judge([each for group in comparisons.values() for each in group])
-    summary = [f"{question.capitalize()}: " + "; ".join(
-        f"by {unit} {counted([each for each in group if each.unit == unit])}"
-        for unit in ("FD", "endpoint error")) + "."
-        for question, group in comparisons.items()]
-    figure, panels = axes(2, sharey=False)
-    for axis, method in zip(panels, source):
-        keys = [key for key in found if key[0] == method]
-        for i, key in enumerate(keys):
-            values = found[key]["fd_corrected"]
-            mean, half = mean_interval(values)
-            color = ORANGE if key[2] else BLUE
-            axis.plot(values, [i] * len(values), "o", color=color, alpha=0.4, markersize=4)
-            axis.errorbar(mean, i, xerr=half if math.isfinite(half) else None, fmt="D", color=color,
-                          capsize=4)
-        axis.set(yticks=range(len(keys)), yticklabels=[f"{arm}\nalpha {alpha:g}" for _, arm, alpha in keys],
-                 xlabel="FD at 4 steps", title=method)
-        axis.invert_yaxis()
-    return dict(verdict=[*summary, *(str(each) for group in comparisons.values() for each in group), tests],
-                tables=tables, figure=figure)
-
-
-# ---- 1b. where the lines cross -----------------------------------------------------------------------------
-
-LINES = {"direct-1": ("1", "straight to 1 window", BLUE, "o"),
-         "direct-2": ("2", "straight to 2 windows", ORANGE, "s"),
-         "progressive": ("8 4 2", "8→4→2", GREEN, "^")}
-
-
-def crossing(lab):
-    """From how many updates on does 8→4→2 beat straight to 2 windows, and straight to 1, at 2
-    steps?"""
-    plan = {"trajectory": (100, 300, 1000, 3000, 10000), "data": (100, 300, 1000),
-            "student": (100, 300, 1000)}
-    runs, points = {}, {}
-    for source, budgets in plan.items():
-        columns = "" if source == "trajectory" else f"--pairs {source}"
-        for name, (windows, *_) in LINES.items():
-            if (source, name) in (("student", "direct-1"), ("student", "direct-2"), ("data", "direct-1")):
-                continue  # a single stage has no previous student; 32 steps a pair are too dear
-            for budget in budgets:
-                updates = lab.updates(budget, len(windows.split()))
-                pool = lab.cached(0, 4096) if source == "trajectory" else "--seed 0"
-                points[source, name, budget] = f"crossing/{source}-{name}-{budget}"
-                runs[points[source, name,
-                            budget]] = f"{columns} --windows {windows} --updates {updates} {pool}"
-    folders = lab.train(runs)
-    last = {"direct-1": 1, "direct-2": 2, "progressive": 2}
-    rows = dict(zip(points, lab.measure([dict(folder=folders[run] / f"student-{last[name]}", steps=2)
-                                         for (_, name, _), run in points.items()])))
-    lines, verdict = [], []
-    for (source, name, budget), row in rows.items():
-        lines.append([source, LINES[name][1], budget,
-                      f"{lab.evaluations(runs[points[source, name, budget]]) / 1000:.0f}",
-                      f"{row['fd_corrected']:.2f}", f"{row['endpoint_error']:.4f}"])
-    comparisons = {}
-    for source, budgets in plan.items():
-        for other in ("direct-2", "direct-1"):
-            beaten_by = "data" if source == "student" else source
-            for budget in budgets:
-                if (beaten_by, other, budget) in rows:
-                    comparisons.setdefault((source, other), []).append(Comparison(
-                        str(budget),
-                        *(rows[key]["fd_groups"]
-                          for key in ((source, "progressive", budget), (beaten_by, other, budget))),
-                        pairs="groups of images"))
-    tests = judge([each for group in comparisons.values() for each in group])
-    for (source, other), group in comparisons.items():
-        said = {word: [f"{each.label} (by {abs(paired(each.a, each.b)[0]):.2f})"
-                       for each in group if each.outcome == word]
-                for word in ("better", "worse", "no difference is shown")}
-        verdict.append(f"Pairs from {source}: 8→4→2 against {LINES[other][1]} by FD: " + "; ".join(
-            f"{word} at {', '.join(labels)}" for word, labels in said.items() if labels) + " updates.")
-    verdict.append(f"{tests} The pairs are groups of images: one seed of training, what another would change "
-                   "is not in them.")
-    figure, panels = axes(len(plan), width=10, sharey=True)
-    for axis, source in zip(panels, plan):
-        for name, (_, label, color, marker) in LINES.items():
-            found = [(budget, row["fd_corrected"]) for (s, n, budget),
-                     row in rows.items() if (s, n) == (source, name)]
-            if found:
-                axis.plot(*zip(*found), color=color, marker=marker, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="updates", title=f"pairs from {source}", xlim=(80, 13000))
-    for axis in panels:
-        plain_numbers(axis, plan["trajectory"])
-    panels[0].set_ylabel("FD at 2 steps")
-    panels[0].legend(frameon=False)
-    return dict(verdict=verdict, figure=figure, tables=[
-        ("FD and endpoint error at 2 steps, one seed",
-         ["pairs", "curriculum", "updates", "evaluations (1000)", "FD", "endpoint error"], lines)])
-
-
-# ---- 2. direction weight -----------------------------------------------------------------------------------
+# ---- direction weight --------------------------------------------------------------------------------------
 
 
 def direction_weight(lab):
@@ -209,128 +56,14 @@ def direction_weight(lab):
          ["cosine on", "alpha", "FD", "endpoint error", "CLIP score"], lines)])
 
 
-# ---- 3. baselines ------------------------------------------------------------------------------------------
-
-BUDGET = 40_000               # evaluations of every method in baselines and pairs
-
-METHODS = {  # name: (options, fewest steps the student was made for, solver)
-    "2-ReFlow": ("--recipe 2-reflow", 1, "ddim"),
-    "PeRFlow, ddim_eps": ("--recipe perflow", 4, "ddim"),
-    "PeRFlow, velocity": ("--recipe perflow --space velocity", 4, "ddim"),
-    "Rectified Diffusion, phased": ("--recipe rectified-diffusion", 4, "ddim"),
-    "LCM": ("--recipe lcm", 1, "lcm"),
-    "ProReflow-I (8→4)": ("--recipe proreflow --windows 8 4", 4, "ddim"),
-    "ProReflow-II (8→4→2)": ("--recipe proreflow --windows 8 4 2", 2, "ddim"),
-    "ours (8→4→2→1)": ("", 1, "ddim"),
-}
-
-SCHEDULERS = {"DDIM": "ddim", "DPM-Solver++": "dpmsolver++", "UniPC": "unipc"}
-
-
-def baseline_runs(lab):
-    """name -> (run, options), all of one budget; where trajectories are cached, they are part of
-    it."""
-    found = {}
-    for name, (options, *_) in METHODS.items():
-        recipe = train.resolve_recipe(lab.parse(options))
-        pool = lab.cached(0, 512) if recipe.pairs == "trajectory" else "--seed 0"
-        run = "baselines/" + name.split(" (")[0].lower().replace(",", "").replace(" ", "-")
-        found[name] = run, lab.within(BUDGET, f"{options} {pool}")
-    return found
-
-
-def baselines(lab):
-    """Which method makes the best few-step student at one budget of network evaluations?"""
-    named, counts = baseline_runs(lab), (1, 2, 4, 8)
-    folders = lab.train(dict(named.values()))
-    requests, keys = [], []
-    for label, solver in SCHEDULERS.items():
-        for steps in counts:
-            requests.append(dict(folder=lab.c.model, steps=steps, solver=solver))
-            keys.append((f"teacher, {label}", steps))
-    for name, (run, options) in named.items():
-        last = train.resolve_recipe(lab.parse(options)).stages[-1]
-        for steps in counts:
-            if steps >= max(METHODS[name][1], last):
-                requests.append(dict(folder=folders[run] / f"student-{last}", steps=steps,
-                                     solver=METHODS[name][2]))
-                keys.append((name, steps))
-    requests.append(dict(folder=lab.c.model, steps=32))
-    *rows, top = lab.measure(requests)
-    rows = dict(zip(keys, rows))
-    methods = list(dict.fromkeys(name for name, _ in keys))
-
-    def cell(name, steps):
-        row = rows.get((name, steps))
-        low, high = row["fd_interval"] if row else (0, 0)
-        return f"{row['fd_corrected']:.2f} ({low:.2f} to {high:.2f})" if row else "-"
-    lines = [[name, lab.parse(named[name][1]).updates if name in named else "-",
-              f"{lab.evaluations(named[name][1]) / 1000:.0f}" if name in named else "0",
-              *(cell(name, steps) for steps in counts)]
-             for name in methods]
-    comparisons = []
-    for steps in counts:
-        first, second = sorted((name for name in methods if (name, steps) in rows),
-                               key=lambda name: rows[name, steps]["fd_corrected"])[:2]
-        label = ", then ".join(f"{name} ({rows[name, steps]['fd_corrected']:.2f})"
-                               for name in (first, second))
-        comparisons.append(Comparison(f"At {steps} step{'s' * (steps > 1)}, lowest {label}",
-                                      *(rows[name, steps]["fd_groups"] for name in (first, second)),
-                                      pairs="groups of images"))
-    tests = judge(comparisons)
-    verdict = [*map(str, comparisons),
-               f"{tests} Which are the two is read off the same images, and each is one seed of training: a "
-               "lead that is shown here may still be that seed's."]
-    verdict.append(
-        "The teacher at 32 steps of DDIM has {:.2f} ({:.2f} to {:.2f}).".format(top["fd_corrected"],
-                                                                                *top["fd_interval"]))
-    figure, (axis,) = axes(height=4.4)
-    styles = [(color, marker) for marker in "os^" for color in (BLUE, VERMILION, GREEN, PINK)]
-    for name, (color, marker) in zip(methods, styles):
-        found = [(steps, row["fd_corrected"]) for (n, steps), row in rows.items() if n == name]
-        axis.plot(*zip(*found), color=color, marker=marker, label=name,
-                  linestyle=":" if name.startswith("teacher") else "-")
-    axis.axhline(top["fd_corrected"], color=BLACK, linewidth=1, linestyle="--", label="teacher, 32 steps")
-    axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="FD")
-    plain_numbers(axis, counts)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD (95% over images), one seed of training, {BUDGET * lab.c.scale / 1000:g} thousand evaluations "
-         "for each method",
-         ["method", "updates", "evaluations (1000)",
-          *(f"{steps} step{'s' * (steps > 1)}" for steps in counts)], lines)])
-
-
-def samples(lab):
-    """What do the same seeds look like?"""
-    named = baseline_runs(lab)
-    folders = lab.train(dict(named.values()))
-    chosen = (("PeRFlow", "PeRFlow, ddim_eps", 4), ("ProReflow-I", "ProReflow-I (8→4)", 4),
-              ("ProReflow-II", "ProReflow-II (8→4→2)", 2), ("ours", "ours (8→4→2→1)", 1))
-    columns = [("teacher", lab.c.model, 32), ("plain DDIM", lab.c.model, 4)]
-    columns += [(title, folders[named[name][0]] / f"student-{steps}", steps) for title, name, steps in chosen]
-    prompts, pictures = list(evaluation.GRID_PROMPTS), []
-    for _, folder, steps in columns:
-        pipeline, model, info = saved.open_model(str(folder), lab.device)
-        z = sampler.generate(pipeline, model, prompts, range(len(prompts)),
-                             sampler.time_grid(steps, info.get("windows", 1)))
-        pictures.append(imaging.to_pil(models.decode(pipeline, z), scale=3))
-    titles = [f"{title}\n{steps} step{'s' * (steps > 1)}" for title, _, steps in columns]
-    grid = imaging.contact_sheet(list(zip(*pictures)), titles, prompts)
-    figure = plt.figure(figsize=(grid.width / DPI, grid.height / DPI), dpi=DPI)
-    figure.figimage(np.asarray(grid))                       # pixel by pixel
-    verdict = [f"Seeds 0 to {len(prompts) - 1}, guidance 1; the students are those of the study baselines."]
-    return dict(verdict=verdict, figure=figure, tables=[])
-
-
-# ---- 4. discrepancy ----------------------------------------------------------------------------------------
+# ---- discrepancy -------------------------------------------------------------------------------------------
 
 
 def progressive_run(lab):
-    """The run whose students of 8, 4, 2 (and 1) windows several studies look at."""
-    updates = lab.updates(3000, 4)
-    name = "crossing/trajectory-progressive-1-3000"
-    return lab.train({name: f"--windows 8 4 2 1 --updates {updates} {lab.cached(0, 4096)}"})[name]
+    """The curriculum's run whose students of 8, 4 and 2 windows two studies look at."""
+    updates, trajectories = max(curriculum.BUDGETS.items())
+    name, options = curriculum.arms(lab, updates, trajectories, 0)[curriculum.PROGRESSIVE, 1]
+    return lab.train({name: options})[name]
 
 
 @torch.no_grad()
@@ -387,7 +120,7 @@ def discrepancy(lab):
          lines)])
 
 
-# ---- 5. noise ----------------------------------------------------------------------------------------------
+# ---- noise -------------------------------------------------------------------------------------------------
 
 
 def perturb(z, t, x_hat, eps_hat, schedule, kind, size):
@@ -453,7 +186,7 @@ def noise(lab):
          ["error in", "size", "FD", "CLIP score"], lines)])
 
 
-# ---- 6. guidance -------------------------------------------------------------------------------------------
+# ---- guidance ----------------------------------------------------------------------------------------------
 
 SCALES = (1, 2, 3, 4, 5, 6, 7)
 
@@ -494,7 +227,10 @@ def guidance(lab):
          ["guidance", "FD, 4 steps", "CLIP score, 4 steps", "FD, 2 steps", "CLIP score, 2 steps"], lines)])
 
 
-# ---- 7. pairs ----------------------------------------------------------------------------------------------
+# ---- pairs -------------------------------------------------------------------------------------------------
+
+
+BUDGET = 40_000               # evaluations of every run
 
 
 def pairs(lab):
@@ -545,60 +281,3 @@ def pairs(lab):
         (f"FD; endpoint error after each stage of 8→4→2, one step per window, {len(seeds)} seeds (mean ± "
          "95%)",
          ["pairs from", "updates", "evaluations (1000)", *(f"{k} windows" for k in stages)], lines)])
-
-
-# ---- 8. one step -------------------------------------------------------------------------------------------
-
-TARGETS = {1: 1.5, 2: 1.2, 4: 1.0}    # FD at these steps, as a multiple of the teacher's at 32
-
-
-def one_step(lab):
-    """What does it take to be good at 1, 2 and 4 steps? ProReflow stops at 2."""
-    updates = lab.updates(3000, 4)
-    pool = lab.cached(0, 4096)
-    ideas = {
-        "8→4→2→1": f"--windows 8 4 2 1 --updates {updates} {pool}",
-        "straight to 1 window": f"--windows 1 --updates {updates} {pool}",
-        "8→4→2, two windows kept": f"--windows 8 4 2 --updates {updates} {pool}",
-    }
-    names = dict(zip(ideas, ("crossing/trajectory-progressive-1-3000", "crossing/trajectory-direct-1-3000",
-                             "crossing/trajectory-progressive-3000")))
-    folders = lab.train({names[idea]: options for idea, options in ideas.items()})
-    students = {idea: folders[name] / f"student-{2 if 'kept' in idea else 1}" for idea, name in names.items()}
-    students |= {f"8→4→2→1, after {k} windows": folders[names["8→4→2→1"]] / f"student-{k}" for k in (4, 2)}
-    keys = [(idea, steps) for idea, folder in students.items()
-            for steps in TARGETS if steps >= int(folder.name.split("-")[1])]
-    top, *rows = lab.measure([dict(folder=lab.c.model, steps=32)] +
-                             [dict(folder=students[idea], steps=steps) for idea, steps in keys])
-    rows = dict(zip(keys, rows))
-
-    def cell(idea, steps):
-        row = rows.get((idea, steps))
-        if not row:
-            return "-"
-        times = row["fd_corrected"] / top["fd_corrected"]
-        return f"{row['fd_corrected']:.2f} ({times:.2f} x); {row['clip']:.1f}"
-    lines = [[idea, *(cell(idea, steps) for steps in TARGETS)] for idea in students]
-    verdict = []
-    for steps, most in TARGETS.items():
-        ratio, idea = min((row["fd_corrected"] / top["fd_corrected"], idea) for (idea, s),
-                          row in rows.items() if s == steps)
-        reached = "met" if ratio <= most else f"missed by {ratio - most:.2f}"
-        verdict.append(f"{steps} step{'s' * (steps > 1)}: {ratio:.2f} x the teacher's FD by {idea}; the "
-                       f"target {most:g} x is {reached}.")
-    figure, (axis,) = axes(width=7)
-    for (idea, _), (color, marker) in zip(students.items(),
-                                          ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PINK, "D"),
-                                           (VERMILION, "v"))):
-        found = [(steps, row["fd_corrected"] / top["fd_corrected"]) for (i, steps),
-                 row in rows.items() if i == idea]
-        axis.plot(*zip(*found), color=color, marker=marker, label=idea)
-    axis.plot(*zip(*TARGETS.items()), color=BLACK, linestyle="--", marker="_", label="target")
-    axis.set(xscale="log", xticks=list(TARGETS), xticklabels=list(TARGETS), xlabel="steps",
-             ylabel="FD / teacher's FD at 32 steps")
-    axis.minorticks_off()
-    axis.legend(frameon=False)
-    return dict(verdict=verdict, figure=figure, tables=[
-        (f"FD (multiple of the teacher's {top['fd_corrected']:.2f} at 32 steps); CLIP score (the teacher's: "
-         f"{top['clip']:.1f}); {updates} updates, one seed", ["student", "1 step", "2 steps", "4 steps"],
-         lines)])

@@ -28,8 +28,7 @@ from runtime.cli import UserError
 @dataclass
 class Config:
     study: list[str] = field(default_factory=list, metadata=dict(positional=True))  # which, or all
-    seeds: int = 5              # of training, for the ablation; studies of smaller questions use fewer, see
-                                # each
+    seeds: int = 5              # of training; most studies use fewer, see each
     scale: float = 1.0          # share of every budget (updates, trajectories): 0.01 to see that it runs
     model: str = "tiny"         # the teacher
     data: str = ""              # images with captions; default: the model's own, scenes for tiny
@@ -48,11 +47,16 @@ class Config:
 # ---- training and measuring --------------------------------------------------------------------------------
 
 
+def label(c):
+    """What tells the runs and results of another teacher than the default from its; "" of the default."""
+    return "" if c.model == Config.model else Path(c.model).name
+
+
 class Lab:
     """Trains runs and measures rows, `workers` at a time on a thread each, and keeps both."""
 
     def __init__(self, c):
-        self.c, self.out = c, Path(c.out)
+        self.c, self.out = c, Path(c.out, label(c))
         self.device = processes.pick_device(c.device)
         self.workers = c.workers or (torch.cuda.device_count() if self.device == "cuda" else os.cpu_count())
         self.free = queue.SimpleQueue()  # numbers of the workers (on CUDA: of the GPUs) without a job

@@ -1,0 +1,182 @@
+"""Every method under one rule: a small sweep, then the same budgets of network evaluations, then fresh seeds
+and noise."""
+import math
+
+import train
+from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
+from studies.runner import Comparison, judge, mean_interval, shown
+
+METHODS = {                        # name: (options, solver)
+    "PeRFlow": ("--recipe perflow", "ddim"),
+    "Rectified Diffusion": ("--recipe rectified-diffusion", "ddim"),
+    "ProReflow-I (8→4)": ("--recipe proreflow --windows 8 4", "ddim"),
+    "ProReflow-II (8→4→2)": ("--recipe proreflow --windows 8 4 2", "ddim"),
+    "2-ReFlow": ("--recipe 2-reflow", "ddim"),
+    "Simple ReFlow": ("--recipe simple-reflow", "ddim"),
+    "LCM": ("--recipe lcm", "lcm"),
+    "imitation": ("--recipe imitation", "ddim"),
+    "flow map": ("--recipe flow-map", "ddim"),
+    "default": ("", "ddim"),
+    "both": ("--recipe both", "ddim"),
+}
+
+BUDGETS = 30_000, 100_000, 300_000  # network evaluations of a run, its trajectories included
+
+IN_TRAJECTORIES = 0.25             # of the budget, where trajectories are cached: as of the default recipe
+
+RATES = 7e-5, 2e-4, 6e-4           # of the sweep, each with the recipe's time law and with another
+
+SWEEP_SEED, SWEEP_NOISE = 100, 2_000_000   # that judge nothing else
+
+STEPS = 1, 2, 4, 8
+
+
+def options_of(lab, method, rate, starts, budget, seed):
+    """The options of a run of this method within a budget of evaluations. starts: half of the times at
+    window starts; else the law of the recipe's paper, uniform where it tells none."""
+    options, _ = METHODS[method]
+    recipe = train.resolve_recipe(lab.parse(options))
+    law = "starts" if starts else "uniform" if recipe.time_law == "starts" else recipe.time_law
+    options += f" --batch 32 --lr {rate:g} --time-law {law}"
+    if recipe.pairs == "trajectory":
+        options += " " + lab.cached(seed, IN_TRAJECTORIES * budget / recipe.solver_steps)
+    else:
+        options += f" --seed {seed}"
+    return lab.within(budget, options)
+
+
+def stages(lab, method):
+    return train.resolve_recipe(lab.parse(METHODS[method][0])).stages
+
+
+def students(lab, method, folder):
+    """{steps: what to measure}: a student at as many steps as it has windows, the last one at more than any
+    has."""
+    found = {}
+    for steps in STEPS:
+        fitting = [windows for windows in stages(lab, method) if windows <= steps]
+        if fitting:
+            found[steps] = dict(folder=folder / f"student-{max(fitting)}", steps=steps,
+                                solver=METHODS[method][1])
+    return found
+
+
+def sweep(lab):
+    """Learning rate and time law of each method, at the smallest budget, by FD in the fewest steps that its
+    student is made for.  Returns: {method: (rate, starts)}, the lines of a table."""
+    keys = [(method, rate, starts) for method in METHODS for rate in RATES for starts in (False, True)]
+    names = {key: f"methods/sweep/{slug(key[0])}-{key[1]:g}-{'starts' if key[2] else 'own'}" for key in keys}
+    folders = lab.train({names[key]: options_of(lab, *key, min(BUDGETS), SWEEP_SEED) for key in keys})
+    asked = [dict(folder=folders[names[key]] / f"student-{stages(lab, key[0])[-1]}",
+                  steps=stages(lab, key[0])[-1], solver=METHODS[key[0]][1], seed=SWEEP_NOISE) for key in keys]
+    fd = {key: row["fd_corrected"] for key, row in zip(keys, lab.measure(asked))}
+    chosen, lines = {}, []
+    for method in METHODS:
+        best = min((key for key in keys if key[0] == method), key=fd.get)
+        chosen[method] = best[1:]
+        for starts in (False, True):
+            lines.append([method, stages(lab, method)[-1], "half at starts" if starts else "without",
+                          *(f"**{fd[method, rate, starts]:.2f}**" if best == (method, rate, starts) else
+                            f"{fd[method, rate, starts]:.2f}" for rate in RATES)])
+    return chosen, lines
+
+
+def slug(method):
+    return method.split(" (")[0].lower().replace(" ", "-")
+
+
+def methods(lab):
+    """Which method makes the best few-step student at equal cost, each tuned by the same rule?"""
+    seeds, (chosen, swept) = range(min(3, lab.c.seeds)), sweep(lab)
+    runs = {(method, budget, s): (f"methods/{slug(method)}-{budget}-s{s}",
+                                  options_of(lab, method, *chosen[method], budget, s))
+            for budget in BUDGETS for s in seeds for method in METHODS}
+    folders = lab.train(dict(runs.values()))
+    asked = {(method, budget, s, steps): request for (method, budget, s), (name, _) in runs.items()
+             for steps, request in students(lab, method, folders[name]).items()}
+    *plain, top = lab.measure([dict(folder=lab.c.model, steps=steps) for steps in (*STEPS, 32)])
+    plain, rows = dict(zip(STEPS, plain)), dict(zip(asked, lab.measure(list(asked.values()))))
+
+    def column(method, steps, budget, name="fd_corrected"):
+        return [rows[method, budget, s, steps][name] for s in seeds
+                if (method, budget, s, steps) in rows]
+
+    def cell(values, digits=2):
+        return shown(values, digits) if values else "-"
+    most = max(BUDGETS)
+    tables = []
+    for title, name, digits in (("FD", "fd_corrected", 2), ("Endpoint error", "endpoint_error", 3)):
+        lines = [["teacher, plain DDIM", "-", "-",
+                  *(f"{plain[steps][name]:.{digits}f}" for steps in STEPS)]]
+        for budget in reversed(BUDGETS):
+            for method in METHODS:
+                lines.append([method, f"{budget * lab.c.scale / 1000:g}",
+                              lab.parse(runs[method, budget, 0][1]).updates,
+                              *(cell(column(method, steps, budget, name), digits) for steps in STEPS)])
+        tables.append((f"{title}, {len(seeds)} seeds of training (mean ± 95%); the teacher in 32 steps: "
+                       f"FD {top['fd_corrected']:.2f}",
+                       ["method", "evaluations (1000)", "updates of 32",
+                        *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)], lines))
+    lines = []
+    for method in METHODS:
+        values = [[100 * row["all"] for row in column(method, steps, most, "prompt_accuracy")]
+                  for steps in STEPS]
+        lines.append([method, *(cell(each, 1) for each in values)])
+    lines.append(["teacher, plain DDIM", *(f"{100 * plain[steps]['prompt_accuracy']['all']:.1f}"
+                                           for steps in STEPS)])
+    tables.append((f"Prompts followed (%) after {most * lab.c.scale / 1000:g} thousand evaluations; the "
+                   f"teacher in 32 steps: {100 * top['prompt_accuracy']['all']:.1f}",
+                   ["method", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)], lines))
+    tables.append((f"The sweep: FD after {min(BUDGETS) * lab.c.scale / 1000:g} thousand evaluations, one "
+                   "seed and noise of their own",
+                   ["method", "steps", "times", *(f"lr {rate:g}" for rate in RATES)], swept))
+
+    comparisons = []
+    for method, steps in (("ProReflow-I (8→4)", 4), ("ProReflow-II (8→4→2)", 2), ("PeRFlow", 4)):
+        values = column(method, steps, most)
+        comparisons.append(Comparison(f"{method} against plain DDIM in {steps} steps", values,
+                                      [plain[steps]["fd_corrected"]] * len(values)))
+    comparisons.append(Comparison("ProReflow-I (8→4) against PeRFlow in 4 steps",
+                                  column("ProReflow-I (8→4)", 4, most), column("PeRFlow", 4, most)))
+    for steps in (1, 2, 4):
+        for method in METHODS:
+            if method != "default" and column(method, steps, most):
+                comparisons.append(Comparison(
+                    f"default against {method} in {steps} step{'s' * (steps > 1)}",
+                    column("default", steps, most), column(method, steps, most)))
+    tests = judge(comparisons)
+    verdict = []
+    for steps in (1, 2, 4):
+        mean = {method: sum(column(method, steps, most)) / len(seeds) for method in METHODS
+                if column(method, steps, most)}
+        first, second = sorted(mean, key=mean.get)[:2]
+        verdict.append(f"In {steps} step{'s' * (steps > 1)} lowest {first} ({mean[first]:.2f}), then "
+                       f"{second} ({mean[second]:.2f}); plain DDIM {plain[steps]['fd_corrected']:.2f}.")
+    goal = sum(column("PeRFlow", 4, most)) / len(seeds)
+    reached = [budget for budget in BUDGETS if sum(column("default", 4, budget)) / len(seeds) <= goal]
+    verdict.append(f"PeRFlow's FD in 4 steps after {most * lab.c.scale / 1000:g} thousand evaluations, "
+                   f"{goal:.2f}, the default " +
+                   (f"reaches after {reached[0] * lab.c.scale / 1000:g} thousand." if reached else
+                    "does not reach."))
+    verdict += [*map(str, comparisons), tests]
+
+    figure, panels = axes(3, width=12, height=4.4)
+    styles = [(color, marker) for marker in "os^" for color in (BLUE, VERMILION, GREEN, PINK, ORANGE)]
+    for axis, steps in zip(panels, (1, 2, 4)):
+        for method, (color, marker) in zip(METHODS, styles):
+            found = [(budget, *mean_interval(column(method, steps, budget))) for budget in BUDGETS
+                     if column(method, steps, budget)]
+            if found:
+                spent, means, halves = zip(*found)
+                axis.errorbar(spent, means, color=color, marker=marker, capsize=3, label=method,
+                              yerr=[half if math.isfinite(half) else 0 for half in halves])
+        axis.axhline(plain[steps]["fd_corrected"], color=BLACK, linestyle=":", linewidth=1,
+                     label="plain DDIM")
+        axis.axhline(top["fd_corrected"], color=BLACK, linestyle="--", linewidth=1,
+                     label="teacher, 32 steps")
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations",
+                 title=f"{steps} step{'s' * (steps > 1)}")
+        plain_numbers(axis)
+    panels[0].set_ylabel("FD")
+    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return dict(verdict=verdict, figure=figure, tables=tables)
