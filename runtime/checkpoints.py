@@ -83,7 +83,8 @@ def restore(file, done, student, normalizer, optimizer, ema, scaler=None):
                 copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
             own = {part: saved.get_tensor(f"{part}:{name}")
                    for part in sorted(stored[name] - {"student", "ema", "normalizer"})}
-            for part in own.keys() & {"exp_avg", "exp_avg_sq"}:    # in the parameter's own layout and shards
+            # in the parameter's own layout and shards
+            for part in own.keys() & {"exp_avg", "exp_avg_sq", "momentum"}:
                 moment = torch.zeros_like(p)
                 copy_full_(moment, own[part])
                 own[part] = moment

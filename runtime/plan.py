@@ -15,8 +15,8 @@ from runtime.checkpoints import trained
 from runtime.cli import UserError
 from teacher import PRECISIONS
 
-# optimizer -> bytes that it keeps for each byte of what is trained, in fp32: two moments
-OPTIMIZERS = {"adamw": 2, "adamw8bit": 0.5}
+# optimizer -> bytes that it keeps for each byte of what is trained, in fp32: two moments; muon's one
+OPTIMIZERS = {"adamw": 2, "adamw8bit": 0.5, "muon": 1}
 
 
 def size(nbytes):

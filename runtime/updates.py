@@ -7,13 +7,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import losses
-from runtime import checkpoints, cli
+from runtime import checkpoints, cli, muon
 
 
 def make_optimizer(c, recipe, student, pairs, world):
     """A stage begins with a new optimizer, a new average, and, for learned normalization, a new
     network that predicts the loss.
-    Returns: (AdamW, EMAModel or None, the scaler of the loss, which does nothing but in fp16, normalizer,
+    Returns: (optimizer, EMAModel or None, the scaler of the loss, which does nothing but in fp16, normalizer,
     the normalizer as the loss calls it)."""
     # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before
     # a group norm): with 1e-8 one process and two drift apart six times as fast
@@ -21,6 +21,9 @@ def make_optimizer(c, recipe, student, pairs, world):
     if c.optimizer == "adamw8bit":
         library = cli.extra("--optimizer adamw8bit", "bitsandbytes", "memory")
         optimizer = library.optim.AdamW8bit(parameters, **settings)
+    elif c.optimizer == "muon":
+        tables = [m.weight for m in student.modules() if isinstance(m, torch.nn.Embedding)]
+        optimizer = muon.Muon(parameters, tables=tables, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     ema = EMAModel(parameters, decay=c.ema, foreach=not c.ema_device) if c.ema else None
@@ -31,7 +34,7 @@ def make_optimizer(c, recipe, student, pairs, world):
     if recipe.normalization == "learned":                   # at a rate of its own, which stays
         torch.manual_seed(c.seed)
         normalizer = predict = losses.LossNormalizer(pairs.shape[0]).to(pairs.device)
-        optimizer.add_param_group(dict(params=list(normalizer.parameters()), lr=1e-3))
+        optimizer.add_param_group(dict(params=list(normalizer.parameters()), lr=1e-3, orthogonal=False))
         predict = DDP(normalizer) if world > 1 else normalizer
     return optimizer, ema, scaler, normalizer, predict
 

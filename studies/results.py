@@ -108,9 +108,8 @@ BLOCKS = {
     "demo": (lambda result: evaluation.table(result, brief=True).strip(), ["demo.json"]),
     "tiny": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny.json"]),
     "pixel": (pixel, ["pixel.json", "pixel-9.json"]),
-    "ablation": (lambda study: first_tables(study, 2), ["studies/ablation.json"]),
-    "baselines": (lambda study: first_tables(study, 1), ["studies/baselines.json"]),
-    "onestep": (lambda study: first_tables(study, 1), ["studies/one-step.json"]),
+    "sd3": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny-sd3.json"]),
+    "merging": (lambda study: first_tables(study, 1), ["studies/curriculum-tiny-sd3.json"]),
     "simple": (lambda study: first_tables(study, 1), ["studies/simple-reflow.json"]),
     "both": (lambda study: first_tables(study, 1), ["studies/best-of-both.json"]),
 }

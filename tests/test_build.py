@@ -6,7 +6,6 @@ import shutil
 import diffusers
 import pytest
 import torch
-from conftest import run_two
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
@@ -23,69 +22,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---- the optimizer ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows, columns", [(24, 24), (16, 90), (90, 16)])
-def test_orthogonal_keeps_singular_vectors_and_makes_their_values_near_one(rows, columns):
-    given = torch.randn(3, rows, columns, generator=generator())
-    found = fitting.orthogonal(given)
-    for one, other in zip(given, found):
-        u, s, v = torch.linalg.svd(one, full_matrices=False)
-        inside = u.T @ other @ v.T
-        assert (inside - inside.diagonal().diag()).abs().max() < 1e-4
-        large = inside.diagonal()[s > 0.2 * s[0]]
-        assert large.min() > 0.6 and large.max() < 1.3
-
-
-SCRIPT = """
-import os, sys
-import torch
-import torch.distributed as dist
-from tools import fitting
-
-if "WORLD_SIZE" in os.environ:
-    dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Conv2d(8, 8, 3))
-optimizer = fitting.Both(model, 0.01)
-for step in range(3):
-    model.zero_grad()
-    model(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
-    optimizer.step(1.0)
-if int(os.environ.get("RANK", 0)) == 0:
-    torch.save(model.state_dict(), sys.argv[1])
-"""
-
-
-def test_two_processes_make_the_update_of_one(tmp_path):
-    """Three matrices of one shape: the second process has one of them, and a row of zeros."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = run_two([str(tmp_path / "script.py"), str(tmp_path / "two.pt")], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    torch.manual_seed(0)
-    layers = [torch.nn.Conv2d(3, 8, 3), *(torch.nn.Conv2d(8, 8, 3) for _ in range(3))]
-    model = torch.nn.Sequential(*layers)
-    before, optimizer = {key: value.clone() for key, value in model.state_dict().items()}, fitting.Both(model, 0.01)
-    for step in range(3):
-        model.zero_grad()
-        model(torch.randn(2, 3, 16, 16, generator=generator(step))).square().mean().backward()
-        optimizer.step(1.0)
-    two = torch.load(tmp_path / "two.pt")
-    for key, value in model.state_dict().items():
-        assert torch.allclose(value, two[key], atol=1e-6) and not torch.equal(value, before[key]), key
-
-
-def test_an_update_has_the_size_of_adamws_and_vectors_and_tables_are_adamws():
-    model = torch.nn.ModuleDict(dict(table=torch.nn.Embedding(9, 4), layer=torch.nn.Linear(64, 32)))
-    optimizer = fitting.Both(model, 0.01)
-    muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
-    assert muon == {id(model.layer.weight)} and adamw == {id(model.layer.bias), id(model.table.weight)}
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator())
-    before = model.layer.weight.detach().clone()
-    optimizer.step(0.5)
-    assert (model.layer.weight - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.005, rel=0.25)
+# ---- the loop that trains every part ---------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_goes_up_stays_and_falls_to_zero():

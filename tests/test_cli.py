@@ -130,7 +130,7 @@ BAD = [
     ("train.py --logging_dir x", "a run logs to OUT/log.jsonl and OUT/tensorboard; leave it out"),
     ("train.py --use_8bit_adam", "did you mean --optimizer?"),
     ("train.py --report-to comet", "--report-to comet: not one of tensorboard, wandb, trackio"),
-    ("train.py --optimizer adam", "--optimizer adam: not one of adamw, adamw8bit"),
+    ("train.py --optimizer adam", "--optimizer adam: not one of adamw, adamw8bit, muon"),
     ("train.py --ema-device gpu", "--ema-device gpu: not one of cpu"),
     ("train.py --no-ema --ema-device cpu", "--ema-device: only goes with --ema above 0"),
     ("train.py --precision fp16 --shard", "--precision fp16: does not go with --shard"),

@@ -1,4 +1,5 @@
 """What a run says and refuses before it starts, what it says while it runs, and the options that save memory."""
+import dataclasses
 import json
 import sys
 import types
@@ -141,6 +142,16 @@ def test_a_run_with_8_bit_moments_is_checkpointed_and_goes_on_to_the_bits_of_one
     stopped_after(3, runs[0])
     stopped, straight = (export.trained_weights(train.main(c), 0) for c in runs)
     assert all(torch.equal(stopped[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize("extra", [{}, dict(normalization="learned"), dict(lora=2)])
+def test_a_run_with_muon_goes_on_to_the_bits_of_one_that_was_not_stopped(model, tmp_path, extra):  # noqa: F811
+    runs = [options(model, tmp_path / name, "cpu", windows=[1], optimizer="muon", lr=1e-3, **extra) for name in ("stopped", "straight", "other")]
+    stopped_after(3, runs[0])
+    runs[2] = dataclasses.replace(runs[2], optimizer="adamw")
+    stopped, straight, other = (export.trained_weights(train.main(c), c.lora) for c in runs)
+    assert all(torch.equal(stopped[name], straight[name]) for name in straight)
+    assert not all(torch.equal(other[name], straight[name]) for name in straight)
 
 
 def test_durations_are_words():
