@@ -47,7 +47,7 @@ $(LIVE)/models/student: assets/student-2/unet/diffusion_pytorch_model.safetensor
 	rm -rf $@
 	$(RUN) export.py onnx assets/student-2 $@
 
-# every table and figure of the studies, and the pages made of them: some five hours on two cores, resumable
+# every table and figure of the studies, and the pages made of them: some half a day on two cores, resumable
 study: $(VENV)/ready
 	$(RUN) -m studies all
 	$(RUN) -m studies.results
