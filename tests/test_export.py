@@ -243,6 +243,8 @@ def test_text_encoders_and_tokenizers_are_written_as_every_transformers_reads_th
     for file in written.rglob("tokenizer.json"):
         whole = tokenizers.Tokenizer.from_file(str(file))
         model = json.loads(whole.to_str())["model"]
+        if model["type"] == "Unigram":                     # T5's, which tiny-sd3 has without its encoder
+            continue
         parts = tokenizers.models.BPE.from_file(str(file.parent / "vocab.json"), str(file.parent / "merges.txt"),
                                                 **{key: model[key] for key in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")})
         expected = [whole.encode(text).ids for text in ("red heart on blue", "a quixotic zebra!", "")]
