@@ -78,7 +78,8 @@ def curriculum(lab):
     last = max(BUDGETS)
     verdict = [*(f"{question}: " + "; ".join(f"by {unit} " + counted([each for each in group
                                                                      if each.unit == unit])
-                                             for unit in ("FD", "endpoint error")) + "."
+                                             for unit in ("FD", "endpoint error"))
+                 + (", of one seed of training, which can show none." if len(seeds) == 1 else ".")
                  for question, group in groups.items()),
                f"{PROGRESSIVE} after {64 * lab.updates(last, 4):,} samples stands at "
                + ", ".join(shown([fd / top["fd_corrected"] for fd in column(PROGRESSIVE, k, last)])
@@ -103,6 +104,6 @@ def curriculum(lab):
     panels[0].set_ylabel("FD")
     panels[0].legend(frameon=False, fontsize=8)
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"One step per window, {len(seeds)} seeds of training (mean ± 95%)",
+        (f"One step per window, {len(seeds)} seed{'s' * (len(seeds) > 1)} of training (mean ± 95%)",
          ["training", "steps", "samples", "FD", "times the teacher's", "endpoint error",
           "prompts followed (%)"], lines)])
