@@ -87,7 +87,7 @@ def curriculum(lab):
                + f" times the teacher's FD in {', '.join(map(str, KEPT))} steps, plain DDIM at "
                + ", ".join(f"{plain[k]['fd_corrected'] / top['fd_corrected']:.2f}" for k in KEPT) + ".",
                *(str(each) for group in groups.values() for each in group), tests]
-    figure, panels = axes(len(KEPT), width=10)
+    figure, panels = axes(len(KEPT), width=11)
     for axis, k in zip(panels, KEPT):
         for i, (arm, (color, marker)) in enumerate(STYLES.items()):
             found = [mean_interval(column(arm, k, updates)) for updates in BUDGETS]
@@ -100,9 +100,11 @@ def curriculum(lab):
                      label="teacher, 32 steps")
         axis.set(title=f"{k} window{'s' * (k > 1)}, {k} step{'s' * (k > 1)}", xlabel="samples", xscale="log",
                  yscale="log")
-        plain_numbers(axis)
+        spent = [64 * lab.parse(runs[STRAIGHT, k, updates, 0][1]).updates for updates in BUDGETS]
+        axis.set_xlim(spent[0] / 1.5, spent[-1] * 1.5)
+        plain_numbers(axis, spent)
     panels[0].set_ylabel("FD")
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return dict(verdict=verdict, figure=figure, tables=[
         (f"One step per window, {len(seeds)} seed{'s' * (len(seeds) > 1)} of training (mean ± 95%)",
          ["training", "steps", "samples", "FD", "times the teacher's", "endpoint error",
