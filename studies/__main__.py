@@ -61,17 +61,19 @@ def main(c):
         figure.savefig(results / f"{file}.png", dpi=DPI)
         plt.close(figure)
         shared = evaluator(c)
-        teacher = [f"--model {c.model}"] * bool(runner.label(c))
-        question = " ".join([*STUDIES[name].__doc__.split(), *(f"({words})" for words in teacher)])
-        result = dict(name=file, question=question, command=" ".join(["python -m studies", name, *teacher]),
+        given = [f"--{option} {getattr(c, option)}" for option in ("model", "seeds", "scale")
+                 if getattr(c, option) != getattr(runner.Config, option)]
+        question = " ".join([*STUDIES[name].__doc__.split(), f"({c.model})" * bool(runner.label(c))]).strip()
+        result = dict(name=file, question=question, command=" ".join(["python -m studies", name, *given]),
                       **found,
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
                       teacher=c.model, rows=lab.records, runs=lab.commands, seconds=time.time() - start,
                       **export.versions())
-        store.write_atomically(results / f"{file}.json",
-                               lambda part: part.write_text(json.dumps(result, indent=1, ensure_ascii=False)))
+        # runs are named as under the default --out, wherever they lie
+        text = json.dumps(result, indent=1, ensure_ascii=False).replace(c.out, runner.Config.out)
+        store.write_atomically(results / f"{file}.json", lambda part: part.write_text(text))
         store.write_atomically(results / f"{file}.md", lambda part: part.write_text(markdown(result)))
         print(markdown(result))
     return results
