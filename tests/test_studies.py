@@ -372,6 +372,7 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(random_sd, small_eye
     monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: pytest.fail("measured again"))
     __main__.main(dataclasses.replace(c, study=["guidance"]))
     again = json.loads((tmp_path / "results" / "guidance.json").read_text())
+    assert all(row["run"] == first["teacher"] or row["run"].startswith("runs/study/") for row in rows)
     assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"] and again["rows"] == rows
     assert re.search(r"guidance: took \d+ minutes when .*guidance.json was made", capsys.readouterr().out)
 
