@@ -349,15 +349,16 @@ def small_eyes(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_study_trains_measures_writes_and_is_not_repeated(random_sd, small_eyes, tmp_path, monkeypatch, capsys):
+    name = f"guidance-{random_sd.name}"                    # of another teacher than the default
     monkeypatch.setattr(runner, "EVALUATORS", {})
     c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(random_sd), data="scenes", n=80, real=80, paths=4,
                           out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_eyes), judge=str(small_eyes), workers=1, device="cpu")
     monkeypatch.setattr(proreflow, "SCALES", (1, 2))
     __main__.main(c)
-    first = json.loads((tmp_path / "results" / "guidance.json").read_text())
+    first = json.loads((tmp_path / "results" / f"{name}.json").read_text())
     assert first["runs"] and first["runs"][0].startswith("python train.py --model") and first["commit"] and len(first["tables"][0][2]) == 2
-    assert (tmp_path / "results" / "guidance.png").stat().st_size > 5000 and (tmp_path / "results" / "discrepancy.png").stat().st_size > 5000
-    assert (tmp_path / "results" / "guidance.md").read_text() == results.markdown(first)
+    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "results" / f"discrepancy-{random_sd.name}.png").stat().st_size > 5000
+    assert (tmp_path / "results" / f"{name}.md").read_text() == results.markdown(first)
     out = capsys.readouterr().out
     assert first["verdict"][0] in out
     rows = first["rows"]
@@ -371,10 +372,10 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(random_sd, small_eye
     monkeypatch.setattr(runner.Lab, "run", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: pytest.fail("measured again"))
     __main__.main(dataclasses.replace(c, study=["guidance"]))
-    again = json.loads((tmp_path / "results" / "guidance.json").read_text())
+    again = json.loads((tmp_path / "results" / f"{name}.json").read_text())
     assert all(row["run"] == first["teacher"] or row["run"].startswith("runs/study/") for row in rows)
     assert again["tables"] == first["tables"] and again["verdict"] == first["verdict"] and again["rows"] == rows
-    assert re.search(r"guidance: took \d+ minutes when .*guidance.json was made", capsys.readouterr().out)
+    assert re.search(r"guidance: took \d+ minutes when .*guidance-.*json was made", capsys.readouterr().out)
 
 
 def test_a_run_that_fails_names_itself_and_its_reason(lab, monkeypatch):
