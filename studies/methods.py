@@ -24,7 +24,8 @@ BUDGETS = 30_000, 100_000, 300_000  # network evaluations of a run, its trajecto
 
 IN_TRAJECTORIES = 0.25             # of the budget, where trajectories are cached: as of the default recipe
 
-RATES = 7e-5, 2e-4, 6e-4           # of the sweep, each with the recipe's time law and with another
+RATES = ("adamw", 2e-4), ("adamw", 6e-4), ("muon", 1e-3)   # of the sweep, each with the recipe's time law
+                                   # and with another
 
 SWEEP_SEED, SWEEP_NOISE = 100, 2_000_000   # that judge nothing else
 
@@ -32,12 +33,12 @@ STEPS = 1, 2, 4, 8
 
 
 def options_of(lab, method, rate, starts, budget, seed):
-    """The options of a run of this method within a budget of evaluations. starts: half of the times at
-    window starts; else the law of the recipe's paper, uniform where it tells none."""
-    options, _ = METHODS[method]
+    """The options of a run of this method within a budget of evaluations. rate: of RATES; starts: half of
+    the times at window starts; else the law of the recipe's paper, uniform where it tells none."""
+    (options, _), (optimizer, lr) = METHODS[method], rate
     recipe = train.resolve_recipe(lab.parse(options))
     law = "starts" if starts else "uniform" if recipe.time_law == "starts" else recipe.time_law
-    options += f" --batch 32 --lr {rate:g} --time-law {law}"
+    options += f" --batch 32 --optimizer {optimizer} --lr {lr:g} --time-law {law}"
     if recipe.pairs == "trajectory":
         options += " " + lab.cached(seed, IN_TRAJECTORIES * budget / recipe.solver_steps)
     else:
@@ -62,10 +63,10 @@ def students(lab, method, folder):
 
 
 def sweep(lab):
-    """Learning rate and time law of each method, at the smallest budget, by FD in the fewest steps that its
+    """Optimizer with its learning rate, and time law of each method, at the smallest budget, by FD in the fewest steps that its
     student is made for.  Returns: {method: (rate, starts)}, the lines of a table."""
     keys = [(method, rate, starts) for method in METHODS for rate in RATES for starts in (False, True)]
-    names = {key: f"methods/sweep/{slug(key[0])}-{key[1]:g}-{'starts' if key[2] else 'own'}" for key in keys}
+    names = {key: f"methods/sweep/{slug(key[0])}-{key[1][0]}-{key[1][1]:g}-{'starts' if key[2] else 'own'}" for key in keys}
     folders = lab.train({names[key]: options_of(lab, *key, min(BUDGETS), SWEEP_SEED) for key in keys})
     asked = [dict(folder=folders[names[key]] / f"student-{stages(lab, key[0])[-1]}",
                   steps=stages(lab, key[0])[-1], solver=METHODS[key[0]][1], seed=SWEEP_NOISE) for key in keys]
@@ -129,7 +130,7 @@ def methods(lab):
                    ["method", *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)], lines))
     tables.append((f"The sweep: FD after {min(BUDGETS) * lab.c.scale / 1000:g} thousand evaluations, one "
                    "seed and noise of their own",
-                   ["method", "steps", "times", *(f"lr {rate:g}" for rate in RATES)], swept))
+                   ["method", "steps", "times", *(f"{optimizer}, {lr:g}" for optimizer, lr in RATES)], swept))
 
     comparisons = []
     for method, steps in (("ProReflow-I (8→4)", 4), ("ProReflow-II (8→4→2)", 2), ("PeRFlow", 4)):

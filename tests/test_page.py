@@ -1,13 +1,18 @@
 """docs/index.html: its mathematics is reflow.py's and tools/flow2d.py's, number for number (node), and it works in a browser: no error, no
 request to anywhere, it trains (headless Chromium). Machines without node or Chromium skip those tests; the rest need Python alone."""
 import base64
+import contextlib
 import dataclasses
+import functools
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
+import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -221,6 +226,18 @@ def browser(tmp_path_factory):
     browser.close()
 
 
+@contextlib.contextmanager
+def served(folder):
+    """A folder over http.  Yields: its address."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 def events(browser, *methods):
     return [each["params"] for each in browser.events if each["method"] in methods]
 
@@ -262,6 +279,39 @@ def test_point_and_window_are_moved_by_keys_and_by_pointer(browser):
         assert f"from t = {window}" in says("chord")                           # the other end gives way
     browser.evaluate("document.querySelector('[data-window=\"64 0\"]').click()")
     assert "from t = 1.00 to 0.00" in says("chord")
+
+
+def test_the_buttons_of_the_table_run_as_the_log_did_and_only_that_fills_it(browser):
+    """The log's budget takes minutes: what the worker would say at the end of a stage is said in its place."""
+    browser.open(1280)
+    said = ("hear({data: {windows: 4, done: 1, ended: true, distance: 0.123, plain: 0.3, parts: null, "
+            "paths: flow.ddim(flow.exact, flow.noise(48, flow.uniforms(1)), flow.timeGrid(32)), ends: flow.noise(48, flow.uniforms(1))}})")
+    for law in ("uniform", "starts"):
+        browser.evaluate("document.getElementById('direction-weight').value = '1'; document.getElementById('budget').value = '100 128';"
+                         "document.getElementById('direction-weight').dispatchEvent(new Event('input'));"
+                         f"document.querySelector('[data-law={law}]').click()")
+        asked = browser.evaluate("run.asked")
+        assert asked == dict(stages=[8, 4, 2, 1], updates=800, batch=512, timeLaw=law, directionWeight=0, seed=0)
+        assert browser.evaluate("document.getElementById('weight-is').textContent") == "0"
+        browser.evaluate(said)
+        assert browser.evaluate(f"document.getElementById('here-{law}-4').textContent") == "0.123"
+        browser.evaluate("stop('')")
+    browser.evaluate("document.getElementById('budget').value = '100 128'; train();" + said.replace("0.123", "0.456") + ";stop('')")
+    assert browser.evaluate("document.getElementById('here-starts-4').textContent") == "0.123"
+
+
+def test_it_works_as_a_project_page(browser, tmp_path):
+    """Served from a folder of a site: every file and every link is there."""
+    (tmp_path / "reflow").symlink_to(ROOT / "docs")
+    with served(tmp_path) as address:
+        browser.events.clear()
+        browser("Page.navigate", url=f"{address}/reflow/index.html")
+        browser.wait_for("document.readyState === 'complete' && location.protocol === 'http:'", 20)
+        assert not events(browser, "Runtime.exceptionThrown", "Log.entryAdded", "Network.loadingFailed")
+        links = browser.evaluate("[...document.querySelectorAll('a[href], script[src], link[href]')].map(each => each.href || each.src)"
+                                 ".filter(each => !each.startsWith('data:')).map(each => each.split('#')[0])")
+        for link in set(links):
+            assert link.startswith(f"{address}/reflow/") and urllib.request.urlopen(link).status == 200, link
 
 
 @pytest.mark.parametrize("width, scheme", [(390, "dark"), (768, "light"), (900, "dark"), (1600, "light")])

@@ -259,6 +259,13 @@ def test_one_name_one_meaning():
 # ---- the pages as text -----------------------------------------------------------------------------------------------
 
 
+def test_the_glossary_has_the_words_of_the_method():
+    explained = " ".join(re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "glossary.md").read_text(), re.M))
+    for word in ("window", "stage", "chord", "pair", "path", "space", "trajectory", "FD", "endpoint error", "time law", "direction term", "recipe",
+                 "coupling", "guidance", "straightness", "judge", "evaluations (NFE)"):
+        assert re.search(rf"\b{re.escape(word)}(?!\w)", explained), word
+
+
 def test_the_readme_is_short():
     assert len(README.encode()) <= 14 * 1024 and len(README.split()) < 2600
 

@@ -121,8 +121,8 @@ def test_every_method_has_the_same_budget_and_the_same_choice(lab):
                 recipe = train.resolve_recipe(c)
                 words = methods.options_of(lab, name, rate, starts, budget, 0)
                 assert lab.evaluations(words) == pytest.approx(budget, rel=0.02), (name, budget)
-                assert c.lr == rate and (recipe.time_law == "starts") == starts and c.updates >= 8 * len(recipe.stages)
-    laws = {name: train.resolve_recipe(lab.parse(methods.options_of(lab, name, 2e-4, False, 30_000, 0))).time_law for name in methods.METHODS}
+                assert (c.optimizer, c.lr) == rate and (recipe.time_law == "starts") == starts and c.updates >= 8 * len(recipe.stages)
+    laws = {name: train.resolve_recipe(lab.parse(methods.options_of(lab, name, ("adamw", 2e-4), False, 30_000, 0))).time_law for name in methods.METHODS}
     assert laws.pop("Simple ReFlow") == "exponential" and set(laws.values()) == {"uniform"}
 
 
@@ -136,12 +136,12 @@ def test_the_sweep_chooses_by_its_own_noise_and_seed(pretend):
         rows = [made_up(request) for request in requests]
         for row, request in zip(rows, requests):
             if "methods/sweep/" in str(request["folder"]):
-                row["fd_corrected"] = 1 + ("0.0006-starts" not in str(request["folder"]))
+                row["fd_corrected"] = 1 + ("muon-0.001-starts" not in str(request["folder"]))
         return rows
     pretend.measure = measure
     found = methods.methods(pretend)
     final = {name: pretend.parse(options) for name, options in trained.items() if "sweep" not in name}
-    assert {(c.lr, c.time_law) for c in final.values()} == {(6e-4, "starts")} and {c.seed for c in final.values()} == {0, 1, 2}
+    assert {(c.optimizer, c.lr, c.time_law) for c in final.values()} == {("muon", 1e-3, "starts")} and {c.seed for c in final.values()} == {0, 1, 2}
     assert {pretend.parse(options).seed for name, options in trained.items() if "sweep" in name} == {methods.SWEEP_SEED}
     for request in asked:
         assert ("methods/sweep/" in str(request["folder"])) == (request.get("seed") == methods.SWEEP_NOISE)

@@ -1,7 +1,7 @@
 """The animation at the head of the README: windows merge from 8 to 1. Above, the flow in the plane, whose
 paths become straight; below, pictures of the embedded model in one step, which become sharp.
 
-    python -m tools.animation                   # writes results/reflow-2d.webp; ten minutes on two cores
+    python -m tools.animation                   # writes results/reflow-2d.webp; seven minutes
 
 Both students go through the same stages, and every frame shows them equally far. The plane's is trained
 here, the pictures' by train.py.
@@ -51,8 +51,8 @@ class Config:
 
 
 def train_plane(c, stages):
-    """Returns: the teacher's path, and windows -> at each of SHARES (path, distance in one step per window,
-    the same of the untrained); paths as of flow2d.fine_path."""
+    """Returns: the teacher's path, and windows -> at each of SHARES (path, where one step per window lands,
+    the mean distance of that, the same of the untrained); paths as of flow2d.fine_path."""
     torch.manual_seed(0)
     exact = teacher.Model(flow2d.exact, flow2d.SCHEDULE, "v_prediction")
     paths, test = flow2d.solve(exact, c.trajectories), flow2d.solve(exact, 1024)
@@ -69,8 +69,8 @@ def train_plane(c, stages):
         def look(done, model, windows=windows, untrained=untrained, states=states):
             if done in moments(c.updates):
                 end, distance = few_steps(model, windows)
-                path = flow2d.fine_path(model, test[:c.paths, 0], end[:c.paths])
-                states[done] = path, distance, untrained
+                path = flow2d.fine_path(model, test[:c.paths, 0])
+                states[done] = path, end[:c.paths], distance, untrained
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
         flow2d.straighten(network, windows, paths, reflow.Recipe(), c.updates, look)
         seen[windows] = [states[done] for done in moments(c.updates)]
@@ -130,15 +130,15 @@ def words(figure, x, y, text, size=22, color="black", **style):
     figure.text(x / WIDTH, 1 - y / HEIGHT, text, fontsize=size * 0.72, color=color, **style)
 
 
-def frame(path, windows, distance, untrained, rows):
-    """path: list of (t, z) as of flow2d.fine_path; windows: 0 for the teacher; rows: the pictures in 32
-    steps and in one, PIL.  Returns: RGB, PIL."""
+def frame(path, end, windows, distance, untrained, rows):
+    """path: list of (t, z) as of flow2d.fine_path; end: where its windows land, (B, 2); windows: 0 for the
+    teacher; rows: the pictures in 32 steps and in one, PIL.  Returns: RGB, PIL."""
     figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
     plane = place(figure, 4, 4, 364, 364)
-    line = torch.stack([z / sum(v.float() for v in flow2d.SCHEDULE(t))[:, None] for t, z in path]).numpy()
-    plane.plot(line[..., 0], line[..., 1], color=BLUE, alpha=0.5, linewidth=1.4)    # chords look straight
+    line = flow2d.seen(path)
+    plane.plot(line[..., 0], line[..., 1], color=BLUE, alpha=0.5, linewidth=1.4)
     plane.plot(*line[0].T, ".", color="#999999", markersize=5)
-    plane.plot(*line[-1].T, ".", color=ORANGE, markersize=8)
+    plane.plot(*end.T, ".", color=ORANGE, markersize=8)
     plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
 
     left, wide = 396, 308
@@ -195,10 +195,11 @@ def main(c):
     first, plane = train_plane(c, recipe.stages)
     sharp, pictures = train_pictures(c, recipe)
     sharp = shown(sharp)
-    frames, durations = [frame(first, 0, 0, 0, (sharp, shown(pictures[recipe.stages[0]][0])))], [2000]
+    frames = [frame(first, first[-1][1], 0, 0, 0, (sharp, shown(pictures[recipe.stages[0]][0])))]
+    durations = [2000]
     for windows in recipe.stages:
-        for state, drawn in zip(plane[windows], pictures[windows]):
-            frames.append(frame(state[0], windows, *state[1:], (sharp, shown(drawn))))
+        for (path, end, *distances), drawn in zip(plane[windows], pictures[windows]):
+            frames.append(frame(path, end, windows, *distances, (sharp, shown(drawn))))
             durations.append(140)
         durations[-1] = 1500
     durations[-1] = 3000

@@ -3,6 +3,7 @@ a small network, and a picture.
 
     python -m tools.flow2d           # some 20 seconds; saves reflow-2d.png, asserts what it shows
     python -m tools.flow2d uniform   # the same with times drawn uniformly
+    python -m tools.flow2d starts reflow-2d.png 800 1   # of 800 updates a stage, and another seed
 
 With uniform times students of many windows hardly learn (see reflow.starts).
 """
@@ -83,39 +84,44 @@ def straighten(network, windows, trajectories, recipe, updates, callback=None):
 
 
 @torch.no_grad()
-def fine_path(model, z, end=None):
-    """The trajectory of 64 DDIM steps: list of (t, z); its last point is replaced by `end` if that
-    is given."""
+def fine_path(model, z):
+    """The trajectory of 64 DDIM steps: list of (t, z)."""
     path = []
     last = sampler.ddim(model, z, sampler.time_grid(64), {},
                         callback=lambda state: path.append((state["t"], state["z"])))
-    return [*path, (torch.zeros(len(z), dtype=torch.float64), last if end is None else end)]
+    return [*path, (torch.zeros(len(z), dtype=torch.float64), last)]
+
+
+def seen(path):
+    """As points of z / (alpha + sigma), where a chord is a straight line to the eye.
+    path: of fine_path.  Returns: numpy (times, B, 2)."""
+    return torch.stack([z / sum(v.float() for v in SCHEDULE(t))[:, None] for t, z in path]).numpy()
 
 
 def draw(panels, file):
-    """panels: (title, path) each."""
+    """panels: (title, path, where the few steps land) each."""
     _, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.3))
-    for axis, (title, path) in zip(axes, panels):
-        # where a chord is a straight line to the eye: z / (alpha + sigma)
-        line = torch.stack([z / sum(v.float() for v in SCHEDULE(t))[:, None] for t, z in path])  # (65, 40, 2)
+    for axis, (title, path, end) in zip(axes, panels):
+        line = seen(path)                                                                   # (65, 40, 2)
         axis.plot(line[..., 0], line[..., 1], color="#0072B2", alpha=0.45, linewidth=1.2)
         axis.plot(*line[0].T, ".", color="#999999", markersize=4)
-        axis.plot(*line[-1].T, ".", color="#D55E00", markersize=6)
+        axis.plot(*end.T, ".", color="#D55E00", markersize=6)
         axis.set(title=title, xticks=[], yticks=[], xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
     plt.tight_layout()
     plt.savefig(file, dpi=80)
-    print(f"{file}: gray is noise, orange is data")
+    print(f"{file}: lines in 64 steps, from noise (gray) to where one step per window lands (orange)")
 
 
-def main(time_law="starts", file="reflow-2d.png", updates=800):
-    torch.manual_seed(0)
+def main(time_law="starts", file="reflow-2d.png", updates=800, seed=0):
+    torch.manual_seed(int(seed))
     recipe = reflow.Recipe(time_law=time_law)
     exact_model = teacher.Model(exact, SCHEDULE, "v_prediction")
     train, test = solve(exact_model, 8192), solve(exact_model, 1024)
     network = Student()
-    panels = [("teacher", fine_path(exact_model, test[:40, 0]))]
+    path = fine_path(exact_model, test[:40, 0])
+    panels = [("teacher", path, path[-1][1])]
     for windows in (8, 4, 2, 1):
-        model = straighten(network, windows, train, recipe, updates)
+        model = straighten(network, windows, train, recipe, int(updates))
         with torch.no_grad():
             found, plain = (sampler.ddim(m, test[:, 0], sampler.time_grid(windows), {})
                             for m in (model, exact_model))
@@ -124,7 +130,7 @@ def main(time_law="starts", file="reflow-2d.png", updates=800):
               f"DDIM {untrained:.3f}")
         assert time_law != "starts" or reflowed < untrained
         panels.append((f"student, {windows} window{'s' * (windows > 1)}",
-                       fine_path(model, test[:40, 0], found[:40])))
+                       fine_path(model, test[:40, 0]), found[:40]))
     draw(panels, file)
 
 

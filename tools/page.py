@@ -2,7 +2,7 @@
 4, 2 and 1, as one sprite sheet.
 
     python -m tools.page                # the embedded model and its students in assets/
-    make demo                           # trains students of 8, 4, 2 and 1 windows: a quarter of an hour
+    make demo                           # trains students of 8, 4, 2 and 1 windows: eight minutes
     python -m tools.page --students runs/demo/student-4 runs/demo/student-2 runs/demo/student-1
 
 Writes docs/page/sprites.webp (a row per prompt and model, a column per step) and docs/page/sprites.js

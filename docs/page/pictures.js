@@ -6,12 +6,15 @@
   const bySlider = [...steps].sort((a, b) => b - a);                // 32 ... 1
   const offset = Object.fromEntries(steps.map((count, i) => [count, steps.slice(0, i).reduce((sum, each) => sum + each, 0)]));
 
-  /** One tile: what models[m] believes at step `at` of `count`; at = count is its picture. */
+  /** One tile: what models[m] believes at step `at` of `count`; at = count is its picture. label: for who does not see it; none
+   *  where the text beside it says the same. */
   function picture(item, m, count, at, label, size = 96) {
     const element = document.createElement("div");
     element.className = "tile";
-    element.setAttribute("role", "img");
-    element.setAttribute("aria-label", label);
+    if (label) {
+      element.setAttribute("role", "img");
+      element.setAttribute("aria-label", label);
+    }
     const column = offset[count] + at - 1, row = item * models.length + m;
     const drawn = size + 2;                                         // a pixel of each edge is cut: neighbors shine through there
     element.style.width = element.style.height = `${size}px`;
@@ -41,12 +44,11 @@
       row.type = "button";
       row.setAttribute("aria-pressed", i === chosen);
       const text = `${item.prompt}, seed ${item.seed}`;
-      row.setAttribute("aria-label", `${text}: show what is believed at each step`);
       row.addEventListener("click", () => { chosen = i; drawPictures(); grid.children[i].focus(); });
-      row.append(figure("teacher", stepsText(steps[0]), picture(i, 0, steps[0], steps[0], `${text}: teacher in 32 steps`)),
-        figure("plain DDIM", stepsText(count), picture(i, 0, count, count, `plain DDIM in ${stepsText(count)}`)),
+      row.append(figure("teacher", stepsText(steps[0]), picture(i, 0, steps[0], steps[0])),
+        figure("plain DDIM", stepsText(count), picture(i, 0, count, count)),
         ...models.slice(1).map(({name, windows}, m) => shown(windows, count)
-          ? figure(name, stepsText(count), picture(i, m + 1, count, count, `${name} in ${stepsText(count)}`))
+          ? figure(name, stepsText(count), picture(i, m + 1, count, count))
           : figure(name, `needs ${windows} steps`, Object.assign(document.createElement("div"), {className: "tile none"}))));
       const name = document.createElement("span");
       name.textContent = text;
@@ -69,7 +71,7 @@
   document.getElementById("grid").style.setProperty("--tiles", models.length + 1);
   const slider = document.getElementById("steps");
   slider.max = bySlider.length - 1;
-  slider.value = bySlider.indexOf(2) < 0 ? 0 : bySlider.indexOf(2);
+  slider.value = slider.max;                                        // one step, where models differ most
   slider.addEventListener("input", drawPictures);
   for (const each of [96, 64]) if (each % tile) document.getElementById("section-pictures").classList.add("smooth");
   show("model-is", model);

@@ -1,4 +1,4 @@
-// The student of tools/flow2d.py: the exact teacher plus a network of 18,818 numbers that starts at zero, its
+// The student of tools/flow2d.py: the exact teacher plus a network of 18,434 numbers that starts at zero, its
 // gradient by hand, Adam, and one update of reflow. Sizes and names as there.
 "use strict";
 

@@ -12,12 +12,11 @@ function trainInWorker(flow, students) {
     const plain = Object.fromEntries([8, 4, 2, 1].map(windows =>
       [windows, flow.distance(flow.ddim(flow.exact, test[0], flow.timeGrid(windows)).at(-1), test[8])]));
     const layers = students.newStudent(random), model = students.asModel(layers);
-    /** What the page draws: some of the student's paths, 32 steps of them, closed by where its own few steps land. */
+    /** What the page draws: some of the student's paths, 32 steps of them, and where its own few steps land. */
     const look = (windows, done) => {
       const ends = flow.ddim(model, test[0], flow.timeGrid(windows)).at(-1);
-      const some = flow.ddim(model, test[0].slice(0, 2 * SHOWN), FINE);
-      some[32] = ends.slice(0, 2 * SHOWN);
-      return {windows, done, distance: flow.distance(ends, test[8]), plain: plain[windows], paths: some};
+      const paths = flow.ddim(model, test[0].slice(0, 2 * SHOWN), FINE);
+      return {windows, done, distance: flow.distance(ends, test[8]), plain: plain[windows], paths, ends: ends.slice(0, 2 * SHOWN)};
     };
     let done = 0, last = Date.now(), since = 0, sums = [0, 0, 0];
     for (const windows of asked.stages) {
@@ -47,6 +46,8 @@ const workerText = `"use strict";
   const flow = makeFlow();
   trainInWorker(flow, makeStudents(flow));`;
 
+const LOG_BUDGET = "800 512";                                       // of the table's numbers
+
 const run = {worker: null, asked: null, losses: [], distances: [], plain: [], marks: []};
 
 function asked() {
@@ -63,13 +64,14 @@ function stop(text) {
   show("train-says", text);
 }
 
-function drawPaths(paths) {
+/** paths: in 32 steps, as flow.ddim returns them; ends: where the few steps land, in pairs of numbers. */
+function drawPaths(paths, ends) {
   const svg = document.getElementById("student"), layer = clearPlane(svg, flow), times = flow.timeGrid(32);
   for (let n = 0; n < paths[0].length / 2; n++) {
     const path = seenPath(flow, paths, times, n);
     shape(layer, "path", {class: "line student", d: polyline(path)});
     shape(layer, "circle", {cx: toX(path[0][0]), cy: toY(path[0][1]), r: 2, class: "dot noise"});
-    shape(layer, "circle", {cx: toX(path[32][0]), cy: toY(path[32][1]), r: 3, class: "dot data"});
+    shape(layer, "circle", {cx: toX(ends[2 * n]), cy: toY(ends[2 * n + 1]), r: 3, class: "dot data"});
   }
 }
 
@@ -79,12 +81,12 @@ function hear({data}) {
   if (data.finished) {
     const {windows, distance, plain} = run.last;
     stop(`Done: ${plural(windows)}, ${windows} step${windows > 1 ? "s" : ""}: ${distance.toFixed(3)} from the teacher; ` +
-         `untrained ${plain.toFixed(3)}.`);
+         `the teacher itself ${plain.toFixed(3)}.`);
     document.getElementById("training").dataset.state = "finished";
     return;
   }
   run.last = data;
-  drawPaths(data.paths);
+  drawPaths(data.paths, data.ends);
   if (!run.marks.length || run.marks.at(-1).windows !== data.windows) {
     run.marks.push({update: data.done, windows: data.windows, text: plural(data.windows)});
   }
@@ -101,13 +103,14 @@ function hear({data}) {
     show("magnitude-is", data.parts[1].toFixed(4));
     show("angle-is", data.parts[2].toFixed(4));
   }
-  show("student-title", `Student, ${plural(data.windows)}, after ${data.done} of ${total} updates`);
+  show("student-title", `Student, ${plural(data.windows)}, after ${data.done} of ${total} updates: its paths in 32 steps, and where ` +
+    `${data.windows > 1 ? `its ${data.windows} steps land` : "its one step lands"} (dots)`);
   if (data.ended) {
     const cell = document.getElementById(`here-${run.asked.timeLaw}-${data.windows}`);
-    const likeLog = run.asked.stages[0] === 8 && run.asked.directionWeight === 0;
+    const likeLog = run.asked.stages[0] === 8 && run.asked.directionWeight === 0 && `${run.asked.updates} ${run.asked.batch}` === LOG_BUDGET;
     if (cell && likeLog) cell.textContent = data.distance.toFixed(3);
     show("train-says", `${plural(data.windows)}: ${data.distance.toFixed(3)} from the teacher in ${data.windows} ` +
-      `step${data.windows > 1 ? "s" : ""}; untrained ${data.plain.toFixed(3)}.`);
+      `step${data.windows > 1 ? "s" : ""}; the teacher itself ${data.plain.toFixed(3)}.`);
   }
 }
 
@@ -130,6 +133,8 @@ document.querySelectorAll("[data-law]").forEach(button => button.addEventListene
   document.getElementById("stages").value = "8 4 2 1";
   document.getElementById("time-law").value = button.dataset.law;
   document.getElementById("direction-weight").value = "0";
+  document.getElementById("budget").value = LOG_BUDGET;
+  show("weight-is", "0");
   train();
 }));
 show("weight-is", "0");
@@ -138,7 +143,8 @@ document.getElementById("direction-weight").addEventListener("input", event => s
 // before any training: the student is the teacher
 {
   const z = flow.noise(48, flow.uniforms(1));
-  drawPaths(flow.ddim(flow.exact, z, flow.timeGrid(32)));
+  const paths = flow.ddim(flow.exact, z, flow.timeGrid(32));
+  drawPaths(paths, paths[32]);
   drawCurves(document.getElementById("curves"), [], [], 0);
   shape(document.querySelector("#curves .drawn"), "text", {x: 300, y: 100, class: "axis middle"}, "drawn while it trains");
 }
