@@ -63,10 +63,12 @@ def students(lab, method, folder):
 
 
 def sweep(lab):
-    """Optimizer with its learning rate, and time law of each method, at the smallest budget, by FD in the fewest steps that its
-    student is made for.  Returns: {method: (rate, starts)}, the lines of a table."""
+    """Optimizer, learning rate and time law of each method, at the smallest budget, by FD in the fewest steps
+    that its student is made for.  Returns: {method: (rate, starts)}, the lines of a table."""
     keys = [(method, rate, starts) for method in METHODS for rate in RATES for starts in (False, True)]
-    names = {key: f"methods/sweep/{slug(key[0])}-{key[1][0]}-{key[1][1]:g}-{'starts' if key[2] else 'own'}" for key in keys}
+    names = {(method, (optimizer, lr), starts):
+             f"methods/sweep/{slug(method)}-{optimizer}-{lr:g}-{'starts' if starts else 'own'}"
+             for method, (optimizer, lr), starts in keys}
     folders = lab.train({names[key]: options_of(lab, *key, min(BUDGETS), SWEEP_SEED) for key in keys})
     asked = [dict(folder=folders[names[key]] / f"student-{stages(lab, key[0])[-1]}",
                   steps=stages(lab, key[0])[-1], solver=METHODS[key[0]][1], seed=SWEEP_NOISE) for key in keys]
