@@ -285,7 +285,7 @@ def test_the_buttons_of_the_table_run_as_the_log_did_and_only_that_fills_it(brow
     """The log's budget takes minutes: what the worker would say at the end of a stage is said in its place."""
     browser.open(1280)
     said = ("hear({data: {windows: 4, done: 1, ended: true, distance: 0.123, plain: 0.3, parts: null, "
-            "paths: flow.ddim(flow.exact, flow.noise(48, flow.uniforms(1)), flow.timeGrid(32)), ends: flow.noise(48, flow.uniforms(1))}})")
+            "paths: flow.ddim(flow.exact, flow.noise(48, flow.uniforms(1)), flow.timeGrid(32)), ends: flow.noise(48, flow.uniforms(1)), targets: flow.noise(48, flow.uniforms(2))}})")
     for law in ("uniform", "starts"):
         browser.evaluate("document.getElementById('direction-weight').value = '1'; document.getElementById('budget').value = '100 128';"
                          "document.getElementById('direction-weight').dispatchEvent(new Event('input'));"

@@ -51,8 +51,8 @@ class Config:
 
 
 def train_plane(c, stages):
-    """Returns: the teacher's path, and windows -> at each of SHARES (path, where one step per window lands,
-    the mean distance of that, the same of the untrained); paths as of flow2d.fine_path."""
+    """Returns: the teacher's path, and windows -> at each of SHARES (path, where one step per window lands
+    and where it should, the mean distance, the same of the untrained); paths as of flow2d.fine_path."""
     torch.manual_seed(0)
     exact = teacher.Model(flow2d.exact, flow2d.SCHEDULE, "v_prediction")
     paths, test = flow2d.solve(exact, c.trajectories), flow2d.solve(exact, 1024)
@@ -70,7 +70,7 @@ def train_plane(c, stages):
             if done in moments(c.updates):
                 end, distance = few_steps(model, windows)
                 path = flow2d.fine_path(model, test[:c.paths, 0])
-                states[done] = path, end[:c.paths], distance, untrained
+                states[done] = path, (end[:c.paths], test[:c.paths, -1]), distance, untrained
         look(0, teacher.Model(network, flow2d.SCHEDULE, "v_prediction", windows=windows))
         flow2d.straighten(network, windows, paths, reflow.Recipe(), c.updates, look)
         seen[windows] = [states[done] for done in moments(c.updates)]
@@ -130,15 +130,17 @@ def words(figure, x, y, text, size=22, color="black", **style):
     figure.text(x / WIDTH, 1 - y / HEIGHT, text, fontsize=size * 0.72, color=color, **style)
 
 
-def frame(path, end, windows, distance, untrained, rows):
-    """path: list of (t, z) as of flow2d.fine_path; end: where its windows land, (B, 2); windows: 0 for the
-    teacher; rows: the pictures in 32 steps and in one, PIL.  Returns: RGB, PIL."""
+def frame(path, ends, windows, distance, untrained, rows):
+    """path: list of (t, z) as of flow2d.fine_path; ends: where one step per window lands, and
+    where it should, (B, 2) each; windows: 0 for the teacher; rows: the pictures in 32 steps and in one, PIL.
+    Returns: RGB, PIL."""
     figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
     plane = place(figure, 4, 4, 364, 364)
     line = flow2d.seen(path)
     plane.plot(line[..., 0], line[..., 1], color=BLUE, alpha=0.5, linewidth=1.4)
     plane.plot(*line[0].T, ".", color="#999999", markersize=5)
-    plane.plot(*end.T, ".", color=ORANGE, markersize=8)
+    plane.plot(*torch.stack(ends).permute(2, 0, 1), color=ORANGE, linewidth=0.8)    # how far off
+    plane.plot(*ends[0].T, ".", color=ORANGE, markersize=8)
     plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
 
     left, wide = 396, 308
@@ -195,11 +197,11 @@ def main(c):
     first, plane = train_plane(c, recipe.stages)
     sharp, pictures = train_pictures(c, recipe)
     sharp = shown(sharp)
-    frames = [frame(first, first[-1][1], 0, 0, 0, (sharp, shown(pictures[recipe.stages[0]][0])))]
+    frames = [frame(first, (first[-1][1],) * 2, 0, 0, 0, (sharp, shown(pictures[recipe.stages[0]][0])))]
     durations = [2000]
     for windows in recipe.stages:
-        for (path, end, *distances), drawn in zip(plane[windows], pictures[windows]):
-            frames.append(frame(path, end, windows, *distances, (sharp, shown(drawn))))
+        for (path, ends, *distances), drawn in zip(plane[windows], pictures[windows]):
+            frames.append(frame(path, ends, windows, *distances, (sharp, shown(drawn))))
             durations.append(140)
         durations[-1] = 1500
     durations[-1] = 3000

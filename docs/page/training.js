@@ -12,11 +12,13 @@ function trainInWorker(flow, students) {
     const plain = Object.fromEntries([8, 4, 2, 1].map(windows =>
       [windows, flow.distance(flow.ddim(flow.exact, test[0], flow.timeGrid(windows)).at(-1), test[8])]));
     const layers = students.newStudent(random), model = students.asModel(layers);
-    /** What the page draws: some of the student's paths, 32 steps of them, and where its own few steps land. */
+    /** What the page draws: some of the student's paths, 32 steps of them, where its own few steps land, and where the
+     *  teacher's 32 do. */
     const look = (windows, done) => {
       const ends = flow.ddim(model, test[0], flow.timeGrid(windows)).at(-1);
       const paths = flow.ddim(model, test[0].slice(0, 2 * SHOWN), FINE);
-      return {windows, done, distance: flow.distance(ends, test[8]), plain: plain[windows], paths, ends: ends.slice(0, 2 * SHOWN)};
+      return {windows, done, distance: flow.distance(ends, test[8]), plain: plain[windows], paths,
+              ends: ends.slice(0, 2 * SHOWN), targets: test[8].slice(0, 2 * SHOWN)};
     };
     let done = 0, last = Date.now(), since = 0, sums = [0, 0, 0];
     for (const windows of asked.stages) {
@@ -64,12 +66,14 @@ function stop(text) {
   show("train-says", text);
 }
 
-/** paths: in 32 steps, as flow.ddim returns them; ends: where the few steps land, in pairs of numbers. */
-function drawPaths(paths, ends) {
+/** paths: in 32 steps, as flow.ddim returns them; ends: where the few steps land, targets: where they should, in pairs of
+ *  numbers. */
+function drawPaths(paths, ends, targets) {
   const svg = document.getElementById("student"), layer = clearPlane(svg, flow), times = flow.timeGrid(32);
   for (let n = 0; n < paths[0].length / 2; n++) {
     const path = seenPath(flow, paths, times, n);
     shape(layer, "path", {class: "line student", d: polyline(path)});
+    shape(layer, "path", {class: "line miss", d: polyline([ends, targets].map(each => [each[2 * n], each[2 * n + 1]]))});
     shape(layer, "circle", {cx: toX(path[0][0]), cy: toY(path[0][1]), r: 2, class: "dot noise"});
     shape(layer, "circle", {cx: toX(ends[2 * n]), cy: toY(ends[2 * n + 1]), r: 3, class: "dot data"});
   }
@@ -86,7 +90,7 @@ function hear({data}) {
     return;
   }
   run.last = data;
-  drawPaths(data.paths, data.ends);
+  drawPaths(data.paths, data.ends, data.targets);
   if (!run.marks.length || run.marks.at(-1).windows !== data.windows) {
     run.marks.push({update: data.done, windows: data.windows, text: plural(data.windows)});
   }
@@ -103,8 +107,8 @@ function hear({data}) {
     show("magnitude-is", data.parts[1].toFixed(4));
     show("angle-is", data.parts[2].toFixed(4));
   }
-  show("student-title", `Student, ${plural(data.windows)}, after ${data.done} of ${total} updates: its paths in 32 steps, and where ` +
-    `${data.windows > 1 ? `its ${data.windows} steps land` : "its one step lands"} (dots)`);
+  show("student-title", `Student, ${plural(data.windows)}, after ${data.done} of ${total} updates: its paths in 32 steps, where its ` +
+    `${data.windows > 1 ? `${data.windows} steps land` : "one step lands"} (dots), and how far that is from the teacher's end`);
   if (data.ended) {
     const cell = document.getElementById(`here-${run.asked.timeLaw}-${data.windows}`);
     const likeLog = run.asked.stages[0] === 8 && run.asked.directionWeight === 0 && `${run.asked.updates} ${run.asked.batch}` === LOG_BUDGET;
@@ -144,7 +148,7 @@ document.getElementById("direction-weight").addEventListener("input", event => s
 {
   const z = flow.noise(48, flow.uniforms(1));
   const paths = flow.ddim(flow.exact, z, flow.timeGrid(32));
-  drawPaths(paths, paths[32]);
+  drawPaths(paths, paths[32], paths[32]);
   drawCurves(document.getElementById("curves"), [], [], 0);
   shape(document.querySelector("#curves .drawn"), "text", {x: 300, y: 100, class: "axis middle"}, "drawn while it trains");
 }
