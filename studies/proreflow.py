@@ -149,7 +149,7 @@ def perturb(z, t, x_hat, eps_hat, schedule, kind, size):
 def noise(lab):
     """Does an error of direction cost more than an equal error of magnitude (ProReflow's Fig.
     1b)?"""
-    sizes, kinds, steps = (0.05, 0.1, 0.2, 0.4), ("direction", "magnitude"), 8
+    sizes, kinds, steps = (0.1, 0.2, 0.4, 0.8), ("direction", "magnitude"), 8
     schedule = saved.open_model(lab.c.model)[1].schedule
     keys = [(kind, size) for kind in kinds for size in sizes]
     clean, *rows = lab.measure([dict(folder=lab.c.model, steps=steps)] + [
