@@ -24,7 +24,7 @@
   }
 
   const stepsText = count => `${count} step${count > 1 ? "s" : ""}`;
-  const shown = (windows, count) => count >= windows && count % windows === 0;
+  const taken = (windows, count) => Math.max(windows, count);       // a student cannot take fewer steps than it has windows
 
   /** A picture with two lines below it. */
   function figure(who, steps, content) {
@@ -47,9 +47,8 @@
       row.addEventListener("click", () => { chosen = i; drawPictures(); grid.children[i].focus(); });
       row.append(figure("teacher", stepsText(steps[0]), picture(i, 0, steps[0], steps[0])),
         figure("plain DDIM", stepsText(count), picture(i, 0, count, count)),
-        ...models.slice(1).map(({name, windows}, m) => shown(windows, count)
-          ? figure(name, stepsText(count), picture(i, m + 1, count, count))
-          : figure(name, `needs ${windows} steps`, Object.assign(document.createElement("div"), {className: "tile none"}))));
+        ...models.slice(1).map(({name, windows}, m) =>
+          figure(name, stepsText(taken(windows, count)), picture(i, m + 1, taken(windows, count), taken(windows, count)))));
       const name = document.createElement("span");
       name.textContent = text;
       row.prepend(name);
@@ -57,14 +56,13 @@
     }));
     const beliefs = document.getElementById("beliefs");
     beliefs.replaceChildren(...models.flatMap(({name, windows}, m) => {
-      if (!shown(windows, count)) return [];
-      const title = document.createElement("h4"), strip = document.createElement("div");
-      title.textContent = m ? name : "the teacher by plain DDIM";
+      const title = document.createElement("h4"), strip = document.createElement("div"), own = taken(windows, count);
+      title.textContent = `${m ? name : "the teacher by plain DDIM"}, ${stepsText(own)}`;
       strip.className = "strip";
-      for (let at = 1; at <= count; at++) strip.append(picture(chosen, m, count, at, `step ${at} of ${count}`, 64));
+      for (let at = 1; at <= own; at++) strip.append(picture(chosen, m, own, at, `step ${at} of ${own}`, 64));
       return [title, strip];
     }));
-    show("beliefs-of", `${prompts[chosen].prompt}, seed ${prompts[chosen].seed}, ${stepsText(count)}`);
+    show("beliefs-of", `${prompts[chosen].prompt}, seed ${prompts[chosen].seed}`);
   }
 
   let chosen = 0;
