@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 	mkdir -p runs/demo
 	$(RUN) sampler.py --model tiny --compare --out runs/demo/first.png --prompt "fox on green" "penguin on orange" \
 	    "panda left of pizza on blue" "ghost on black and purple"
-	$(SPREAD) train.py --model tiny --trajectories 1536 --updates 400 --batch 64 --optimizer muon --lr 1e-3 --grid-steps 100 \
+	$(SPREAD) train.py --model tiny --trajectories 1536 --updates 400 --batch 64 --grid-steps 100 \
 	    --validation-prompts assets/scenes/prompts.txt --out runs/demo
 	$(SPREAD) -- eval.py runs/demo --n 1024 --ddim-steps 1 2 4
 
