@@ -108,8 +108,7 @@ def train_pictures(c, recipe):
     wanted = {each for steps in at.values() for each in steps}
     # of what it prints, the bar is enough: the last line names a folder that is about to go
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        train.main(options.Config(model=c.model, updates=c.picture_updates, batch=BATCH, optimizer="muon",
-                                  lr=1e-3, out=out,
+        train.main(options.Config(model=c.model, updates=c.picture_updates, batch=BATCH, out=out,
                                   trajectories=c.picture_trajectories, validation_prompts=c.prompts,
                                   grid_steps=1, checkpoint_steps=c.picture_updates + 1),
                    functools.partial(OneStep, kept, wanted))
