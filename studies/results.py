@@ -109,6 +109,7 @@ BLOCKS = {
     "tiny": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny.json"]),
     "pixel": (pixel, ["pixel.json", "pixel-9.json"]),
     "sd3": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny-sd3.json"]),
+    "law": (tables, ["studies/time-law.json"]),
     "merging": (lambda study: first_tables(study, 1), ["studies/curriculum.json"]),
     "merging_sd3": (lambda study: first_tables(study, 1), ["studies/curriculum-tiny-sd3.json"]),
     "simple": (lambda study: first_tables(study, 1), ["studies/simple-reflow.json"]),

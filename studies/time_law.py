@@ -171,7 +171,7 @@ def time_law(lab):
         "updates " + ", ".join(f"{distances[0, width][-1]:.3f} (uniform) and {distances[0.5, width][-1]:.3f} "
                                f"(half) at width {width}" for width in WIDTHS) + ".", tests]
     return dict(verdict=verdict, figure=figure, tables=[
-        (f"Recipe proreflow, 8→4, batch 32, seeds of training: {len(seeds)} (mean ± 95%), of the longer ones 1",
+        (f"Recipe proreflow, 8→4, batch 32, seeds of training: {len(seeds)} (mean ± 95%), of the longer 1",
          ["share at the starts", "updates", "FD, 8 windows, 8 steps", "FD, 4 windows, 4 steps",
           "endpoint error, 4"], lines),
         ("In the plane: mean distance to the teacher's end in 4 steps, 4 windows, one seed",
