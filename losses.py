@@ -175,7 +175,12 @@ NORMALIZATIONS = {"none": lambda value, predict: value,
 
 def levels(schedule, t, z):
     """(alpha_t, sigma_t), (B, 1, ...) like z."""
-    return [c.view(-1, *[1] * (z.ndim - 1)).to(z.dtype).to(z.device) for c in schedule(t)]
+    return [like(c, z) for c in schedule(t)]
+
+
+def like(values, z):
+    """One number per sample, (B,), to broadcast with z (B, ...): its dtype, its device."""
+    return values.view(-1, *[1] * (z.ndim - 1)).to(z.dtype).to(z.device)
 
 
 def noised(schedule, t, x, eps):
@@ -190,7 +195,7 @@ def consistency(teacher, student, schedule, z, t, t_start, t_end, steps):
     nearer = (t - 1 / steps).clamp_min(0)
     z_near = noised(schedule, nearer, *teacher(z, t))
     jump = noised(schedule, t_end, *student(z_near, nearer.clamp_min(schedule.floor)))
-    return torch.where((nearer > 0).to(z.device).view(-1, *[1] * (z.ndim - 1)), jump, z_near)
+    return torch.where(like(nearer, z) > 0, jump, z_near)
 
 
 def imitation(teacher, student, schedule, z, t, t_start, t_end, steps):
@@ -212,12 +217,12 @@ def flow_map(teacher, student, schedule, z, t, t_start, t_end, steps, d=0.005):
 
     def tau(t):                                # the clock in which z / (alpha + sigma) moves with velocity u
         alpha, sigma = schedule(t)
-        return (sigma / (alpha + sigma)).view(-1, *[1] * (z.ndim - 1))
+        return sigma / (alpha + sigma)
     before, after = torch.minimum(t + d, t_start), torch.maximum(t - d, (t + t_end) / 2)
     after = after.clamp_min(schedule.floor)
     x_b, eps_b = student(noised(schedule, before, x, eps), before)
     x_a, eps_a = student(noised(schedule, after, x, eps), after)
-    left = ((tau(t) - tau(t_end)) / (tau(before) - tau(after))).to(z.dtype).to(z.device)
+    left = like((tau(t) - tau(t_end)) / (tau(before) - tau(after)), z)
     return carried(schedule, z, t, t_end, eps - x - left * ((eps_b - x_b) - (eps_a - x_a)))
 
 
@@ -226,6 +231,34 @@ def carried(schedule, z, t, t_end, u):
     alpha, sigma = levels(schedule, t, z)
     x = (z - sigma * u) / (alpha + sigma)
     return noised(schedule, t_end, x, x + u)
+
+
+# ---- distribution matching ---------------------------------------------------------------------------------
+
+
+def matching(teacher, critic, schedule, x, t, eps, space=(-1.0, 1.0), floor=1e-3):
+    """What the squared error cannot tell: whether the student's samples x, all of them together, are
+    distributed as the teacher's. Noised to t they are shown to the teacher and to a critic, a second
+    network that learns from them alone what the student makes. Where the two disagree about what is
+    under the noise, x moves from the critic's answer to the teacher's, so from what is likelier of the
+    student to what is likelier of the teacher, in units of the teacher's own distance from x. A student
+    with the teacher's distribution is at rest: then they agree.
+    teacher, critic: (z, t) -> (x_hat, eps_hat); x: (B, ...), what the student made of noise in all of
+    its steps; t: float64 (B,), in (0, 1]; eps: like x; space: (p, q), of reflow.SPACES, what the critic
+    is judged in; floor > 0: the least distance.
+    Returns: (mean squared move / 2, (B,), whose gradient in x is that move over the numbers of a sample
+    and reaches nothing else; the critic's own loss, (B,), whose gradient reaches the critic alone).
+    Source: distribution matching distillation (Yin et al. 2024), with a regression beside it as there:
+    here reflow. Space and floor are ours."""
+    made = x.detach()
+    z = noised(schedule, t, made, eps)
+    x_critic, eps_critic = critic(z, t)
+    with torch.no_grad():
+        x_teacher, _ = teacher(z, t)
+        distance = (made - x_teacher).abs().flatten(1).mean(1).clamp_min(floor)
+        move = (x_teacher - x_critic) / like(distance, x)
+    p, q = (value if isinstance(value, float) else like(value, x) for value in space)
+    return mse(x, made + move) / 2, mse(p * x_critic + q * eps_critic, p * made + q * eps)
 
 
 TARGETS = {"consistency": consistency, "imitation": imitation, "flow-map": flow_map}

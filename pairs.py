@@ -10,8 +10,7 @@ they belong to.
 | flow-map    | the same                            | teacher's velocity, less the student's own change   |
 | imitation   | the student's own steps from noise  | teacher's velocity on the student's own line        |
 
-The last three are peers that users know, and chords as well, that begin where the student is asked:
-losses.py has them.
+The last three are peers, and chords as well, that begin where the student is asked: losses.py has them.
 
 A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to
 the noise that the teacher makes it from (forward, Simple ReFlow). A backward one has the true noise
@@ -41,6 +40,10 @@ SOURCES = ("trajectory", "data", "student", *losses.TARGETS)
 FROM_IMAGES = tuple(name for name in SOURCES if name not in ("trajectory", "imitation"))
 
 LARGE_BATCH, HALF = 1024, dict(bf16=torch.bfloat16, fp16=torch.float16)   # projected at once; of autocast
+
+# of distribution matching: what each of its samples draws, from which stream; its times, as in DMD
+FRESH = {"fresh_z": torch.randn, "fresh_eps": torch.randn, "fresh_t": torch.rand}
+MATCHED = torch.tensor([0.02, 0.98], dtype=torch.float64)
 
 LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # in an autoencoder's config
 
@@ -81,10 +84,15 @@ class Pairs:
         half, cached = HALF.get(self.c.precision), not self.c.shard
         return torch.autocast(self.device.type, half or torch.bfloat16, bool(half), cached)
 
+    def drawn(self, draw, stream, numbers):
+        """What torch.randn (N, C, h, w) or torch.rand, float64 (N,), draws for these samples, on the CPU."""
+        shape, dtype = (self.shape, torch.float32) if draw is torch.randn else ((), torch.float64)
+        return torch.stack([draw(shape, generator=seeds.generator(self.c.seed, stream, k), dtype=dtype)
+                            for k in numbers])
+
     def noises(self, numbers):
         """Noise of these samples, (N, C, h, w)."""
-        return torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "noise", k))
-                            for k in numbers]).to(self.device)
+        return self.drawn(torch.randn, "noise", numbers).to(self.device)
 
     def latents(self, numbers):
         """Latents of the images of these samples, (N, C, h, w)."""
@@ -205,9 +213,7 @@ class Pairs:
     # ---- one micro-batch: first on the host, then on the device ----
 
     def times(self, numbers, windows):
-        u = torch.cat([torch.rand(1, generator=seeds.generator(self.c.seed, "time", k), dtype=torch.float64)
-                       for k in numbers])
-        return reflow.draw_times(self.recipe, u, windows, self.schedule)
+        return reflow.draw_times(self.recipe, self.drawn(torch.rand, "time", numbers), windows, self.schedule)
 
     def fetch(self, numbers, windows):
         """The CPU half of a micro-batch: times, and the cached rows or images that its pairs start
@@ -215,8 +221,11 @@ class Pairs:
         (len(numbers), ...), captions as a list."""
         # a copy to the device waits for it unless it comes from pinned memory
         pin = self.device.type == "cuda"
+        batch = self._fetch(numbers, windows)
+        if self.recipe.matching and windows == self.recipe.stages[-1]:
+            batch |= {name: self.drawn(draw, name, numbers) for name, draw in FRESH.items()}
         return {key: value.pin_memory() if pin and torch.is_tensor(value) else value
-                for key, value in self._fetch(numbers, windows).items()}
+                for key, value in batch.items()}
 
     def _fetch(self, numbers, windows):
         reuse = self.recipe.reuse  # samples 0..m-1 share pair 0, the next m pair 1, and so on
@@ -242,8 +251,7 @@ class Pairs:
             return batch | self.text(rows.pop("caption").tolist()) | rows
         captions, drawn = drawn_captions(self.c, self.dataset, pair, "data"), self.drawn_guidance(pair)
         batch |= {} if drawn is None else {"drawn": drawn}
-        batch["eps"] = torch.stack([torch.randn(self.shape, generator=seeds.generator(self.c.seed, "eps", p))
-                                    for p in pair])
+        batch["eps"] = self.drawn(torch.randn, "eps", pair)
         if self.online:
             images = ({"images": self.dataset.images(pair, self.size[0])} if self.recipe.pairs in FROM_IMAGES
                       else {})
@@ -298,6 +306,17 @@ class Pairs:
                                        for v in (z_start, z_end, *cond.values()))
             cond = dict(zip(cond, values))
         return (t, t_start, t_end), (z_start, z_end), cond
+
+    def matching(self, z, eps, t, cond, model, teacher, critic):
+        """losses.matching of what the student, model, makes of noise z, a step for each window. z, eps
+        (B, C, h, w), t (B,): drawn by fetch, as FRESH names them; cond: of B; teacher, critic: Models."""
+        z, eps = (noise.to(self.device, non_blocking=True) for noise in (z, eps))
+        t, null = torch.lerp(*MATCHED, t).to(clock_device(self.device)), self.null_like(cond)
+        space = reflow.SPACES[self.recipe.space](self.schedule, t, torch.zeros_like(t))
+        with self.autocast():
+            x = sampler.ddim(model, z, sampler.time_grid(model.windows), cond)
+            return losses.matching(lambda z, t: teacher(z, t, cond, self.guidance, null),
+                                   lambda z, t: critic(z, t, cond), self.schedule, x, t, eps, space)
 
 
 def drift(z, true, told=0, entropy=0.05):

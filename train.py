@@ -8,6 +8,7 @@ Each finished stage leaves a complete diffusers pipeline, OUT/student-K. Stopped
 moment, the same command goes on from the last checkpoint, on the same number of processes or
 another.
 """
+import copy
 import dataclasses
 import json
 import math
@@ -27,7 +28,7 @@ from data import captioned
 from models import load
 from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
-from pairs import Pairs, cache_folder
+from pairs import FRESH, Pairs, cache_folder
 from runtime import checkpoints, cli, plan, processes, progress, store, updates
 from runtime.cli import UserError
 from runtime.options import Config, command, fit_prediction, resolve_recipe
@@ -231,7 +232,8 @@ def main(c, draws=progress.Grid):
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
-    solver = FrozenNetwork(c, student, device) if recipe.pairs != "trajectory" else None
+    solver = FrozenNetwork(c, student, device) if plan.asks_frozen(recipe) else None
+    critic = make_student(c, copy.deepcopy(student), device) if recipe.matching else None
     make_student(c, student, device, recipe.dropout)
     network = DDP(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps  # steps from t = 1 to 0
@@ -253,10 +255,11 @@ def main(c, draws=progress.Grid):
             solver.become(checkpoints.trained(student), c)
             solver_steps = recipe.stages[stage - 1]
             solving = models.as_model(pipeline, solver, path, solver_steps)
-        optimizer, ema, scaler, normalizer, predict = updates.make_optimizer(c, recipe, student, pairs, world)
+        optimizer, ema, scaler, beside, called = updates.make_optimizer(
+            c, recipe, student, pairs, world, critic if windows == recipe.stages[-1] else None)
         if first < resumed <= first + count:
             done = int(saved["done"])
-            checkpoints.restore(checkpoint, done, student, normalizer, optimizer, ema, scaler)
+            checkpoints.restore(checkpoint, done, student, beside, optimizer, ema, scaler)
             bar.go_on(done)
         model, plain = (models.as_model(pipeline, each, path, windows) for each in (network, student))
         numbers = sample_numbers(range(first + done, first + count), c.batch, rank, share, micro)
@@ -274,9 +277,15 @@ def main(c, draws=progress.Grid):
             torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout, by the step as well
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window, and the loss of the student between them
-                times, ends, cond = pairs.ends(next(batches), solving, solver_steps // windows, model)
-                values, parts = reflow.student_loss(model, ends, times, cond, recipe, predict,
-                                                    pairs.autocast())
+                batch = next(batches)
+                fresh = [batch.pop(name) for name in FRESH if name in batch]
+                times, ends, cond = pairs.ends(batch, solving, solver_steps // windows, model)
+                values, parts = reflow.student_loss(model, ends, times, cond, recipe,
+                                                    called.get("normalizer"), pairs.autocast())
+                if fresh:
+                    parts["matching"], learned = pairs.matching(
+                        *fresh, cond, model, solving, models.as_model(pipeline, called["critic"]))
+                    values = values + recipe.matching * parts["matching"] + learned
                 updates.backward(scaler.scale(values.sum() / share), network, student, i + micro == share)
                 seen.append(progress.row(parts, times))
                 bar.update(micro / share)
@@ -303,7 +312,7 @@ def main(c, draws=progress.Grid):
 
             # checkpoint, regularly and when stopped by a signal
             if saves or stopped:
-                checkpoints.save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, normalizer,
+                checkpoints.save_checkpoint(out, rank, step + 1, info, step + 1 - first, student, beside,
                                             optimizer, ema, c.keep, scaler)
                 barrier()                                  # a slow disk is no dead process
             if stopped:

@@ -25,24 +25,24 @@ def checkpoints(out):
                   reverse=True)
 
 
-def states(student, normalizer, optimizer, ema):
+def states(student, beside, optimizer, ema):
     """All trainable state by name, in the optimizer's order: name -> (parameter, {"student" or
-    "normalizer": the parameter, "ema": its running average, and what the optimizer keeps of it,
-    once it has made a step}); the normalizer has no average."""
+    "beside": the parameter, "ema": its running average, and what the optimizer keeps of it,
+    once it has made a step}); what is trained beside the student has no average."""
     found = {name: (p, {"student": p}) for name, p in trained(student).items()}
     for (_, parts), average in zip(found.values(), ema.shadow_params if ema else ()):
         parts["ema"] = average
-    found |= {f"normalizer.{name}": (p, {"normalizer": p}) for name, p in normalizer.named_parameters()}
+    found |= {name: (p, {"beside": p}) for name, p in trained(beside).items()}
     return {name: (p, {**parts, **optimizer.state[p]}) for name, (p, parts) in found.items()}
 
 
-def save_checkpoint(out, rank, step, info, done, student, normalizer, optimizer, ema, keep, scaler=None):
+def save_checkpoint(out, rank, step, info, done, student, beside, optimizer, ema, keep, scaler=None):
     """checkpoint-STEP.safetensors: the trained weights, their running average, the optimizer's
     state. Everything random is a function of the step, so that nothing else is needed to go on.
     All processes call; the first one writes.
     Raises UserError on a state that is not finite: it never becomes a checkpoint."""
     tensors = gather_full({f"{part}:{name}": torch.as_tensor(value)
-                           for name, (_, parts) in states(student, normalizer, optimizer, ema).items()
+                           for name, (_, parts) in states(student, beside, optimizer, ema).items()
                            for part, value in parts.items()}, rank)
     if rank == 0:
         metadata = {"info": json.dumps(info), "step": str(step), "done": str(done),
@@ -66,7 +66,7 @@ def newest_checkpoint(out, rank):
     return None, {}
 
 
-def restore(file, done, student, normalizer, optimizer, ema, scaler=None):
+def restore(file, done, student, beside, optimizer, ema, scaler=None):
     """The inverse of save_checkpoint, `done` updates into its stage. What the optimizer keeps is
     handed to its own load_state_dict, which knows where each part of it lives: a fused one wants
     `step` beside the parameter."""
@@ -78,11 +78,11 @@ def restore(file, done, student, normalizer, optimizer, ema, scaler=None):
         for key in saved.keys():
             part, _, name = key.partition(":")
             stored.setdefault(name, set()).add(part)
-        for i, (name, (p, parts)) in enumerate(states(student, normalizer, optimizer, ema).items()):
+        for i, (name, (p, parts)) in enumerate(states(student, beside, optimizer, ema).items()):
             for part, tensor in parts.items():
                 copy_full_(tensor, saved.get_tensor(f"{part}:{name}"))
             own = {part: saved.get_tensor(f"{part}:{name}")
-                   for part in sorted(stored[name] - {"student", "ema", "normalizer"})}
+                   for part in sorted(stored[name] - {"student", "ema", "beside"})}
             # in the parameter's own layout and shards
             for part in own.keys() & {"exp_avg", "exp_avg_sq", "momentum"}:
                 moment = torch.zeros_like(p)

@@ -169,7 +169,7 @@ def resolve_recipe(c):
                         "boundary")
     cli.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0,
                  keep=1, lora=0, size=1, min_size=0, guidance_teacher=0, text_dropout=0)
-    cli.at_least(recipe, direction_weight=0, reuse=1, projection=0)
+    cli.at_least(recipe, direction_weight=0, reuse=1, projection=0, matching=0)
     for name, value, good, range_ in (
             ("lr", c.lr, c.lr > 0, "above 0"), ("ema", c.ema, 0 <= c.ema < 1, "in [0, 1)"),
             ("text_dropout", c.text_dropout, c.text_dropout <= 1, "in [0, 1]"),
@@ -229,6 +229,12 @@ def check_pieces(c, recipe):
                 raise UserError(f"--{option} {shown}: does not go with pairs from {recipe.pairs}, each of "
                                 f"which begins where its student is asked; use --{option} {remedy}, or other "
                                 "--pairs")
+    if recipe.matching and recipe.pairs == "student":
+        raise UserError(f"--matching {recipe.matching:g}: is done against the teacher, whose place the "
+                        "student takes with pairs from student; use --pairs trajectory, or set it to 0")
+    if recipe.matching and c.guidance_range is not None:
+        raise UserError(f"--matching {recipe.matching:g}: needs one teacher, and --guidance-range makes "
+                        "many; use --guidance-teacher, or set it to 0")
     if recipe.pairs == "imitation" and c.cache_only:
         raise UserError("--cache-only: pairs from imitation are made while training, of nothing that is "
                         "kept; leave it out")

@@ -47,8 +47,9 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     once, frozen = evaluations(c, recipe, guidance)
     made = f"{once:,} for the cache, then " * bool(once)
+    what = "for distribution matching (a backward as two)" if recipe.matching else "of the frozen network"
     print(f"network evaluations: {made}{c.updates * c.batch:,} forwards and backwards of the student" +
-          f" and {frozen:,} forwards of the frozen network" * bool(frozen))
+          f" and {frozen:,} forwards {what}" * bool(frozen))
     check_disk(cache_folder(c), cache)
     if not c.cache_only:                                   # adapters are small beside what is there already
         trained = 0 if c.lora else 4 * weights             # fp32
@@ -64,22 +65,35 @@ def device_name(device):
 
 
 def evaluations(c, recipe, guidance, stages=None):
-    """Forwards of one sample through the frozen network: (all at once for the cache, while training).
+    """Forwards of one sample: (of the frozen network, all at once for the cache; while training, beside the
+    student's own on its pairs).
     guidance: classifier-free, which evaluates twice unless it is 0 or 1; stages: how many of the first,
     default all."""
     each = 1 if guidance in (0, 1) else 2
-    if recipe.pairs == "trajectory":
-        return sum(trajectory_counts(c, recipe)) * recipe.solver_steps * each, 0
+    cached = sum(trajectory_counts(c, recipe)) * recipe.solver_steps * each
     total, before = 0, 0
     for windows, updates in list(zip(recipe.stages, reflow.stage_updates(recipe, c.updates)))[:stages]:
-        inside = solved(recipe, windows, before, each)
-        total, before = total + updates * (c.batch // recipe.reuse) * inside, windows
-    return 0, total
+        pairs = c.batch // recipe.reuse * solved(recipe, windows, before, each)
+        total, before = total + updates * (pairs + c.batch * matched(recipe, windows, each)), windows
+    return cached if recipe.pairs == "trajectory" else 0, total
+
+
+def asks_frozen(recipe):
+    """Whether the frozen network is asked while the student trains."""
+    return recipe.pairs != "trajectory" or recipe.matching > 0
+
+
+def matched(recipe, windows, each=1):
+    """Forwards of distribution matching for one sample, a backward counted as two: the student's steps,
+    the critic and the teacher. windows, each: as for solved."""
+    return 3 * windows + 3 + each if recipe.matching and windows == recipe.stages[-1] else 0
 
 
 def solved(recipe, windows, before, each=1):
     """Forwards for one pair that no cache holds. windows: of this stage; before: of the one before, 0 in
     the first; each: of the teacher in one step."""
+    if recipe.pairs == "trajectory":
+        return 0
     if recipe.pairs in losses.TARGETS:                     # one of the teacher, others of the student
         return each + {"consistency": 1, "imitation": windows, "flow-map": 2}[recipe.pairs]
     if recipe.pairs == "student" and before:               # a step for each window of the stage before
@@ -130,6 +144,12 @@ def added(c, weights):
     return weights * (1 + OPTIMIZERS[c.optimizer] + (c.ema > 0 and c.ema_device != "cpu"))
 
 
+def critic_bytes(c, recipe, network, weights):
+    """Bytes of the critic of distribution matching, with its gradients and moments. network, weights: bytes
+    of the student's network, and of what is trained in it."""
+    return network + weights * (1 + OPTIMIZERS[c.optimizer]) if recipe.matching else 0
+
+
 def free_memory(device, world):
     """Bytes that this process can still have on its device."""
     if device.type in ("cuda", "xpu"):
@@ -143,7 +163,8 @@ def check_memory(c, recipe, device, world, pipeline, trained):
     """Raises UserError where training cannot fit, whatever the activations take. pipeline: on its device
     or, what is not opened yet, on meta; trained: bytes that will be, 0 for adapters."""
     online, free = recipe.pairs != "trajectory", free_memory(device, world)
-    frozen = trained * PRECISIONS[c.precision].itemsize / 4 if online else 0
+    frozen = trained * PRECISIONS[c.precision].itemsize / 4 if asks_frozen(recipe) else 0
+    frozen += critic_bytes(c, recipe, trained or nbytes(models.network(pipeline)), trained)
     dropped = 0 if online and not c.cache_latents else sum(
         p.nbytes for part in models.text_encoders(pipeline) for p in part.parameters() if not p.is_meta)
     unopened = sum(p.nbytes for part in (models.network(pipeline), *models.autoencoder(pipeline))
@@ -171,7 +192,8 @@ def measured_memory(device):
 def left(c, recipe, trained, whole):
     """Bytes that a run leaves: (its checkpoints, its students). trained: bytes; whole: parameters of a
     whole pipeline, which is exported in fp32."""
-    return c.keep * trained * (1 + OPTIMIZERS[c.optimizer] + (c.ema > 0)), len(recipe.stages) * whole * 4
+    state = trained * ((1 + OPTIMIZERS[c.optimizer]) * (1 + (recipe.matching > 0)) + (c.ema > 0))
+    return c.keep * state, len(recipe.stages) * whole * 4
 
 
 def check_disk(folder, nbytes, option="--cache", less="fewer --trajectories", files=("**/*.safetensors",)):
@@ -193,6 +215,7 @@ def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, wh
     student = models.network(pipeline)
     trainable = sum(p.nbytes for p in trained(student).values())
     frozen = sum(p.nbytes for p in solver.parameters()) if solver and not c.lora else 0
+    frozen += critic_bytes(c, recipe, nbytes(student), trainable)
     memory = (nbytes(student) + added(c, trainable) + frozen) / (world if c.shard else 1)
     memory += nbytes(*models.autoencoder(pipeline), *models.text_encoders(pipeline))
     checkpoints, exported = left(c, recipe, trainable, whole)

@@ -80,16 +80,18 @@ def print_end(folder, windows, grid):
 
 
 def row(parts, times):
-    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t.
-    parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5)."""
+    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t, and matching
+    where there is.
+    parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5 or 6)."""
     t, t_start, _ = times
-    values = (parts[name].to(t.device).double() for name in ("loss", "magnitude", "direction"))
-    return torch.stack([*values, t_start, t], 1)
+    loss, magnitude, direction, *more = (parts[name].detach().to(t.device).double() for name in
+                                         ("loss", "magnitude", "direction", "matching") if name in parts)
+    return torch.stack([loss, magnitude, direction, t_start, t, *more], 1)
 
 
 def summary(rows, norm, world, windows, step, optimizer, clock):
     """A line of the log: means over the samples of all processes since the last one, at time clock.
-    rows: (N, 5), from `row`."""
+    rows: (N, 5 or 6), from `row`."""
     count = world * len(rows)
     if world > 1:
         everyone = [torch.empty_like(rows) for _ in range(world)]
@@ -97,8 +99,9 @@ def summary(rows, norm, world, windows, step, optimizer, clock):
         rows = torch.cat(everyone)
     window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
+    matching = {"matching": rows[:, 5].mean().item()} if rows.shape[1] > 5 else {}
     return dict(step=step, windows=windows, lr=optimizer.param_groups[0]["lr"], loss=loss,
-                magnitude=magnitude, direction=direction, grad_norm=norm.item(),
+                magnitude=magnitude, direction=direction, **matching, grad_norm=norm.item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},
                 samples_per_second=count / (time.time() - clock))
 
@@ -174,7 +177,7 @@ def bad_sample(rows, norm, step, share, world, windows):
     `step`."""
     bad, found = (~torch.isfinite(rows[:, 0])).nonzero(), (math.inf, "")
     if len(bad):
-        loss, _, _, t_start, t = rows[bad[0, 0]].tolist()
+        loss, _, _, t_start, t = rows[bad[0, 0], :5].tolist()
         when = step + 1 - len(rows) // share + bad[0, 0].item() // share
         window = f"({t_start - 1 / windows:.3f}, {t_start:.3f}]"
         found = when, f"loss {loss} at step {when}, window {window}, t = {t:.4f}"

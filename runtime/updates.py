@@ -10,19 +10,22 @@ import losses
 from runtime import checkpoints, cli, muon
 
 
-def make_optimizer(c, recipe, student, pairs, world):
+def make_optimizer(c, recipe, student, pairs, world, critic=None):
     """A stage begins with a new optimizer, a new average, and, for learned normalization, a new
-    network that predicts the loss.
-    Returns: (optimizer, EMAModel or None, the scaler of the loss, which does nothing but in fp16, normalizer,
-    the normalizer as the loss calls it)."""
+    network that predicts the loss. critic: of distribution matching, in the stage that has it.
+    Returns: (optimizer, EMAModel or None, the scaler of the loss, which does nothing but in fp16, what is
+    trained beside the student: a ModuleDict of `normalizer` and `critic`, where there are; the same as the
+    loss calls them, a dict)."""
     # eps 1e-7 keeps Adam from making steps of rounding errors where a weight has no gradient (biases before
     # a group norm): with 1e-8 one process and two drift apart six times as fast
     parameters, settings = checkpoints.trained(student).values(), dict(lr=c.lr, weight_decay=0.0, eps=1e-7)
+    beside = torch.nn.ModuleDict({"critic": critic} if critic else {})
     if c.optimizer == "adamw8bit":
         library = cli.extra("--optimizer adamw8bit", "bitsandbytes", "memory")
         optimizer = library.optim.AdamW8bit(parameters, **settings)
     elif c.optimizer == "muon":
-        tables = [m.weight for m in student.modules() if isinstance(m, torch.nn.Embedding)]
+        tables = [m.weight for each in (student, beside) for m in each.modules()
+                  if isinstance(m, torch.nn.Embedding)]
         optimizer = muon.Muon(parameters, tables=tables, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
@@ -30,13 +33,16 @@ def make_optimizer(c, recipe, student, pairs, world):
     if ema:
         ema.to(c.ema_device or pairs.device)
     scaler = torch.amp.GradScaler(pairs.device.type, enabled=c.precision == "fp16")
-    normalizer = predict = torch.nn.Identity()
-    if recipe.normalization == "learned":                   # at a rate of its own, which stays
+    if recipe.normalization == "learned":
         torch.manual_seed(c.seed)
-        normalizer = predict = losses.LossNormalizer(pairs.shape[0]).to(pairs.device)
-        optimizer.add_param_group(dict(params=list(normalizer.parameters()), lr=1e-3, orthogonal=False))
-        predict = DDP(normalizer) if world > 1 else normalizer
-    return optimizer, ema, scaler, normalizer, predict
+        beside["normalizer"] = losses.LossNormalizer(pairs.shape[0]).to(pairs.device)
+    rates = dict(critic=dict(lr=c.lr), normalizer=dict(lr=1e-3, orthogonal=False))          # which stay
+    for name, module in beside.items():
+        optimizer.add_param_group(dict(params=list(checkpoints.trained(module).values()), **rates[name]))
+    sharded = {name for name in beside if c.shard and name == "critic"}                    # as the student is
+    called = {name: DDP(module) if world > 1 and name not in sharded else module
+              for name, module in beside.items()}
+    return optimizer, ema, scaler, beside, called
 
 
 def backward(loss, network, student, last):

@@ -183,8 +183,8 @@ class Lab:
         recipe = train.resolve_recipe(c)
         total, before = 0, 0
         for windows, share in zip(recipe.stages, recipe.shares):
-            pair = 0 if recipe.pairs == "trajectory" else plan.solved(recipe, windows, before)
-            total, before = total + share * c.batch * (3 + pair / recipe.reuse), windows
+            beside = plan.solved(recipe, windows, before) / recipe.reuse + plan.matched(recipe, windows)
+            total, before = total + share * c.batch * (3 + beside), windows
         cached = sum(trajectory_counts(c, recipe)) * recipe.solver_steps * (recipe.pairs == "trajectory")
         return cached, total / sum(recipe.shares)
 

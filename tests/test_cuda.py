@@ -49,6 +49,7 @@ def stopped_after(step, c):
 @pytest.mark.parametrize("changes", [slow(dict(grid_steps=2, windows=[1])), slow(dict(pairs="student", normalization="learned", precision="bf16")),
                                      slow(dict(pairs="student", lora=2, precision="bf16")),
                                      dict(pairs="consistency", windows=[1], grid_steps=2), dict(pairs="imitation", windows=[4, 2]),
+                                     dict(matching=0.1, windows=[2]), slow(dict(matching=0.1, lora=2, windows=[1])),
                                      slow(dict(pairs="flow-map", windows=[2]))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the_cpu(model, tmp_path, monkeypatch, changes):
@@ -68,7 +69,8 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
         assert done > 0 and states and {*map(str, network.buffers())} == set()
         for name, (p, parts) in states.items():
             moments = {"exp_avg", "exp_avg_sq", "step"}
-            assert set(parts) == {"normalizer", *moments} if name.startswith("normalizer.") else set(parts) == {"student", "ema", *moments}
+            beside = name.startswith(("normalizer.", "critic."))
+            assert set(parts) == ({"beside", *moments} if beside else {"student", "ema", *moments})
             for part, tensor in parts.items():
                 assert isinstance(tensor, CudaTensor) and tensor.dtype == torch.float32, (name, part)
                 assert part == "step" and tensor.shape == () or tensor.stride() == p.stride(), (name, part)
@@ -78,7 +80,7 @@ def test_a_run_on_cuda_killed_and_resumed_inside_a_stage_gives_the_losses_of_the
 
 
 @pytest.mark.parametrize("changes", [slow(dict(grid_steps=2, windows=[1])), slow(dict(pairs="student", normalization="learned")),
-                                     slow(dict(pairs="consistency", windows=[1])), dict(windows=[1], time_law="log-normal")],
+                                     slow(dict(pairs="consistency", windows=[1])), dict(windows=[1], time_law="log-normal", matching=0.1)],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_a_run_on_a_device_without_float64_gives_the_losses_of_the_cpu(model, tmp_path, changes):
     train.main(options(model, tmp_path / "cpu", "cpu", **changes))

@@ -361,3 +361,67 @@ def test_imitation_comes_to_the_mean_of_the_teachers_velocities_on_its_line(sche
         u = flow.velocity(z, losses.imitation(flow.teacher, student, schedule, z, t, t_start, t_end, 8), t_start).mean(0)
     assert u.item() == pytest.approx(c.item(), abs=1e-9)
     assert abs(u.item() - flow.velocity(z, flow.end(z, t_start), t_start)[0].item()) > 1e-3           # and that is not the exact step
+
+
+# ---- distribution matching -----------------------------------------------------------------------------------------
+
+
+def noise(count, seed=0):
+    return torch.randn(count, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def drawn_times(count):
+    return 0.02 + 0.96 * torch.rand(count, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_matching_moves_the_student_from_the_critics_answer_to_the_teachers_and_teaches_the_critic_alone(schedule):
+    flow, t, x = Flow(schedule, 0.7, 0.4), drawn_times(8), noise(8).requires_grad_()
+    shift = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def critic(z, t):
+        x_hat, eps_hat = flow.teacher(z, t)
+        return x_hat + shift, eps_hat
+    moved, learned = losses.matching(flow.teacher, critic, schedule, x, t, noise(8, 2))
+    teachers, _ = flow.teacher(losses.noised(schedule, t, x.detach(), noise(8, 2)), t)
+    distance = (x.detach() - teachers).abs().mean(1, keepdim=True)
+    by_student, nothing = torch.autograd.grad(moved.sum(), (x, shift), retain_graph=True, allow_unused=True)
+    assert nothing is None and torch.allclose(by_student, 0.3 / distance.expand(-1, 3) / 3)            # descent: towards the teacher's answer
+    assert torch.allclose(moved, (0.3 / distance[:, 0]).square() / 2)
+    nothing, by_critic = torch.autograd.grad(learned.sum(), (x, shift), allow_unused=True)
+    assert nothing is None and by_critic.abs() > 0
+    for space, (p, q) in (("x", (1.0, 0.0)), ("eps", (0.0, 1.0))):
+        _, learned = losses.matching(flow.teacher, flow.teacher, schedule, x, t, noise(8, 2), (p, q))
+        found = flow.teacher(losses.noised(schedule, t, x.detach(), noise(8, 2)), t)[space == "eps"]
+        assert torch.allclose(learned, losses.mse(found, x.detach() if space == "x" else noise(8, 2)))
+
+
+def test_a_critic_that_agrees_with_the_teacher_leaves_the_student_where_it_is(schedule):
+    flow, x = Flow(schedule, 0.7, 0.4), noise(8).requires_grad_()
+    moved, _ = losses.matching(flow.teacher, flow.teacher, schedule, x, drawn_times(8), noise(8, 2))
+    moved.sum().backward()
+    assert moved.eq(0).all() and x.grad.eq(0).all()
+
+
+def test_what_matching_comes_to_is_the_teachers_distribution(schedule):
+    """Data ~ N(0.7, 0.4^2). A student x = a + b z, whose exact critic knows that it makes N(a, b^2), and begins far away."""
+    flow = Flow(schedule, 0.7, 0.4)
+    a, b = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (-0.5, 1.0))
+    optimizer = torch.optim.Adam([a, b], lr=0.02)
+    for step in range(400):
+        critic = Flow(schedule, a.detach(), b.detach())
+        generator = torch.Generator().manual_seed(step)
+        z, eps = torch.randn(2, 256, 3, generator=generator, dtype=torch.float64)
+        t = 0.02 + 0.96 * torch.rand(256, generator=generator, dtype=torch.float64)
+        moved, _ = losses.matching(flow.teacher, critic.teacher, schedule, a + b * z, t, eps)
+        optimizer.zero_grad()
+        moved.mean().backward()
+        optimizer.step()
+    assert a.item() == pytest.approx(0.7, abs=0.02) and b.item() == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_critic_learns_what_the_student_makes(schedule):
+    """One answer per time, fitted to samples of N(-0.2, 0.3^2): least where it is the mean of x given z."""
+    right, wrong = Flow(schedule, -0.2, 0.3), Flow(schedule, -0.2, 0.4)
+    x, t = -0.2 + 0.3 * noise(4096), drawn_times(4096)
+    least, more = (losses.matching(wrong.teacher, each.teacher, schedule, x, t, noise(4096, 2))[1].mean() for each in (right, wrong))
+    assert least < more

@@ -29,7 +29,8 @@ def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path
 
 @pytest.mark.parametrize("changes", [slow(dict(pairs="data")), dict(pairs="student"), dict(pairs="consistency", windows=[1]),
                                      dict(pairs="data", guidance_teacher=2.0, reuse=2, micro_batch=2), dict(guidance_teacher=2.0),
-                                     dict(pairs="imitation", windows=[4, 1]), dict(pairs="flow-map", guidance_teacher=2.0, windows=[2])], ids=str)
+                                     dict(pairs="imitation", windows=[4, 1]), dict(pairs="flow-map", guidance_teacher=2.0, windows=[2]),
+                                     dict(matching=0.1, windows=[2, 1]), dict(matching=0.1, guidance_teacher=2.0, windows=[2])], ids=str)
 def test_the_evaluations_said_are_those_made(model, tmp_path, monkeypatch, changes):  # noqa: F811
     c, real, made = options(model, tmp_path, "cpu", updates=2, **changes), train.models.as_model, [0]
 
@@ -38,14 +39,14 @@ def test_the_evaluations_said_are_those_made(model, tmp_path, monkeypatch, chang
         network = counted.network
 
         def forward(z, timestep, **cond):
-            made[0] += len(z) * (not torch.is_grad_enabled())
+            made[0] += len(z) * (3 if torch.is_grad_enabled() else 1)                # a backward is two
             return network(z, timestep, **cond)
         counted.network = forward
         return counted
     monkeypatch.setattr(train.models, "as_model", as_model)
     train.main(c)
     recipe = train.resolve_recipe(c)
-    assert made[0] == sum(plan.evaluations(c, recipe, c.guidance_teacher))
+    assert made[0] == sum(plan.evaluations(c, recipe, c.guidance_teacher)) + 3 * c.updates * c.batch
 
 
 def test_what_cannot_fit_is_refused_before_any_cache(model, tmp_path, monkeypatch):  # noqa: F811
@@ -144,7 +145,7 @@ def test_a_run_with_8_bit_moments_is_checkpointed_and_goes_on_to_the_bits_of_one
     assert all(torch.equal(stopped[name], straight[name]) for name in straight)
 
 
-@pytest.mark.parametrize("extra", [{}, dict(normalization="learned"), dict(lora=2)])
+@pytest.mark.parametrize("extra", [{}, dict(normalization="learned"), dict(lora=2), dict(matching=0.1)])
 def test_a_run_with_muon_goes_on_to_the_bits_of_one_that_was_not_stopped(model, tmp_path, extra):  # noqa: F811
     runs = [options(model, tmp_path / name, "cpu", windows=[1], optimizer="muon", lr=1e-3, **extra) for name in ("stopped", "straight", "other")]
     stopped_after(3, runs[0])

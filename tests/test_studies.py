@@ -76,7 +76,7 @@ def lab(tmp_path):
 @pytest.mark.parametrize("options, per_sample", [
     ("--recipe perflow", 8 + 3), ("--recipe rectified-diffusion", 10 + 3), ("--recipe lcm", 2 + 3), ("--pairs data --windows 1", 32 + 3),
     ("--recipe proreflow --windows 8 4", (4 + 2) / 2 + 3), ("--recipe proreflow --windows 8 4 2", (4 + 2 + 2) / 3 + 3),
-    ("--recipe perflow --reuse 2", 4 + 3)])
+    ("--recipe perflow --reuse 2", 4 + 3), ("--recipe perflow --matching 0.1", 8 + 3 + 3 * 4 + 3 + 1)])
 def test_a_run_costs_what_its_recipe_says(lab, options, per_sample):
     assert lab.evaluations(f"{options} --updates 600") == pytest.approx(600 * 16 * per_sample)
 

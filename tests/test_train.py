@@ -108,7 +108,7 @@ def test_every_stage_leaves_a_complete_pipeline_and_the_same_seed_gives_the_same
 @pytest.mark.parametrize("changes", [
     dict(pairs="data"), dict(path="linear", space="velocity"), dict(space="eps", direction_weight=0.5), dict(loss="pseudo-huber", space="end"),
     dict(time_law="uniform"), dict(time_law="exponential"), dict(time_inside=True), dict(solver_steps=16), dict(loss="high-pass"),
-    dict(normalization="per-sample"), dict(text_dropout=1.0), dict(lr=1e-4),
+    dict(normalization="per-sample"), dict(text_dropout=1.0), dict(lr=1e-4), dict(matching=0.1),
     # without these, other tests fail as well
     *map(slow, [dict(pairs="student"), dict(guidance_teacher=3.0), dict(windows=[1]), dict(normalization="learned"), dict(forward_rate=0.5),
                 dict(dropout=0.2), dict(reuse=2), dict(lora=2), dict(precision="bf16"), dict(ema=0.0)])],
@@ -207,7 +207,8 @@ def test_the_loss_falls(random_sd, tmp_path):
 # ---- stopped, killed, resumed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [slow(dict()), slow(dict(pairs="student")), dict(lora=2, pairs="student"), slow(dict(normalization="learned", dropout=0.1))],
+@pytest.mark.parametrize("changes", [slow(dict()), slow(dict(pairs="student")), dict(lora=2, pairs="student"), slow(dict(normalization="learned", dropout=0.1)),
+                                     dict(matching=0.1, normalization="learned"), slow(dict(matching=0.1, lora=2))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_killed_and_resumed_equals_uninterrupted(random_sd, tmp_path, changes):
     """SIGKILL at an arbitrary moment, then the same command again until it finishes."""
@@ -348,7 +349,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [slow(dict()), slow(dict(shard=True, normalization="learned", grid_steps=4)), slow(dict(micro_batch=2, pairs="student", normalization="learned"))],
+@pytest.mark.parametrize("changes", [slow(dict()), slow(dict(shard=True, normalization="learned", grid_steps=4)), slow(dict(micro_batch=2, pairs="student", normalization="learned")),
+                                     dict(micro_batch=2, matching=0.1), slow(dict(shard=True, matching=0.1, windows=[2]))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, changes):
     done = run_two([str(ROOT / "train.py"), *command("tiny", tmp_path / "two", **CURVE, **changes)], tmp_path)

@@ -162,9 +162,9 @@ def phases(c):
     cli.choose("--optimizer", c.optimizer, plan.OPTIMIZERS)
     recipe = resolve_recipe(dataclasses.replace(c, optimizer="adamw"))     # the other need not be installed
     share, micro = train.split_batch(c, recipe, 1)
-    if recipe.pairs != "trajectory" or c.shard or c.compile:
-        raise UserError("counted are runs with cached trajectories, on one process, without --compile; leave "
-                        "out what asks for others")
+    if plan.asks_frozen(recipe) or c.shard or c.compile:
+        raise UserError("counted are runs with cached trajectories alone, on one process, without --compile; "
+                        "leave out what asks for others")
     guided = c.guidance_range is not None or c.guidance_teacher not in (0, 1)
     found = counted(c.model, c.model_config, c.size, c.lora, c.precision, micro, micro < share,
                     c.gradient_checkpointing, c.device, guided)
