@@ -18,13 +18,14 @@ import matplotlib.pyplot as plt
 import export
 from runtime import cli, store
 from runtime.cli import UserError
-from studies import curriculum, methods, proreflow, runner, simple_reflow, time_law
+from studies import curriculum, matching, methods, proreflow, runner, simple_reflow, time_law
 from studies.plots import DPI
 from studies.results import markdown
 from studies.runner import Lab, evaluator
 
 STUDIES = {
-    "time-law": time_law.time_law, "curriculum": curriculum.curriculum, "methods": methods.methods,
+    "time-law": time_law.time_law, "curriculum": curriculum.curriculum, "matching": matching.matching,
+    "methods": methods.methods,
     "direction-weight": proreflow.direction_weight, "discrepancy": proreflow.discrepancy,
     "noise": proreflow.noise, "guidance": proreflow.guidance, "pairs": proreflow.pairs,
     "simple-reflow": simple_reflow.simple_reflow, "best-of-both": simple_reflow.best_of_both}

@@ -275,7 +275,7 @@ def test_a_range_of_embedded_guidance_is_told_to_teacher_and_student(families, t
 @pytest.mark.parametrize("shard", [slow(False), True], ids=["ddp", "fsdp"])
 def test_two_processes_train_a_transformer_as_one_does(families, name, shard, tmp_path):
     family = families(name)
-    options = dict(windows=[2, 1], updates=4, cache=str(tmp_path / "cache"), shard=shard, normalization="learned", grid_steps=2)
+    options = dict(windows=[2, 1], updates=4, cache=str(tmp_path / "cache"), shard=shard, normalization="learned", matching=0.1, grid_steps=2)
     done = run_two([str(ROOT / "train.py"), *command(config(family, tmp_path / "two", **options)).split()[2:]], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     one = train.main(config(family, tmp_path / "one", **{**options, "shard": False}))

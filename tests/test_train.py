@@ -350,7 +350,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [slow(dict()), slow(dict(shard=True, normalization="learned", grid_steps=4)), slow(dict(micro_batch=2, pairs="student", normalization="learned")),
-                                     dict(micro_batch=2, matching=0.1), slow(dict(shard=True, matching=0.1, windows=[2]))],
+                                     dict(micro_batch=2, matching=0.1), slow(dict(shard=True, matching=0.1)), slow(dict(lora=2, matching=0.1))],
                          ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
 def test_two_processes_give_the_loss_curve_of_one_at_the_same_global_batch(tmp_path, changes):
     done = run_two([str(ROOT / "train.py"), *command("tiny", tmp_path / "two", **CURVE, **changes)], tmp_path)
