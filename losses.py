@@ -1,6 +1,7 @@
 """Losses: pure functions of (prediction, target) that return one value per sample;
 weighting and averaging belong to the caller. What is compared (eps, flow velocity, end of the
-window) is a row of reflow.SPACES. And the targets of other methods, which take the chord's place.
+window) is a row of reflow.SPACES. And the targets of other methods, which take the chord's place, and
+distribution matching, which stands beside it.
 
     python losses.py        # prints each loss at known points and asserts the decomposition
 """
