@@ -25,7 +25,7 @@ import export
 import models
 import reflow
 from data import captioned
-from models import load
+from models import load, saved
 from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
 from pairs import FRESH, Pairs, cache_folder
@@ -118,6 +118,8 @@ def open_pairs(c, recipe, device, processes):
     if cached and not apart:
         pipeline = opened(empty=models.NOT_TEXT)
     check_lora(c, models.network(pipeline))
+    if c.init:
+        saved.check_start(c, recipe)
     export.check_files(c, pipeline)
     guidance = models.embed_guidance(pipeline, c.guidance_teacher, c.guidance_range)
     models.check_null(pipeline, guidance, c.text_dropout)               # before anything encodes a caption
@@ -239,15 +241,16 @@ def main(c, draws=progress.Grid):
     solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps  # steps from t = 1 to 0
 
     # the newest checkpoint says where to go on; the log forgets what came after it
-    checkpoint, saved = checkpoints.newest_checkpoint(out, rank)
-    resumed = int(saved.get("step", 0))
+    checkpoint, kept = checkpoints.newest_checkpoint(out, rank)
+    resumed = int(kept.get("step", 0))
     if rank == 0:
         progress.trim_log(out / "log.jsonl", max(resumed, sum(per_stage[:finished])))
         plan.print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
     flags, (stop, release) = processes.StopFlags(device, world), processes.catch_signals()
     bar = progress.Bar(c, sum(per_stage[:finished]), device, rank)
-    if finished:
-        load_weights(student, export.trained_weights(folders[finished - 1], c.lora))
+    if finished or c.init:
+        begin = folders[finished - 1] if finished else Path(c.init)
+        load_weights(student, export.trained_weights(begin, c.lora))
     for stage in range(finished, len(folders)):
         windows, count, first = recipe.stages[stage], per_stage[stage], sum(per_stage[:stage])
         info, done = describe(c, recipe, windows, world, device, pairs.guidance), 0
@@ -258,7 +261,7 @@ def main(c, draws=progress.Grid):
         optimizer, ema, scaler, beside, called = updates.make_optimizer(
             c, recipe, student, pairs, world, critic if windows == recipe.stages[-1] else None)
         if first < resumed <= first + count:
-            done = int(saved["done"])
+            done = int(kept["done"])
             checkpoints.restore(checkpoint, done, student, beside, optimizer, ema, scaler)
             bar.go_on(done)
         model, plain = (models.as_model(pipeline, each, path, windows) for each in (network, student))
@@ -269,7 +272,7 @@ def main(c, draws=progress.Grid):
         if c.grid_steps and first + done == 0:
             grid.begin(plain, board, pairs)
         for step in range(first + done, first + count):
-            # pictures of the running average; before any update, these are plain DDIM by the teacher
+            # pictures of the running average; before any update, of the teacher or --init, by plain DDIM
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
                 grid.draw(plain, windows, step, board, ema)
 

@@ -89,6 +89,18 @@ def read_info(option, folder):
     return json.loads(file.read_text())
 
 
+def check_start(c, recipe):
+    """Raises UserError unless --init is a student that training can go on from: of this teacher and path,
+    with the same adapters or none."""
+    info = read_info("--init", c.init)
+    here = dict(model=c.model, path=recipe.path, lora=c.lora)
+    there = dict(model=info["teacher"], path=info["path"], lora=info.get("config", {}).get("lora", 0))
+    for name, value in there.items():
+        if value != here[name]:
+            raise UserError(f"--init {c.init}: its --{name} is {value}, not {here[name]}; give {value}, or "
+                            "another student")
+
+
 def check_inputs(pipeline, other, size):
     """Raises UserError unless both networks can be evaluated at the same latents with the same text.
     size: as for latent_shape."""

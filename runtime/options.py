@@ -25,6 +25,8 @@ class Model:
                                      # pixart-sigma, sana), a diffusers folder, a hub id or .safetensors
     model_config: str = ""           # for a .safetensors file: a diffusers folder with its configuration;
                                      # default, of SD and SDXL alone: from the hub
+    init: str = ""                   # folder of a student of this teacher, to go on from instead of the
+                                     # teacher itself
     random_init: bool = False        # random weights in the teacher's architecture: measures everything but
                                      # quality, downloads nothing
     guidance_teacher: float = 1.0    # guidance the pairs are made with; 1 = none, as in ProReflow;

@@ -493,7 +493,7 @@ MEANING = dict(
     lora="test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt",
     guidance_teacher="test_the_card_says_that_guidance_is_in_the_student",
     guidance_range="test_the_card_says_that_guidance_is_in_the_student")
-TRAINING = set("""pairs space loss matching high_pass_weight high_pass_radius normalization time_law starts_share time_base time_inside direction_weight direction_space
+TRAINING = set("""init pairs space loss matching high_pass_weight high_pass_radius normalization time_law starts_share time_base time_inside direction_weight direction_space
     solver_steps reuse forward_rate projection dropout name data image_column caption_column skip_bad prompts out cache trajectories cache_latents
     cache_only updates batch micro_batch lr ema precision gradient_checkpointing shard compile text_dropout resume keep checkpoint_steps log_steps grid_steps
     export export_dtype device validation_prompts config optimizer ema_device report_to caption min_size push_to_hub""".split())

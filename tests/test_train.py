@@ -15,6 +15,7 @@ from conftest import ROOT, run_python, run_two, slow, start_python
 from PIL import Image
 from safetensors.torch import load_file
 
+import export
 import losses
 import models
 import reflow
@@ -202,6 +203,28 @@ def test_turning_pictures_on_does_not_change_training_and_the_first_is_plain_ddi
 def test_the_loss_falls(random_sd, tmp_path):
     train.main(small(random_sd, tmp_path, recipe="reflow", windows=None, updates=40, batch=8, lr=1e-3, trajectories=8))
     assert np.mean(loss_curve(tmp_path)[-10:]) < 0.8 * np.mean(loss_curve(tmp_path)[:10])
+
+
+@pytest.mark.parametrize("lora", [0, slow(2)])
+def test_training_goes_on_from_a_student_and_its_pairs_are_still_the_teachers(short, random_sd, tmp_path, lora):
+    """With a rate of nothing the student that it begins with comes out again; with one, another."""
+    first = short(lora=lora, lr=1e-2) if lora else short()
+    kept = dict(lora=lora, ema=0.0, init=str(first), cache=str(first.parent / "cache"))
+    still = train.main(small(random_sd, tmp_path / "still", **{**SHORT, **kept, "lr": 1e-30}))
+    moved = train.main(small(random_sd, tmp_path / "moved", **{**SHORT, **kept, "windows": [1]}))
+    parts = [export.trained_weights(folder, lora) for folder in (first, still, moved)]
+    assert same_bits(*parts[:2]) and not same_bits(*parts[1:])
+    assert not (tmp_path / "still" / "cache").exists()              # it has read, and not refused, that of the teacher
+
+
+def test_a_student_of_something_else_is_no_beginning(short, random_sd, tmp_path):
+    for init, changes, told in ((tmp_path, {}, "no student there"), (short(), dict(path="linear"), "its --path is vp, not linear"),
+                                (short(), dict(lora=2), "its --lora is 0, not 2")):
+        with pytest.raises(cli.UserError, match=f"--init .*: {told}"):
+            train.main(small(random_sd, tmp_path / "out", init=str(init), **changes))
+    with pytest.raises(cli.UserError, match="its --model is .*, not tiny"):
+        train.main(small("tiny", tmp_path / "out", init=str(short())))
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 # ---- stopped, killed, resumed --------------------------------------------------------------------------------------
