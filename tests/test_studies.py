@@ -114,12 +114,15 @@ def test_straight_training_costs_what_the_curriculum_had_cost_by_then(lab):
 
 def test_every_weight_of_matching_costs_the_same_and_begins_with_the_same_trajectories(lab):
     for seed in range(2):
-        arms = {weight: options for weight, (_, options) in matching.runs(lab, seed).items()}
+        arms = {weight: options for weight, (_, options) in matching.runs(lab, seed, "student-1").items()}
         configs = {weight: lab.parse(options) for weight, options in arms.items()}
         assert {weight: train.resolve_recipe(c).matching for weight, c in configs.items()} == {weight: weight for weight in matching.WEIGHTS}
-        assert all(lab.evaluations(options) == pytest.approx(matching.BUDGET, rel=0.01) for options in arms.values())
-        assert len({(c.seed, c.cache, c.trajectories, c.optimizer, c.lr, c.batch) for c in configs.values()}) == 1
-        assert configs[0].updates == pytest.approx(10 / 3 * configs[0.1].updates, rel=0.01) and configs[0.1].updates == configs[1].updates
+        spent = matching.BUDGET + 32 * matching.TRAJECTORIES
+        assert all(lab.evaluations(options) == pytest.approx(spent, rel=0.01) for options in arms.values())
+        first = lab.parse(matching.beginning(lab, seed)[1])
+        assert {(c.seed, c.cache, c.trajectories) for c in (first, *configs.values())} == {(seed, first.cache, matching.TRAJECTORIES)}
+        assert len({(c.optimizer, c.lr, c.batch, c.init) for c in configs.values()}) == 1
+        assert configs[0].updates == pytest.approx(10 / 3 * configs[1].updates, rel=0.01) and configs[0.3].updates == configs[1].updates
 
 
 def test_every_method_has_the_same_budget_and_the_same_choice(lab):
