@@ -235,7 +235,7 @@ def main(c, draws=progress.Grid):
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
     solver = FrozenNetwork(c, student, device) if plan.asks_frozen(recipe) else None
-    critic = make_student(c, copy.deepcopy(student), device) if recipe.matching else None
+    critic = make_student(c, copy.deepcopy(student), device, 0.0) if recipe.matching else None
     make_student(c, student, device, recipe.dropout)
     network = DDP(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps  # steps from t = 1 to 0

@@ -5,7 +5,7 @@ from studies import curriculum
 from studies.plots import BLACK, BLUE, ORANGE, axes
 from studies.runner import Comparison, judge, mean_interval, shown
 
-WEIGHTS = 0, 0.3, 1
+WEIGHTS = 0, 0.3
 
 UPDATES, TRAJECTORIES = 400, 1536      # of the student of one window that all begin with, by reflow alone
 

@@ -122,7 +122,7 @@ def test_every_weight_of_matching_costs_the_same_and_begins_with_the_same_trajec
         first = lab.parse(matching.beginning(lab, seed)[1])
         assert {(c.seed, c.cache, c.trajectories) for c in (first, *configs.values())} == {(seed, first.cache, matching.TRAJECTORIES)}
         assert len({(c.optimizer, c.lr, c.batch, c.init) for c in configs.values()}) == 1
-        assert configs[0].updates == pytest.approx(10 / 3 * configs[1].updates, rel=0.01) and configs[0.3].updates == configs[1].updates
+        assert configs[0].updates == pytest.approx(10 / 3 * configs[0.3].updates, rel=0.01)
 
 
 def test_every_method_has_the_same_budget_and_the_same_choice(lab):
