@@ -10,6 +10,7 @@ What it finds goes to --results as NAME.json, NAME.md and NAME.png; of another t
 embedded UNet, as NAME-MODEL.
 """
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -62,11 +63,12 @@ def main(c):
         figure.savefig(results / f"{file}.png", dpi=DPI)
         plt.close(figure)
         shared = evaluator(c)
-        given = [f"--{option} {getattr(c, option)}" for option in ("model", "seeds", "scale")
-                 if getattr(c, option) != getattr(runner.Config, option)]
+        given = [word for option in ("model", "seeds", "scale", "methods")
+                 if getattr(c, option) != getattr(runner.Config, option)
+                 for word in cli.arguments(option, getattr(c, option))]
         question = " ".join([*STUDIES[name].__doc__.split(), f"({c.model})" * bool(runner.label(c))]).strip()
-        result = dict(name=file, question=question, command=" ".join(["python -m studies", name, *given]),
-                      **found,
+        command = shlex.join(["python", "-m", "studies", name, *given])
+        result = dict(name=file, question=question, command=command, **found,
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",

@@ -3,6 +3,7 @@ and noise."""
 import math
 
 import train
+from runtime import cli
 from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
 from studies.runner import Comparison, judge, mean_interval, shown
 
@@ -20,7 +21,8 @@ METHODS = {                        # name: (options, solver)
     "both": ("--recipe both", "ddim"),
 }
 
-BUDGETS = 30_000, 100_000, 300_000  # network evaluations of a run, its trajectories included
+BUDGETS = 10_000, 30_000, 100_000  # network evaluations of a run, its trajectories included; the sweep has the
+                                   # first, a tenth of the last
 
 IN_TRAJECTORIES = 0.25             # of the budget, where trajectories are cached: as of the default recipe
 
@@ -62,10 +64,17 @@ def students(lab, method, folder):
     return found
 
 
+def asked_for(lab):
+    """The methods of this study, --methods as slug names them.  Raises UserError on one that it does not
+    know."""
+    known = {slug(method): method for method in METHODS}
+    return [cli.choose("--methods", name, known) for name in lab.c.methods or known]
+
+
 def sweep(lab):
     """Optimizer, learning rate and time law of each method, at the smallest budget, by FD in the fewest steps
     that its student is made for.  Returns: {method: (rate, starts)}, the lines of a table."""
-    keys = [(method, rate, starts) for method in METHODS for rate in RATES for starts in (False, True)]
+    keys = [(method, rate, starts) for method in asked_for(lab) for rate in RATES for starts in (False, True)]
     names = {(method, (optimizer, lr), starts):
              f"methods/sweep/{slug(method)}-{optimizer}-{lr:g}-{'starts' if starts else 'own'}"
              for method, (optimizer, lr), starts in keys}
@@ -74,7 +83,7 @@ def sweep(lab):
                   steps=stages(lab, key[0])[-1], solver=METHODS[key[0]][1], seed=SWEEP_NOISE) for key in keys]
     fd = {key: row["fd_corrected"] for key, row in zip(keys, lab.measure(asked))}
     chosen, lines = {}, []
-    for method in METHODS:
+    for method in asked_for(lab):
         best = min((key for key in keys if key[0] == method), key=fd.get)
         chosen[method] = best[1:]
         for starts in (False, True):
@@ -90,10 +99,10 @@ def slug(method):
 
 def methods(lab):
     """Which method makes the best few-step student at equal cost, each tuned by the same rule?"""
-    seeds, (chosen, swept) = range(min(3, lab.c.seeds)), sweep(lab)
+    seeds, names, (chosen, swept) = range(min(3, lab.c.seeds)), asked_for(lab), sweep(lab)
     runs = {(method, budget, s): (f"methods/{slug(method)}-{budget}-s{s}",
                                   options_of(lab, method, *chosen[method], budget, s))
-            for budget in BUDGETS for s in seeds for method in METHODS}
+            for budget in BUDGETS for s in seeds for method in names}
     folders = lab.train(dict(runs.values()))
     asked = {(method, budget, s, steps): request for (method, budget, s), (name, _) in runs.items()
              for steps, request in students(lab, method, folders[name]).items()}
@@ -112,7 +121,7 @@ def methods(lab):
         lines = [["teacher, plain DDIM", "-", "-",
                   *(f"{plain[steps][name]:.{digits}f}" for steps in STEPS)]]
         for budget in reversed(BUDGETS):
-            for method in METHODS:
+            for method in names:
                 lines.append([method, f"{budget * lab.c.scale / 1000:g}",
                               lab.parse(runs[method, budget, 0][1]).updates,
                               *(cell(column(method, steps, budget, name), digits) for steps in STEPS)])
@@ -121,7 +130,7 @@ def methods(lab):
                        ["method", "evaluations (1000)", "updates of 32",
                         *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)], lines))
     lines = []
-    for method in METHODS:
+    for method in names:
         values = [[100 * row["all"] for row in column(method, steps, most, "prompt_accuracy")]
                   for steps in STEPS]
         lines.append([method, *(cell(each, 1) for each in values)])
@@ -137,36 +146,40 @@ def methods(lab):
     comparisons = []
     for method, steps in (("ProReflow-I (8→4)", 4), ("ProReflow-II (8→4→2)", 2), ("PeRFlow", 4)):
         values = column(method, steps, most)
-        comparisons.append(Comparison(f"{method} against plain DDIM in {steps} steps", values,
-                                      [plain[steps]["fd_corrected"]] * len(values)))
-    comparisons.append(Comparison("ProReflow-I (8→4) against PeRFlow in 4 steps",
-                                  column("ProReflow-I (8→4)", 4, most), column("PeRFlow", 4, most)))
+        if values:
+            comparisons.append(Comparison(f"{method} against plain DDIM in {steps} steps", values,
+                                          [plain[steps]["fd_corrected"]] * len(values)))
+    if {"ProReflow-I (8→4)", "PeRFlow"} <= set(names):
+        comparisons.append(Comparison("ProReflow-I (8→4) against PeRFlow in 4 steps",
+                                      column("ProReflow-I (8→4)", 4, most), column("PeRFlow", 4, most)))
     for steps in (1, 2, 4):
-        for method in METHODS:
-            if method != "default" and column(method, steps, most):
+        for method in names:
+            if method != "default" and column(method, steps, most) and column("default", steps, most):
                 comparisons.append(Comparison(
                     f"default against {method} in {steps} step{'s' * (steps > 1)}",
                     column("default", steps, most), column(method, steps, most)))
     tests = judge(comparisons)
     verdict = []
     for steps in (1, 2, 4):
-        mean = {method: sum(column(method, steps, most)) / len(seeds) for method in METHODS
+        mean = {method: sum(column(method, steps, most)) / len(seeds) for method in names
                 if column(method, steps, most)}
-        first, second = sorted(mean, key=mean.get)[:2]
-        verdict.append(f"In {steps} step{'s' * (steps > 1)} lowest {first} ({mean[first]:.2f}), then "
-                       f"{second} ({mean[second]:.2f}); plain DDIM {plain[steps]['fd_corrected']:.2f}.")
-    goal = sum(column("PeRFlow", 4, most)) / len(seeds)
-    reached = [budget for budget in BUDGETS if sum(column("default", 4, budget)) / len(seeds) <= goal]
-    verdict.append(f"PeRFlow's FD in 4 steps after {most * lab.c.scale / 1000:g} thousand evaluations, "
-                   f"{goal:.2f}, the default " +
-                   (f"reaches after {reached[0] * lab.c.scale / 1000:g} thousand." if reached else
-                    "does not reach."))
+        order = ", then ".join(f"{method} ({mean[method]:.2f})" for method in sorted(mean, key=mean.get)[:2])
+        if mean:
+            verdict.append(f"In {steps} step{'s' * (steps > 1)} lowest {order}; plain DDIM "
+                           f"{plain[steps]['fd_corrected']:.2f}.")
+    if {"default", "PeRFlow"} <= set(names):
+        goal = sum(column("PeRFlow", 4, most)) / len(seeds)
+        reached = [budget for budget in BUDGETS if sum(column("default", 4, budget)) / len(seeds) <= goal]
+        verdict.append(f"PeRFlow's FD in 4 steps after {most * lab.c.scale / 1000:g} thousand evaluations, "
+                       f"{goal:.2f}, the default " +
+                       (f"reaches after {reached[0] * lab.c.scale / 1000:g} thousand." if reached else
+                        "does not reach."))
     verdict += [*map(str, comparisons), tests]
 
     figure, panels = axes(3, width=12, height=4.4)
     styles = [(color, marker) for marker in "os^" for color in (BLUE, VERMILION, GREEN, PINK, ORANGE)]
     for axis, steps in zip(panels, (1, 2, 4)):
-        for method, (color, marker) in zip(METHODS, styles):
+        for method, (color, marker) in zip(names, styles):
             found = [(budget, *mean_interval(column(method, steps, budget))) for budget in BUDGETS
                      if column(method, steps, budget)]
             if found:

@@ -6,6 +6,7 @@ import math
 import re
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +214,20 @@ def test_a_study_is_whole(pretend, name, tmp_path):
     text = results.markdown(dict(found, question=__main__.STUDIES[name].__doc__.strip(), command="x", protocol="y"))
     assert text.count("\n|") >= 3 and "nan" not in text and json.dumps(found) and results.tables(found) in text
     assert f"**q** {found['verdict'][0]}" in results.index({name: dict(found, question="q", command="x")})
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
+@pytest.mark.parametrize("chosen", [["perflow", "proreflow-i"], ["proreflow-ii"], ["default", "perflow"]])
+def test_some_methods_alone_are_compared_with_each_other(pretend, chosen):
+    trained, pretend.c.methods = {}, chosen
+    pretend.train = lambda runs: trained.update(runs) or {name: pretend.out / name for name in runs}
+    found = methods.methods(pretend)
+    assert {re.sub(r"-(adamw|muon|\d).*", "", Path(name).name) for name in trained} == set(chosen)
+    assert {methods.slug(line[0]) for line in found["tables"][2][2]} == {*chosen, methods.slug("teacher, plain DDIM")}
+    assert sum("against PeRFlow" in sentence for sentence in found["verdict"]) == ("perflow" in chosen)
+    pretend.c.methods = ["perflo"]
+    with pytest.raises(cli.UserError, match="--methods perflo: not one of .*; did you mean perflow"):
+        methods.methods(pretend)
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
