@@ -64,10 +64,9 @@ def matching(lab):
     tests = judge([each for group in comparisons.values() for each in group])
     mean = {weight: sum(values) / len(seeds) for weight, values in columns["fd"].items()}
     best = min(WEIGHTS, key=mean.get)
-    against = next((str(each) for weight, each in zip(WEIGHTS[1:], comparisons["fd"]) if weight == best), "")
     verdict = [f"Lowest FD in one step: {f'weight {best:g}' if best else 'reflow alone'}, {mean[best]:.2f}, "
                f"for {mean[0]:.2f} of reflow alone, {plain['fd_corrected']:.2f} of plain DDIM and "
-               f"{top['fd_corrected']:.2f} of the teacher in 32 steps. {against}".strip(),
+               f"{top['fd_corrected']:.2f} of the teacher in 32 steps.",
                *(str(each) for group in comparisons.values() for each in group), tests]
 
     figure, panels = axes(len(MEASURES), width=11)
