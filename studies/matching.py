@@ -73,12 +73,13 @@ def matching(lab):
     for axis, (name, (read, _, title, _)) in zip(panels, MEASURES.items()):
         means, halves = zip(*(mean_interval(columns[name][weight]) for weight in WEIGHTS))
         axis.errorbar(range(len(WEIGHTS)), means, [half if math.isfinite(half) else 0 for half in halves],
-                      color=BLUE, marker="o", capsize=3, label="student, 1 step")
+                      color=BLUE, fmt="o", capsize=3, label="after it, 1 step")
         axis.axhline(read(top), color=BLACK, linestyle="--", linewidth=1, label="teacher, 32 steps")
         axis.axhline(sum(map(read, first)) / len(seeds), color=ORANGE, linestyle=":", linewidth=1,
                      label="what they begin with")
-        axis.set(title=title, xlabel="weight of distribution matching",
-                 xticks=range(len(WEIGHTS)), xticklabels=[f"{weight:g}" for weight in WEIGHTS])
+        axis.set(title=title, xlabel="weight of distribution matching", xlim=(-0.5, len(WEIGHTS) - 0.5),
+                 xticks=range(len(WEIGHTS)),
+                 xticklabels=[f"{weight:g}" if weight else "reflow alone" for weight in WEIGHTS])
         axis.set_ylim(bottom=0)
     panels[0].legend(frameon=False, fontsize=8)
     return dict(verdict=verdict, figure=figure, tables=[
