@@ -181,10 +181,11 @@ def picture(evaluator, plan, file, least=96):
     own = [prompt for prompt in dict.fromkeys(evaluator.prompts) if prompt][:len(GRID_PROMPTS)]
     prompts = list(GRID_PROMPTS) if evaluator.protocol.split == "scenes" else own
     trained = [row for row in plan if row[1]]
-    # one run: the first that is progressive, or the first
+    # of one run, the first that is progressive, or the first; of others what it has no student for
     shown = next((row for row in trained if row[1] > 1), trained[0])
     plain = [row for row in plan if row[0] in c.solvers]
-    students = [row for row in trained if (row[0], row[5]) == (shown[0], shown[5]) and row[1] in (row[2], 1)]
+    trained.sort(key=lambda row: (row[0], row[5]) == (shown[0], shown[5]))
+    students = list({row[1:3]: row for row in trained if row[1] in (row[2], 1)}.values())
     columns = [row for row in plan if row[0] == "teacher"]
     for rows in (plain, [row for row in students if row[1] == row[2]] or students):
         columns += sorted([row for row in rows if row[2] in (4, 2, 1)] or rows, key=lambda row: -row[2])

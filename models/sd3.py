@@ -1,5 +1,4 @@
-"""Stable Diffusion 3 and 3.5: SD3Transformer2DModel, flow matching, two CLIP text encoders, and T5 or
-zeros in its place."""
+"""Stable Diffusion 3 and 3.5: flow matching, two CLIP text encoders, and T5 or zeros in its place."""
 import torch
 from diffusers import SD3Transformer2DModel
 from torch.nn.functional import pad
@@ -62,9 +61,8 @@ def encode_part(pipeline, name, texts):
     """What one text encoder makes of the texts; join puts such parts together."""
     encoder = getattr(pipeline, name)
     if name == "text_encoder_3":
-        tokens = t5_tokens(pipeline)
-        warn_of_cut(pipeline.tokenizer_3, texts, tokens)
-        return dict(states=pipeline._get_t5_prompt_embeds(texts, 1, tokens, encoder.device))
+        warn_of_cut(pipeline.tokenizer_3, texts, t5_tokens(pipeline))
+        return dict(states=pipeline._get_t5_prompt_embeds(texts, 1, t5_tokens(pipeline), encoder.device))
     if name == "text_encoder" and pipeline.text_encoder_3 is None:
         warn_of_cut(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
     states, pooled = pipeline._get_clip_prompt_embeds(texts, device=encoder.device,
@@ -78,8 +76,7 @@ def join(pipeline, parts):
     first, second = parts["text_encoder"], parts["text_encoder_2"]
     clip = torch.cat([first["states"], second["states"]], -1)
     wide = pipeline.transformer.config.joint_attention_dim
-    t5 = parts.get("text_encoder_3", dict(states=clip.new_zeros(len(clip), t5_tokens(pipeline), wide)))
-    t5 = t5["states"]
+    t5 = parts.get("text_encoder_3", {}).get("states", clip.new_zeros(len(clip), t5_tokens(pipeline), wide))
     return dict(encoder_hidden_states=torch.cat([pad(clip, (0, wide - clip.shape[-1])), t5], 1),
                 pooled_projections=torch.cat([first["pooled"], second["pooled"]], -1))
 

@@ -620,3 +620,23 @@ def test_what_a_user_gives_overrides_the_protocol():
     c, _ = protocols.resolve(protocols.Config(protocol="sdxl-coco2017-5k", data="x", **given))
     assert (c.n, c.real, c.guidance, c.size, c.teacher, c.batch, c.clip, c.paths) == (3, 5000, 0.0, 64, "y", 2, "z", 1)
     assert protocol.note and np.isfinite(protocol.guidance) and store.digest(protocol)
+
+
+def test_the_picture_is_of_one_run_and_of_others_what_it_has_no_student_for(monkeypatch, tmp_path):
+    def columns(*students):
+        """The titles of the picture of a folder with these students: (method, windows, steps, run)."""
+        plan = [("teacher", None, 32, "t", "ddim", ""), ("ddim", None, 1, "t", "ddim", ""),
+                *((method, windows, steps, f"{run}/{windows}", "ddim", run) for method, windows, steps, run in students)]
+        titles = []
+        monkeypatch.setattr(evaluation.imaging, "contact_sheet", lambda rows, found, labels: titles.extend(found) or Image.new("RGB", (8, 8)))
+        evaluation.picture(evaluator, plan, tmp_path / "grid.png")
+        return [title.replace("\n", " ") for title in titles[2:]]
+    evaluator = SimpleNamespace(
+        c=SimpleNamespace(solvers=["ddim"], batch=8, size=None), prompts=["fox"], protocol=SimpleNamespace(split="own"),
+        guidance=lambda folder: 1.0, open=lambda folder: (SimpleNamespace(vae_scale_factor=8), SimpleNamespace(schedule=None), {"windows": 1}))
+    monkeypatch.setattr(evaluation.sampler, "generate", lambda *args, **kwargs: torch.zeros(1, 4, 2, 2))
+    monkeypatch.setattr(evaluation.models, "decode", lambda pipeline, z: torch.zeros(1, 3, 16, 16))
+    both = [("default", 4, 4, ""), ("default", 2, 2, ""), ("matched", 1, 1, "matched"), ("matched", 1, 4, "matched")]
+    assert columns(*both) == ["default 4 steps", "default 2 steps", "matched 1 step"]
+    assert columns(*both, ("default", 1, 1, ""), ("default", 1, 4, "")) == ["default 4 steps", "default 2 steps", "default 1 step"]
+    assert columns(("reflow", 1, 1, "seed-0"), ("reflow", 1, 4, "seed-0"), ("reflow", 1, 1, "seed-1")) == ["reflow 1 step"]
