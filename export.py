@@ -153,10 +153,15 @@ def cost(info, run):
         if entry["step"] <= updates:
             hours += (entry["step"] - before) * batch / entry["samples_per_second"] / 3600
             before = entry["step"]
-    sentences = [f"It took {updates:,} updates of {batch:,} samples: {updates * batch:,} forwards and "
-                 "backwards of the student."]
+    begun = info["config"].get("init")
+    sentences = [f"It began as the student in `{begun}`, whose card has what that took."] if begun else []
+    sentences += [f"It took {updates:,} updates of {batch:,} samples: {updates * batch:,} forwards and "
+                  "backwards of the student."]
     if spent["evaluations"] is not None:
-        sentences.append(f"Its pairs took {spent['evaluations']:,} network evaluations without gradient.")
+        matched = info.get("columns", {}).get("matching")
+        what, how = (("Its pairs and distribution matching", ", a backward counted as two") if matched else
+                     ("Its pairs", " without gradient"))
+        sentences.append(f"{what} took {spent['evaluations']:,} network evaluations{how}.")
     if hours:
         sentences.append(f"The updates took {hours:.2g} hours, on {spent['processes']} "
                          f"process{'es' * (spent['processes'] > 1)}: {spent['device']}.")

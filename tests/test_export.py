@@ -280,6 +280,16 @@ def test_the_card_begins_with_what_the_hub_reads_and_with_the_call(students, tea
         assert (data.base_model, data.license) == (base, license_)
 
 
+def test_a_card_counts_distribution_matching_and_names_the_student_it_began_as(tmp_path):
+    info = dict(updates=10, config=dict(batch=4, init="runs/a/student-1"), columns=dict(matching=0.3), commit="abc",
+                cost=dict(evaluations=1376, processes=1, device="CPU (1 threads)"))
+    told = export.cost(info, tmp_path)
+    assert told.startswith("It began as the student in `runs/a/student-1`, whose card has what that took. It took 10 updates of 4 samples")
+    assert "Its pairs and distribution matching took 1,376 network evaluations, a backward counted as two." in told
+    plain = export.cost({**info, "config": dict(batch=4), "columns": dict(matching=0.0)}, tmp_path)
+    assert plain.startswith("It took 10 updates") and "Its pairs took 1,376 network evaluations without gradient." in plain
+
+
 def test_the_card_shows_a_picture_and_says_by_which_command_and_at_what_cost_it_was_made(teachers, tmp_path, monkeypatch):
     """Two stages of 2 and 6 updates of 4 samples; 6 trajectories of 8 steps at guidance 3, which evaluates twice."""
     run = tmp_path / "run"
