@@ -234,6 +234,8 @@ def carried(schedule, z, t, t_end, u):
     return noised(schedule, t_end, x, x + u)
 
 
+TARGETS = {"consistency": consistency, "imitation": imitation, "flow-map": flow_map}
+
 # ---- distribution matching ---------------------------------------------------------------------------------
 
 
@@ -260,9 +262,6 @@ def matching(teacher, critic, schedule, x, t, eps, space=(-1.0, 1.0), floor=1e-3
         move = (x_teacher - x_critic) / like(distance, x)
     p, q = (value if isinstance(value, float) else like(value, x) for value in space)
     return mse(x, made + move) / 2, mse(p * x_critic + q * eps_critic, p * made + q * eps)
-
-
-TARGETS = {"consistency": consistency, "imitation": imitation, "flow-map": flow_map}
 
 
 if __name__ == "__main__":

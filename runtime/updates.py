@@ -39,8 +39,8 @@ def make_optimizer(c, recipe, student, pairs, world, critic=None):
     rates = dict(critic=dict(lr=c.lr), normalizer=dict(lr=1e-3, orthogonal=False))          # which stay
     for name, module in beside.items():
         optimizer.add_param_group(dict(params=list(checkpoints.trained(module).values()), **rates[name]))
-    sharded = {name for name in beside if c.shard and name == "critic"}                    # as the student is
-    called = {name: DDP(module) if world > 1 and name not in sharded else module
+    # the critic is sharded where the student is, the normalizer never
+    called = {name: module if world == 1 or c.shard and name == "critic" else DDP(module)
               for name, module in beside.items()}
     return optimizer, ema, scaler, beside, called
 

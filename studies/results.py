@@ -98,6 +98,11 @@ def pixel(few, nine):
                   "32 steps"], lines)
 
 
+def measured(result):
+    """What eval.py prints of a run."""
+    return evaluation.table(result, brief=True).strip()
+
+
 def first_tables(study, count):
     return tables(dict(study, tables=study["tables"][:count]))
 
@@ -105,12 +110,12 @@ def first_tables(study, count):
 # name of the block -> (function, the files it is made of, under results/)
 BLOCKS = {
     "short": (short, ["demo.json"]),
-    "demo": (lambda result: evaluation.table(result, brief=True).strip(), ["demo.json"]),
-    "tiny": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny.json"]),
+    "demo": (measured, ["demo.json"]),
+    "tiny": (measured, ["tiny.json"]),
     "pixel": (pixel, ["pixel.json", "pixel-9.json"]),
-    "sd3": (lambda result: evaluation.table(result, brief=True).strip(), ["tiny-sd3.json"]),
-    "matched": (lambda result: evaluation.table(result, brief=True).strip(), ["matched.json"]),
-    "matched_sd3": (lambda result: evaluation.table(result, brief=True).strip(), ["matched-sd3.json"]),
+    "sd3": (measured, ["tiny-sd3.json"]),
+    "matched": (measured, ["matched.json"]),
+    "matched_sd3": (measured, ["matched-sd3.json"]),
     "matching": (tables, ["studies/matching.json"]),
     "law": (tables, ["studies/time-law.json"]),
     "merging": (lambda study: first_tables(study, 1), ["studies/curriculum.json"]),
