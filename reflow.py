@@ -234,8 +234,8 @@ class Recipe:
     normalization: str = "none"          # of each sample's loss: none, learned or per-sample
     direction_weight: float = 0.0        # alpha of aligned v-prediction: alpha (1 - cos)
     direction_space: str = "u"           # what that cosine compares, a row of SPACES, as space
-    matching: float = 0.0                # in the last stage, weight of distribution matching: the student's own
-                                         # samples, of new noise, go where the teacher finds them likelier
+    matching: float = 0.0                # in the last stage, weight of distribution matching: what a student
+                                         # makes of new noise goes where the teacher finds it likelier
     time_law: str = "starts"             # a row of TIME_LAWS: uniform, starts, exponential, cosh or
                                          # log-normal
     starts_share: float = 0.5            # of the law `starts`: of all draws, those at the starts themselves

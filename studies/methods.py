@@ -21,8 +21,8 @@ METHODS = {                        # name: (options, solver)
     "both": ("--recipe both", "ddim"),
 }
 
-BUDGETS = 10_000, 30_000, 100_000  # network evaluations of a run, its trajectories included; the sweep has the
-                                   # first, a tenth of the last
+BUDGETS = 10_000, 30_000, 100_000  # network evaluations of a run, its trajectories included; the sweep has
+                                   # the first, a tenth of the last
 
 IN_TRAJECTORIES = 0.25             # of the budget, where trajectories are cached: as of the default recipe
 

@@ -39,8 +39,7 @@ class Config:
     paths: int = 64             # trajectories per row, for the endpoint error
     clip: str = ""              # CLIPModel folder, of CLIP scores; default: the embedded one
     judge: str = ""             # folder of the judge: FD, prompts followed; default: the embedded one
-    methods: list[str] | None = None  # of the study `methods`, these alone, e.g. perflow proreflow-i; default:
-                                # all that it knows
+    methods: list[str] | None = None   # of the study `methods`, these alone, e.g. perflow lcm; default: all
     workers: int | None = None  # runs trained, and rows measured, at a time; default: one per GPU, or one per
                                 # core
     device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one

@@ -1,6 +1,8 @@
 """The house: what may import what, measured from the code (imports inside functions included), and how large things are."""
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -33,6 +35,12 @@ def reach(module, seen=()):
     for target in ARROWS[module] - set(seen):
         seen = reach(target, (*seen, target))
     return seen
+
+
+def test_the_linter_finds_nothing():
+    pytest.importorskip("ruff", reason="pip install ruff")
+    run = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_no_circle_of_imports():

@@ -23,7 +23,17 @@ from evaluation import judge, metrics
 from models import saved
 from runtime import cli
 from runtime.cli import UserError
-from studies import __main__, curriculum, matching, methods, proreflow, results, runner, simple_reflow, time_law
+from studies import (
+    __main__,
+    curriculum,
+    matching,
+    methods,
+    proreflow,
+    results,
+    runner,
+    simple_reflow,
+    time_law,
+)
 from tools import bench, build
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
