@@ -113,6 +113,7 @@ BLOCKS = {
     "demo": (measured, ["demo.json"]),
     "tiny": (measured, ["tiny.json"]),
     "pixel": (pixel, ["pixel.json", "pixel-9.json"]),
+    "muon": (measured, ["muon.json"]),
     "sd3": (measured, ["tiny-sd3.json"]),
     "matched": (measured, ["matched.json"]),
     "matched_sd3": (measured, ["matched-sd3.json"]),
