@@ -62,6 +62,27 @@ def test_every_part_prints_its_table_and_writes_its_figures(small_models, tmp_pa
     assert len(found["sampling"]["ours"]) == len(found["sampling"]["theirs"]) == 1
 
 
+def test_the_speed_of_a_stage_is_the_median_of_its_updates_after_the_first(monkeypatch, capsys):
+    """Rates are those of this machine at this moment, so made up here: of each run update i has i + 1, of perflow a tenth."""
+    runs = []
+
+    def pretended(**options):
+        runs.append((options["recipe"], options["windows"], options["batch"]))
+        share = 0.1 if options["recipe"] == "perflow" else 1
+        return dict(rates=[share * (i + 1) for i in range(options["updates"])])
+    monkeypatch.setattr(bench, "run_training", pretended)
+    rows = bench.speed(bench.Config(batch=8, updates=3), "cpu")
+    stages = [[8], [8, 4], [4, 2], [2, 1]]
+    assert runs == [(name, windows, 8) for name in ("default", "proreflow", "perflow") for windows in stages]
+    assert rows["default"] == {8: 3, 4: 7, 2: 7, 1: 7}                            # of 2, 3, 4; after a stage of four of 6, 7, 8
+    assert "| perflow | 0.3 | 0.7 | 0.7 | 0.7 |" in capsys.readouterr().out
+
+
+def test_the_speed_is_measured_in_the_loop():
+    found = run(model="tiny", data="scenes", recipe="proreflow", windows=[4, 2], batch=4, updates=4, trajectories=1)
+    assert len(found["rates"]) == found["updates"] == 4 and found["seconds"] == pytest.approx(sum(4 / rate for rate in found["rates"]))
+
+
 # ---- full size -----------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ overhead of our own code.
     python -m tools.bench --model sd15 --random-init --gradient-checkpointing
     python -m tools.bench --model sd15 --random-init --device cuda --batch 8 --precision bf16
     python -m tools.bench --model flux --random-init --layers 2 --lora 16 --precision bf16 --parts training
+    python -m tools.bench --parts speed --batch 64
 
 The first takes a minute, on the embedded model; --random-init takes full size without a download;
 --device cuda adds MFU and latency; --layers keeps a transformer's width and so many of its blocks, and of
@@ -40,7 +41,7 @@ from teacher import PRECISIONS
 # dense bf16 peak of a device, FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
 
-PARTS = ("training", "evaluations", "sampling")
+PARTS = ("training", "evaluations", "sampling", "speed")
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Config:
     random_init: bool = False        # random weights: nothing is downloaded
     prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of
                                           # its classes
-    parts: list[str] = field(default_factory=lambda: list(PARTS))  # any of training, evaluations, sampling
+    parts: list[str] = field(default_factory=lambda: list(PARTS[:3]))  # of training, evaluations, sampling, and
+                                     # speed, which is not among the default
     layers: int = 0                  # blocks of each kind in a transformer preset and in its text encoders;
                                      # default: all of them
     size: int | None = None          # pixels; default: the model's own
@@ -139,9 +141,10 @@ def measured_training(options, queue):
         train.main(train.Config(**options, out=f"{folder}/run", grid_steps=0, log_steps=1,
                                 checkpoint_steps=10 ** 9))
         lines = [json.loads(line) for line in (Path(folder) / "run" / "log.jsonl").read_text().splitlines()]
-    loop = sum(options["batch"] / line["samples_per_second"] for line in lines)
-    queue.put(dict(seconds=loop, updates=len(lines), **spent, evaluations=counts, peak=peak_memory(cuda),
-                   weights=weights))
+    rates = [line["samples_per_second"] for line in lines]
+    loop = sum(options["batch"] / rate for rate in rates)
+    queue.put(dict(seconds=loop, updates=len(lines), rates=rates, **spent, evaluations=counts,
+                   peak=peak_memory(cuda), weights=weights))
 
 
 def noise_for_trajectories(model, z, times, cond, guidance, uncond, callback):
@@ -299,6 +302,27 @@ def evaluations(c, device):
     return rows
 
 
+# ---- samples per second ------------------------------------------------------------------------------------
+
+
+def speed(c, device):
+    """Samples per second of whole updates, by the clock, of the recipes that make a student of several
+    windows. A stage of k windows comes after one of 2k, whose student solves the pairs of `proreflow`; the
+    cache is not in it."""
+    print(f"\n## Training {c.model}, batch {c.batch}: samples per second, median of {c.updates} updates\n\n"
+          "| recipe | 8 windows | 4 | 2 | 1 |\n|---|---|---|---|---|")
+    rows = {}
+    for name in ("default", "proreflow", "perflow"):
+        rows[name] = {}
+        for windows in (8, 4, 2, 1):
+            stages = [windows] if windows == 8 else [2 * windows, windows]
+            found = run_training(model=c.model, data="scenes", recipe=name, windows=stages, batch=c.batch,
+                                 updates=(c.updates + 1) * len(stages), trajectories=1, device=device)
+            rows[name][windows] = statistics.median(found["rates"][-c.updates:])
+        print(f"| {name} | " + " | ".join(f"{rate:.1f}" for rate in rows[name].values()) + " |")
+    return rows
+
+
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 
@@ -368,7 +392,7 @@ def main(c):
     device = processes.pick_device(c.device)
     cli.choose("--precision", c.precision, PRECISIONS)
     cli.at_least(c, size=1, batch=1, updates=1, lora=0, layers=0, steps=1, repeats=1, peak_tflops=0)
-    run = {"training": training, "evaluations": evaluations, "sampling": sampling}
+    run = {"training": training, "evaluations": evaluations, "sampling": sampling, "speed": speed}
     found = {part: run[part](c, device) for part in c.parts}
     if c.out:
         Path(c.out).write_text(json.dumps(found, indent=1))
