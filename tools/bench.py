@@ -50,8 +50,8 @@ class Config:
     random_init: bool = False        # random weights: nothing is downloaded
     prompt: str = "a lighthouse at dawn"  # what is drawn; a class-conditional model needs the name of one of
                                           # its classes
-    parts: list[str] = field(default_factory=lambda: list(PARTS[:3]))  # of training, evaluations, sampling, and
-                                     # speed, which is not among the default
+    parts: list[str] = field(default_factory=lambda: list(PARTS[:3]))  # training, evaluations, sampling and,
+                                                                       # where asked for, speed
     layers: int = 0                  # blocks of each kind in a transformer preset and in its text encoders;
                                      # default: all of them
     size: int | None = None          # pixels; default: the model's own
