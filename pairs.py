@@ -40,6 +40,7 @@ SOURCES = ("trajectory", "data", "student", *losses.TARGETS)
 FROM_IMAGES = tuple(name for name in SOURCES if name not in ("trajectory", "imitation"))
 
 LARGE_BATCH, HALF = 1024, dict(bf16=torch.bfloat16, fp16=torch.float16)   # projected at once; of autocast
+ENTROPY = 1.0             # of the projection; with much less each point makes for its nearest (docs/log.md)
 
 # of distribution matching: what each of its samples draws, from which stream; its times, as in DMD
 FRESH = {"fresh_z": torch.randn, "fresh_eps": torch.randn, "fresh_t": torch.rand}
@@ -135,7 +136,7 @@ class Pairs:
                                 functools.partial(solve_rows, solve, initial), 256, *self.processes,
                                 desc=f"teacher {name}", batch=c.micro_batch or c.batch)
             if recipe.projection:
-                made = {**settings, **self.pictures(), "drift": recipe.projection}
+                made = {**settings, **self.pictures(), "drift": [recipe.projection, ENTROPY]}
                 rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
                                     functools.partial(self.project, rows, generated_end, true_samples),
                                     LARGE_BATCH, *self.processes, desc="projection")
@@ -319,13 +320,12 @@ class Pairs:
                                    lambda z, t: critic(z, t, cond), self.schedule, x, t, eps, space)
 
 
-def drift(z, true, told=0, entropy=0.05):
+def drift(z, true, told=0, entropy=ENTROPY):
     """Minus half the gradient of the debiased Sinkhorn divergence between two sets of N equally likely
     points, in those of the first: to where the entropic optimal transport takes each, less to where it
     takes it within its own set. 0 between equal sets, the shift between a set and the same set shifted.
-    z, true: (N, ...); told: (N, N), added to their squared distance, which has mean 1;
-    entropy > 0: weight of the entropy, in the same units.  Returns: like z.
-    Source: Genevay et al. 2018; Feydy et al. 2019."""
+    z, true: (N, ...); told: (N, N), added to their squared distance, which has mean 1; entropy > 0: its
+    weight, in the same units.  Returns: like z.  Source: Genevay et al. 2018; Feydy et al. 2019."""
     ot = extra("--projection", "ot", "studies")
     a, b = (points.flatten(1).double() for points in (z, true))
     scale = torch.cdist(a, b).square().mean().clamp_min(1e-12)

@@ -10,9 +10,10 @@ import losses
 import models
 import reflow
 import train
+from evaluation import metrics
 from models import load
 from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
-from studies.runner import Comparison, judge, mean_interval, paired, shown
+from studies.runner import Comparison, evaluator, judge, mean_interval, paired, shown
 
 # in the paper's order: name -> (option without, option with). What the paper leaves unknown is ours: lambda,
 # rho, epsilon, both rates of dropout (0.13 is EDM's for CIFAR-10, whose smaller value is unknown;
@@ -117,14 +118,17 @@ def simple_reflow(lab):
              for (label, key), before in zip(list(chain.items())[1:], keys)]
     lost = {label.removeprefix("all but "): Comparison(f"All seven against {label}", fd[everything], fd[key])
             for label, key in list(without.items())[1:]}
-    tests = judge([whole, *turns, *lost.values()])
+    ends = end_distances(lab)
+    moved = Comparison("Ends of projected pairs against the teacher's", ends[1], ends[0],
+                       pairs="groups of images")
+    tests = judge([whole, *turns, *lost.values(), moved])
     spread = loss_spread(lab, folders[arms[()][0]] / "student-1")
     best = min(solvers, key=lambda solver: mean_interval(fd[items, solver])[0])
     verdict = [
         str(whole)[:-1] + "; left out, {} makes it worse and {} better.".format(
             *(", ".join(name for name, each in lost.items() if each.outcome == said) or "none"
               for said in ("better", "worse"))),
-        *map(str, (*turns, *lost.values())), tests,
+        *map(str, (*turns, *lost.values(), moved)), tests,
         f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has "
         f"{shown(fd[everything])}.",
         "The largest loss at one time is up to {:.0f} times the smallest there, normalized {:.0f} times; the "
@@ -144,7 +148,10 @@ def simple_reflow(lab):
         (f"Left out of all seven; by {BETTER} but for the last line", [*heads[:2], "against all seven",
                                                                        *heads[3:]],
          [line(label, key, everything) for label, key in without.items()]),
-        ("Other samplers and other weights of the high-pass loss", ["", "FD at 9 evaluations"], others)])
+        ("Other samplers and other weights of the high-pass loss", ["", "FD at 9 evaluations"], others),
+        ("The data ends of the teacher's trajectories, decoded, against real pictures", ["ends", "FD"],
+         [[label, f"{mean_interval(groups)[0]:.2f}"]
+          for label, groups in zip(("the teacher's", "projected"), ends)])])
 
 
 def draw_simple_reflow(fd, chain, without, spread):
@@ -228,6 +235,24 @@ def loss_spread(lab, folder, count=2048, bins=10):
         inside = [values[(t[half:] > low) & (t[half:] <= high)] for low, high in zip(edges, edges[1:])]
         found[name] = [((low + high).item() / 2, part.min().item(), part.mean().item(), part.max().item())
                        for low, high, part in zip(edges, edges[1:], inside) if len(part)]
+    return found
+
+
+@torch.no_grad()
+def end_distances(lab, trajectories=2048):
+    """FD of pairs' data ends to real pictures, before anything is trained on them, without and with the
+    projection: the first trajectories of seed 0.  Returns: two lists, of metrics.frechet_groups"""
+    measured, found = evaluator(lab.c), []
+    for option in ITEMS["projected pairs"]:
+        c = lab.parse(f"--recipe reflow {option} --out {lab.out}/simple-reflow/ends "
+                      f"{lab.cached(0, trajectories)}")
+        recipe, device = train.resolve_recipe(c), torch.device(lab.device)
+        *_, pipeline, pairs = train.open_pairs(c, recipe, device, (0, 1, lambda: None))
+        ends = pairs.rows[range(len(pairs.rows))]["z"][:, -1].to(device)
+        features = torch.cat([measured.network.images(models.decode(pipeline, part))
+                              for part in ends.split(64)])
+        found.append(metrics.frechet_groups(features.to(measured.device),
+                                            measured.reference[measured.protocol.network]))
     return found
 
 

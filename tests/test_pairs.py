@@ -560,6 +560,15 @@ def test_the_drift_is_the_gradient_of_a_sinkhorn_divergence():
     assert torch.allclose(drift(a, b, told, 0.2), -gradient * 24 * scale / 2, atol=1e-4)
 
 
+def test_two_samples_of_one_distribution_hardly_move_each_other():
+    """Of as many numbers as a latent has; with little entropy each point would make for its nearest neighbor."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 256, 512, generator=generator)
+    expected = (2 / 256) ** 0.5                             # how far their means are apart in each number
+    assert drift(a, b).square().mean().sqrt() < 1.2 * expected < 0.3 * drift(a, b, entropy=0.05).square().mean().sqrt()
+    assert drift(a, c + 0.5).mean() == pytest.approx(0.5, abs=0.02)
+
+
 def test_projected_pairs_move_their_generated_end_and_keep_the_other(make):
     plain, *_ = make(forward_rate=0.5, windows=[1], text_dropout=0.0)
     pairs, _, pipeline = make(forward_rate=0.5, windows=[1], projection=0.5, text_dropout=0.0)

@@ -210,6 +210,7 @@ def pretend(lab, random_sd, monkeypatch):
     monkeypatch.setattr(time_law, "errors", lambda *_: [(1 - i / 64, 0.1) for i in range(64)])
     monkeypatch.setattr(time_law, "plane", lambda lab, share, width, updates: 0.5 - 0.1 * share - 0.1 * (width > 0))
     monkeypatch.setattr(simple_reflow, "loss_spread", lambda *_: {"raw": bins, "normalized": [(t, 0.5, 1.0, 2.0) for t, *_ in bins]})
+    monkeypatch.setattr(simple_reflow, "end_distances", lambda *_: [made_up(dict(folder=name, steps=1))["fd_groups"] for name in ("ends", "projected")])
     return lab
 
 
@@ -368,6 +369,19 @@ def test_the_spread_of_a_loss_is_least_mean_and_most_at_each_time(lab, random_sd
     # a random network's losses depend on the time above all: what the normalizer has learned takes most of that away
     assert simple_reflow.between(spread["normalized"]) < 0.7 * simple_reflow.between(spread["raw"])
     assert simple_reflow.within([(0, 1, 2, 4), (1, 1, 3, 9)]) == 9 and simple_reflow.between([(0, 1, 2, 4), (1, 1, 3, 9)]) == 1.5
+
+
+def test_projected_ends_are_told_from_the_teachers(lab, random_sd, monkeypatch):
+    """By a network whose features are the picture's mean colors: the random model's pictures are far from white ones."""
+    network = types.SimpleNamespace(images=lambda images: images.double().mean((2, 3)))
+    white = 1 + 0.01 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(simple_reflow, "evaluator", lambda c: types.SimpleNamespace(
+        network=network, device="cpu", protocol=types.SimpleNamespace(network="colors"), reference={"colors": white}))
+    lab.c.model, lab.c.data, lab.c.scale = str(random_sd), "scenes", 0.02
+    found = simple_reflow.end_distances(lab)
+    assert [len(values) for values in found] == [20, 20]
+    teacher, projected = map(np.mean, found)
+    assert teacher != projected and min(teacher, projected) > 0.1
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------------
