@@ -103,8 +103,8 @@ def measured(result):
     return evaluation.table(result, brief=True).strip()
 
 
-def first_tables(study, count):
-    return tables(dict(study, tables=study["tables"][:count]))
+def chosen_tables(study, *numbers):
+    return tables(dict(study, tables=[study["tables"][i] for i in numbers]))
 
 
 # name of the block -> (function, the files it is made of, under results/)
@@ -119,10 +119,11 @@ BLOCKS = {
     "matched_sd3": (measured, ["matched-sd3.json"]),
     "matching": (tables, ["studies/matching.json"]),
     "law": (tables, ["studies/time-law.json"]),
-    "merging": (lambda study: first_tables(study, 1), ["studies/curriculum.json"]),
-    "merging_sd3": (lambda study: first_tables(study, 1), ["studies/curriculum-tiny-sd3.json"]),
-    "simple": (lambda study: first_tables(study, 1), ["studies/simple-reflow.json"]),
-    "both": (lambda study: first_tables(study, 1), ["studies/best-of-both.json"]),
+    "merging": (lambda study: chosen_tables(study, 0), ["studies/curriculum.json"]),
+    "merging_sd3": (lambda study: chosen_tables(study, 0), ["studies/curriculum-tiny-sd3.json"]),
+    "methods": (lambda study: chosen_tables(study, 0, 2), ["studies/methods.json"]),
+    "simple": (lambda study: chosen_tables(study, 0), ["studies/simple-reflow.json"]),
+    "both": (lambda study: chosen_tables(study, 0), ["studies/best-of-both.json"]),
 }
 
 
