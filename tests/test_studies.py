@@ -165,12 +165,15 @@ def test_the_sweep_chooses_by_its_own_noise_and_seed(pretend):
     pretend.measure = measure
     found = methods.methods(pretend)
     final = {name: pretend.parse(options) for name, options in trained.items() if "sweep" not in name}
-    assert {(c.optimizer, c.lr, c.time_law) for c in final.values()} == {("muon", 1e-3, "starts")} and {c.seed for c in final.values()} == {0, 1, 2}
+    assert {(c.optimizer, c.lr, c.time_law) for name, c in final.items() if "perflow-uniform" not in name} == {("muon", 1e-3, "starts")} and {c.seed for c in final.values()} == {0, 1, 2}
     assert {pretend.parse(options).seed for name, options in trained.items() if "sweep" in name} == {methods.SWEEP_SEED}
     for request in asked:
         assert ("methods/sweep/" in str(request["folder"])) == (request.get("seed") == methods.SWEEP_NOISE)
     lines = [line for line in found["tables"][-1][2] if line[2] == "half at starts"]
-    assert all(line[-1] == "**1.00**" for line in lines) and len(lines) == len(methods.METHODS)
+    assert all(line[-1] == "**1.00**" for line in lines) and len(lines) == len(methods.METHODS) - 1
+    # a paper's own time law is kept, whatever the sweep of the others finds
+    laws = {c.time_law for name, c in {**final, **{name: pretend.parse(trained[name]) for name in trained}}.items() if "perflow-uniform" in name}
+    assert laws == {"uniform"} and sum("perflow-uniform" in name for name in trained) == 3 + 3 * 3
 
 
 def test_a_student_is_asked_in_as_many_steps_as_it_has_windows(lab):
@@ -235,7 +238,7 @@ def test_some_methods_alone_are_compared_with_each_other(pretend, chosen):
     found = methods.methods(pretend)
     assert {re.sub(r"-(adamw|muon|\d).*", "", Path(name).name) for name in trained} == set(chosen)
     assert {methods.slug(line[0]) for line in found["tables"][2][2]} == {*chosen, methods.slug("teacher, plain DDIM")}
-    assert sum("against PeRFlow" in sentence for sentence in found["verdict"]) == ("perflow" in chosen)
+    assert sum("against PeRFlow " in sentence for sentence in found["verdict"]) == ("perflow" in chosen)
     pretend.c.methods = ["perflo"]
     with pytest.raises(cli.UserError, match="--methods perflo: not one of .*; did you mean perflow"):
         methods.methods(pretend)
