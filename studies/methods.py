@@ -129,8 +129,9 @@ def methods(lab):
                 lines.append([method, f"{budget * lab.c.scale / 1000:g}",
                               lab.parse(runs[method, budget, 0][1]).updates,
                               *(cell(column(method, steps, budget, name), digits) for steps in STEPS)])
-        tables.append((f"{title}, {len(seeds)} seeds of training (mean ± 95%); the teacher in 32 steps: "
-                       f"FD {top['fd_corrected']:.2f}",
+        tables.append((f"{title}, {len(seeds)} seeds of training (mean ± 95%); evaluations and updates are "
+                       "those of the whole run, of which a student of more windows than the last has taken a "
+                       f"part; the teacher in 32 steps: FD {top['fd_corrected']:.2f}",
                        ["method", "evaluations (1000)", "updates of 32",
                         *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)], lines))
     lines = []
