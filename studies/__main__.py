@@ -50,11 +50,11 @@ def main(c):
     for name in names:
         start, lab.commands, lab.records = time.time(), [], []
         file = "-".join(filter(None, (name, runner.label(c))))
-        before = results / f"{file}.json"
+        before, longest = results / f"{file}.json", 0
         if before.is_file():
-            seconds = json.loads(before.read_text())["seconds"]
-            print(f"{name}: took {seconds / 60:.0f} minutes when {before} was made, less what was "
-                  "ready")
+            longest = json.loads(before.read_text())["seconds"]
+            print(f"{name}: {longest / 60:.0f} minutes at the longest so far ({before}); what is ready is "
+                  "not done again")
         found = STUDIES[name](lab)
         # plain DDIM beside every student
         lab.measure([dict(folder=c.model, steps=steps)
@@ -72,8 +72,8 @@ def main(c):
                       protocol=f"N = {c.n} images against {c.real} real ones, FD on {shared.network.name} "
                                "features, corrected for the bias of so few images. Commit "
                                f"{export.versions()['commit']}.",
-                      teacher=c.model, rows=lab.records, runs=lab.commands, seconds=time.time() - start,
-                      **export.versions())
+                      teacher=c.model, rows=lab.records, runs=lab.commands,
+                      seconds=max(longest, time.time() - start), **export.versions())
         # runs are named as under the default --out, wherever they lie
         text = json.dumps(result, indent=1, ensure_ascii=False).replace(c.out, runner.Config.out)
         store.write_atomically(results / f"{file}.json", lambda part: part.write_text(text))
