@@ -230,7 +230,7 @@ BAD = [
     ("export.py onnx --model MODEL --out x", "unknown option '--model'"),
     ("sampler.py --model STUDENT --prompt fox --size 30", "--size 30: must be a multiple of 16"),
     ("sampler.py --model STUDENT --prompt fox --dtype fp8", "--dtype fp8: not one of"),
-    ("tools.bench --parts speed", "--parts speed: not one of training, evaluations, sampling"),
+    ("tools.bench --parts sped", "--parts sped: not one of training, evaluations, sampling, speed"),
     ("tools.bench --device cuda", "no CUDA device here; use --device cpu"),
     ("sampler.py", "no prompt"),
     ("sampler.py --prompt", "--prompt"),
