@@ -22,7 +22,7 @@ METHODS = {                        # name: (options, solver)
     "both": ("--recipe both", "ddim"),
 }
 
-AS_PUBLISHED = "PeRFlow uniform",  # swept over rates alone, with the time law of its paper
+AS_PUBLISHED = ("PeRFlow uniform",)   # swept over rates alone, with the time law of its paper
 
 BUDGETS = 10_000, 30_000, 100_000  # network evaluations of a run, its trajectories included; the sweep has
                                    # the first, a tenth of the last

@@ -27,13 +27,12 @@ PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "READ
 
 # script or module, with the words that must be there as well -> what makes it short; the last that fits
 # (bf16 takes a CPU ten times as long)
+STUDY = "--model {random} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip --judge {parts}/judge"
 SMALL = {"train.py": "--updates 8 --batch 8 --trajectories 8 --solver-steps 8 --log-steps 1 --checkpoint-steps 4 --precision fp32",
          "train.py --lora": "--updates 4 --batch 2 --trajectories 2 --solver-steps 8 --checkpoint-steps 2 --precision fp32 --grid-steps 0",
          "export.py push": "--dry-run",
          "train.py --cache-only": "--trajectories 2 --solver-steps 8", "tools.bench": "--parts training", "tools.cards": "--help",
-         "studies": "--model {random} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip --judge {parts}/judge",
-         "studies methods": "--model {random} --n 80 --real 80 --paths 2 --workers 1 --clip {parts}/tiny-clip --judge {parts}/judge --data scenes --scale 0.002 --seeds 1 "
-                            "--methods perflow-uniform",
+         "studies": STUDY, "studies methods": f"{STUDY} --data scenes --scale 0.002 --seeds 1 --methods perflow-uniform",
          "eval.py": "--n 960 --real 960 --steps 1 --ddim-steps 1 --teacher-steps 2",
          "eval.py --protocol": "--n 12 --real 14 --size 32 --steps 4 --ddim-steps 1 --teacher-steps 4 --paths 2 --batch 4 --clip {parts}/clip "
                                "--inception {parts}/inception.pt",
