@@ -241,9 +241,9 @@ class Evaluator:
         settings = self.settings(folder, steps, solver, guidance, edit, c.n) | self.networks
         return self.store(f"{Path(folder).name}-{steps}-{solver}", c.n, settings, solve, c.batch)
 
-    def trajectories(self, folder, steps, solver="ddim", guidance=None, edit=None):
-        """Squared endpoint error of a model's trajectories, () each; straightness and squared chord
-        error in K windows, (K,) each, the mean of their batch. K is the student's;
+    def trajectories(self, folder, steps, solver="ddim", guidance=None, edit=None, costly=True):
+        """Squared endpoint error of a model's trajectories, () each; with `costly`, straightness and
+        squared chord error in K windows, (K,) each, the mean of their batch. K is the student's;
         for a teacher, what its steps have in common with 8. There is no chord error where the
         teacher's steps do not stop at every boundary.  Returns: data.Rows."""
         c, folder = self.c, str(folder)
@@ -254,28 +254,27 @@ class Evaluator:
         def solve(part, name):
             path = self.teacher_path[part]["z"]
             end, model = self.generate(folder, part, steps, solver, guidance, edit)
-            size = self.about(folder)[1]["size"]
-            cond = models.encode_text(self.open(folder)[0], self.prompts[part.start:part.stop], size=size,
-                                      device=self.device)
-            uncond = None                                      # some models have no null embedding
-            if guidance != 1:
-                uncond = models.encode_text(self.open(folder)[0], [None] * len(part), size=size,
-                                            device=self.device)
-            straight = metrics.straightness(model, path[:, 0].to(self.device), cond, windows,
-                                            STRAIGHTNESS_STEPS, guidance, uncond)
-            found = {"straightness": torch.tensor(straight, dtype=torch.float64)}
+            pipeline = self.open(folder)[0]
+            found = {"endpoint": (end - path[:, -1]).double().square().flatten(1).mean(1)}
             if self.judge:
-                pipeline = self.open(folder)[0]
                 ours, theirs = (self.seen(models.decode(pipeline, z)) for z in (end, path[:, -1].to(end)))
                 found["picture"] = self.judge.distance(ours, theirs).double()
+            if not costly:
+                return found
+            prompts, size = self.prompts[part.start:part.stop], self.about(folder)[1]["size"]
+            cond = models.encode_text(pipeline, prompts, size=size, device=self.device)
+            uncond = None                                      # some models have no null embedding
+            if guidance != 1:
+                uncond = models.encode_text(pipeline, [None] * len(part), size=size, device=self.device)
+            inside = {"straightness": metrics.straightness(model, path[:, 0].to(self.device), cond, windows,
+                                                           STRAIGHTNESS_STEPS, guidance, uncond)}
             if c.teacher_steps % windows == 0:
                 chord = metrics.chord_error(model, path.to(self.device), cond, windows, guidance, uncond)
-                found["chord"] = torch.tensor(chord, dtype=torch.float64).square()
-            return {"endpoint": (end - path[:, -1]).double().square().flatten(1).mean(1),
-                    **{name: value if name == "picture" else value.expand(len(part), windows)
-                       for name, value in found.items()}}
+                inside["chord"] = [error ** 2 for error in chord]
+            return found | {name: torch.tensor(values, dtype=torch.float64).expand(len(part), windows)
+                            for name, values in inside.items()}
         settings = self.settings(folder, steps, solver, guidance, edit, count) | dict(
-            measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS,
+            measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS * costly,
             teacher=self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count))
         return self.store(f"{Path(folder).name}-{steps}-{solver}-trajectories", count, settings, solve,
                           c.batch)
@@ -296,27 +295,31 @@ class Evaluator:
         """Of its own samples, (n, dim)."""
         return self.teacher_rows[range(self.c.n)][self.protocol.network].to(self.device)
 
-    def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, kernels=True):
+    def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, costly=True):
         """Every column of a row of results.json, made where missing. folder: a model;
         guidance: default self.guidance; edit: as for CountingModel, its name stands for it in the
-        cache; kernels: KID and CMMD too, which take longer than a small model's images.
+        cache; costly: KID, CMMD, straightness and chord error too, which may take longer than a small
+        model's images.
         Returns: dict; {} on all processes but the first."""
         c, network = self.c, self.protocol.network
         guidance = self.guidance(folder) if guidance is None else guidance
         rows = self.features(folder, steps, solver, guidance, edit)
-        paths = self.trajectories(folder, steps, solver, guidance, edit)
+        paths = self.trajectories(folder, steps, solver, guidance, edit, costly)
         if self.processes[0] > 0:
             return {}
         info, rows, paths = self.about(str(folder))[0], rows[range(c.n)], paths[range(len(paths))]
         features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt)
                                                                            for prompt in self.prompts])
-        reference, kernel_columns = self.reference[network], {}
+        reference, costly_columns = self.reference[network], {}
         groups = metrics.frechet_groups(features, reference)
         corrected, half = metrics.mean_interval(groups)
-        if kernels:
+        if costly:
             kid, kid_std = metrics.kernel_distance(rows[network], reference.cpu())
-            kernel_columns = dict(kid=kid, kid_std=kid_std,
-                                  cmmd=metrics.cmmd(rows["clip"].to(self.device), self.reference["clip"]))
+            costly_columns = dict(
+                kid=kid, kid_std=kid_std,
+                cmmd=metrics.cmmd(rows["clip"].to(self.device), self.reference["clip"]),
+                straightness=paths["straightness"].mean(0).tolist(),
+                chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None)
         evaluations = rows["evaluations"].mean().item()
         return dict(
             method=method or info.get("method", "teacher"), windows=info.get("windows"), steps=steps,
@@ -326,10 +329,8 @@ class Evaluator:
             fd=metrics.frechet_distance(metrics.moments(features), metrics.moments(reference)),
             fd_teacher_corrected=metrics.mean_interval(
                 metrics.frechet_groups(features, self.teacher_features))[0],
-            **kernel_columns, clip=metrics.clip_score(rows["clip"][captioned], self.texts[captioned]),
+            **costly_columns, clip=metrics.clip_score(rows["clip"][captioned], self.texts[captioned]),
             endpoint_error=paths["endpoint"].mean().sqrt().item(),
-            straightness=paths["straightness"].mean(0).tolist(),
-            chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None,
             **({"prompt_accuracy": self.followed(rows["judge"], self.plans),
                 "picture_distance": paths["picture"].mean().item()} if self.judge else {}),
             seconds_per_image=rows["seconds"].mean().item())

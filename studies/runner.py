@@ -218,7 +218,7 @@ def start_worker(c):
 
 def measure_row(c, request):
     request = dict(request)
-    return evaluator(c, request.pop("seed", protocols.Config.seed)).row(**request, kernels=False)
+    return evaluator(c, request.pop("seed", protocols.Config.seed)).row(**request, costly=False)
 
 
 # ---- statistics and words ----------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_the_curve_is_of_every_snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr(cards, "draw", lambda *given: draw(*given, steps=1))
     right, nothing = cards.snapshots(tmp_path, 40)
     assert (right["updates"], right["samples"], nothing["samples"]) == (500, 32_000, 57_600)
-    row = measuring.Evaluator(config(protocol="tiny", n=40, teacher_steps=1, paths=1)).row("tiny", 1, kernels=False)
+    row = measuring.Evaluator(config(protocol="tiny", n=40, teacher_steps=1, paths=1)).row("tiny", 1, costly=False)
     assert right["fd_corrected"] == pytest.approx(row["fd_corrected"], rel=1e-3) != nothing["fd_corrected"]
     assert right["prompt_accuracy"] == row["prompt_accuracy"]["all"]
 
@@ -168,7 +168,7 @@ def test_a_small_card_has_a_line_for_each_number_of_steps(monkeypatch):
         def __init__(self, c, rank, world, barrier):
             assert (c.protocol, c.teacher, c.n, rank, world) == ("pixel", "folder", 96, 0, 1)
 
-        def row(self, folder, steps, kernels):
+        def row(self, folder, steps, costly):
             return dict(fd_corrected=12.0 / steps, fd_interval=[0.0, 12.0 / steps + 0.5], prompt_accuracy=dict(all=0.75))
     monkeypatch.setattr(cards.measuring, "Evaluator", Evaluator)
     assert cards.lines_of("folder", "pixel", (8, 1), 96)[1] == "| 8 | 1.50 ± 0.50 | 1.00 | 75.0% |\n| 1 | 12.00 ± 0.50 | 8.00 | 75.0% |"

@@ -258,6 +258,15 @@ def test_measures_of_batches_are_those_of_all_trajectories(judge, parts, student
         assert two[column] == pytest.approx(one[column], rel=1e-3, abs=1e-6), column
 
 
+def test_without_the_costly_columns_the_others_are_the_same_and_no_line_is_followed(judge, students, monkeypatch):
+    whole = judge.row(students["sd15"] / "student-2", 2)
+    for name in ("straightness", "chord_error", "kernel_distance", "cmmd"):
+        monkeypatch.setattr(metrics, name, None)
+    less = judge.row(students["sd15"] / "student-2", 2, costly=False)
+    assert whole.keys() - less.keys() == {"kid", "kid_std", "cmmd", "straightness", "chord_error"}
+    assert without_time(less) == {name: value for name, value in without_time(whole).items() if name in less}
+
+
 @pytest.mark.parametrize("solver, steps, guidance", [("heun", 3, 1.5), slow("unipc", 3, 1.0), slow("dpmsolver++", 2, 0.0), ("lcm", 2, 2.0)])
 def test_evaluations_are_counted_for_every_solver_and_a_pair_is_two(judge, solver, steps, guidance):
     row, once = judge.row(judge.c.teacher, steps, solver=solver, guidance=guidance), sampler.evaluations(solver, steps)

@@ -101,7 +101,7 @@ def lines_of(folder, protocol, steps, n):
     barrier()                                              # the first process has written the folder
     evaluator = measuring.Evaluator(protocols.Config(protocol=protocol, teacher=folder, n=n), rank, world,
                                     barrier)
-    rows = {count: evaluator.row(folder, count, kernels=False) for count in steps}
+    rows = {count: evaluator.row(folder, count, costly=False) for count in steps}
     if rank:
         return evaluator, ""
     first = rows[steps[0]]["fd_corrected"]
@@ -126,11 +126,11 @@ def main(c):
     evaluator = measuring.Evaluator(protocols.Config(protocol="tiny", n=n), rank, world, barrier)
     for steps in STEPS:
         evaluator.features("tiny", steps)
-        evaluator.trajectories("tiny", steps)
+        evaluator.trajectories("tiny", steps, costly=False)
     if rank:
         return
     evaluator.processes = 0, 1, lambda: None
-    rows = {steps: evaluator.row("tiny", steps, kernels=False) for steps in STEPS}
+    rows = {steps: evaluator.row("tiny", steps, costly=False) for steps in STEPS}
     # the same on features that the model's own pictures and captions made
     by_clip = {steps: metrics.mean_interval(metrics.frechet_groups(
         evaluator.features("tiny", steps)[range(n)]["clip"], evaluator.reference["clip"]))[0] for steps in STEPS}
