@@ -286,9 +286,9 @@ def main(c, draws=progress.Grid):
                 values, parts = reflow.student_loss(model, ends, times, cond, recipe,
                                                     called.get("normalizer"), pairs.autocast())
                 if fresh:
-                    parts["matching"], learned = pairs.matching(
+                    parts["matching"], parts["critic"] = pairs.matching(
                         *fresh, cond, model, solving, models.as_model(pipeline, called["critic"]))
-                    values = values + recipe.matching * parts["matching"] + learned
+                    values = values + recipe.matching * parts["matching"] + parts["critic"]
                 updates.backward(scaler.scale(values.sum() / share), network, student, i + micro == share)
                 seen.append(progress.row(parts, times))
                 bar.update(micro / share)

@@ -79,19 +79,22 @@ def print_end(folder, windows, grid):
           f"{windows}")
 
 
+MATCHED = "matching", "critic"                             # the losses of distribution matching, where it is
+
+
 def row(parts, times):
-    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t, and matching
+    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t, and MATCHED
     where there is.
-    parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5 or 6)."""
+    parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5 or 7)."""
     t, t_start, _ = times
     loss, magnitude, direction, *more = (parts[name].detach().to(t.device).double() for name in
-                                         ("loss", "magnitude", "direction", "matching") if name in parts)
+                                         ("loss", "magnitude", "direction", *MATCHED) if name in parts)
     return torch.stack([loss, magnitude, direction, t_start, t, *more], 1)
 
 
 def summary(rows, norm, world, windows, step, optimizer, clock):
     """A line of the log: means over the samples of all processes since the last one, at time clock.
-    rows: (N, 5 or 6), from `row`."""
+    rows: (N, 5 or 7), from `row`."""
     count = world * len(rows)
     if world > 1:
         everyone = [torch.empty_like(rows) for _ in range(world)]
@@ -99,7 +102,7 @@ def summary(rows, norm, world, windows, step, optimizer, clock):
         rows = torch.cat(everyone)
     window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
-    matching = {"matching": rows[:, 5].mean().item()} if rows.shape[1] > 5 else {}
+    matching = dict(zip(MATCHED, rows[:, 5:].mean(0).tolist()))
     return dict(step=step, windows=windows, lr=optimizer.param_groups[0]["lr"], loss=loss,
                 magnitude=magnitude, direction=direction, **matching, grad_norm=norm.item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},

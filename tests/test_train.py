@@ -118,6 +118,12 @@ def test_every_column_of_a_recipe_changes_the_student(short, changes):
     assert not same_bits(weights(short(**changes)), weights(short()))
 
 
+def test_the_log_tells_both_losses_of_distribution_matching_where_it_is(short):
+    lines = log(short(matching=0.1, windows=[2, 1], updates=4).parent)
+    told = {line["windows"]: {name: line[name] for name in ("matching", "critic") if name in line} for line in lines}
+    assert told[2] == {} and told[1].keys() == {"matching", "critic"} and min(told[1].values()) > 0
+
+
 @pytest.mark.parametrize("base, changes", [(dict(loss="high-pass"), dict(high_pass_weight=5.0)), (dict(loss="high-pass"), dict(high_pass_radius=0.6)),
                                            (dict(time_law="exponential"), dict(time_base=2.0)), (dict(windows=[1]), dict(projection=0.05)),
                                            (dict(windows=[1], projection=0.05), dict(projection=0.9))],
