@@ -274,7 +274,7 @@ class Evaluator:
             return found | {name: torch.tensor(values, dtype=torch.float64).expand(len(part), windows)
                             for name, values in inside.items()}
         settings = self.settings(folder, steps, solver, guidance, edit, count) | dict(
-            measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS * costly,
+            measured_windows=windows, straightness_steps=STRAIGHTNESS_STEPS if costly else 0,
             teacher=self.settings(c.teacher, c.teacher_steps, "ddim", c.guidance, None, count))
         return self.store(f"{Path(folder).name}-{steps}-{solver}-trajectories", count, settings, solve,
                           c.batch)

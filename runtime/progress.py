@@ -79,16 +79,16 @@ def print_end(folder, windows, grid):
           f"{windows}")
 
 
-MATCHED = "matching", "critic"                             # the losses of distribution matching, where it is
+MATCHING = "matching", "critic"                            # of distribution matching, where there is any
 
 
 def row(parts, times):
-    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t, and MATCHED
+    """What is kept of a micro-batch for the log: loss, magnitude, direction, t_start, t, and MATCHING
     where there is.
     parts: from reflow.student_loss; times: (t, t_start, t_end).  Returns: float64 (B, 5 or 7)."""
     t, t_start, _ = times
     loss, magnitude, direction, *more = (parts[name].detach().to(t.device).double() for name in
-                                         ("loss", "magnitude", "direction", *MATCHED) if name in parts)
+                                         ("loss", "magnitude", "direction", *MATCHING) if name in parts)
     return torch.stack([loss, magnitude, direction, t_start, t, *more], 1)
 
 
@@ -102,7 +102,7 @@ def summary(rows, norm, world, windows, step, optimizer, clock):
         rows = torch.cat(everyone)
     window = (rows[:, 3] * windows - 1e-5).ceil().long()
     loss, magnitude, direction = rows[:, :3].mean(0).tolist()
-    matching = dict(zip(MATCHED, rows[:, 5:].mean(0).tolist()))
+    matching = dict(zip(MATCHING, rows[:, 5:].mean(0).tolist()))
     return dict(step=step, windows=windows, lr=optimizer.param_groups[0]["lr"], loss=loss,
                 magnitude=magnitude, direction=direction, **matching, grad_norm=norm.item(),
                 loss_per_window={k: rows[window == k, 0].mean().item() for k in sorted(set(window.tolist()))},
