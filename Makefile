@@ -47,7 +47,7 @@ $(LIVE)/models/student: assets/student-2/unet/diffusion_pytorch_model.safetensor
 	rm -rf $@
 	$(RUN) export.py onnx assets/student-2 $@
 
-# every table and figure of the studies, and the pages made of them: some half a day on two cores, resumable
+# every study in full, and the pages made of them: resumable; each says how long it took before
 study: $(VENV)/ready
 	$(RUN) -m studies all
 	$(RUN) -m studies.results
@@ -68,6 +68,7 @@ lint: $(VENV)/ready
 # rebuild the embedded models from the pictures: hours, resumable
 tiny: $(VENV)/ready
 	$(SPREAD) -m tools.build
+	$(SPREAD) -m tools.sd3
 	$(SPREAD) -m tools.cards
 	$(SPREAD) -m tools.pixel
 

@@ -13,8 +13,8 @@ Leaves results.json, results.md and grid.png in the run. Safe to interrupt: what
 is kept under --cache.
 
 FID is the Frechet distance on features of Inception. The protocols tiny and pixel have the features
-of the repository's own small CLIP, and real images nobody trained on: that is called FD here, and
-compares with no published number. Either is too high on average, by c / N: the corrected one is not
+of the repository's own judge of scenes, and real images nobody trained on: that is called FD here,
+and compares with no published number. Either is too high on average, by c / N: the corrected one is not
 (metrics.frechet_groups), and has the interval. Published FIDs are plain.
 """
 import dataclasses

@@ -167,13 +167,13 @@ def methods(lab):
                     column("default", steps, most), column(method, steps, most)))
     tests = judge(comparisons)
     verdict = []
-    for steps in (1, 2, 4):
+    for steps in (4, 2, 1):
         mean = {method: sum(column(method, steps, most)) / len(seeds) for method in names
                 if column(method, steps, most)}
         order = ", then ".join(f"{method} ({mean[method]:.2f})" for method in sorted(mean, key=mean.get)[:2])
         if mean:
-            verdict.append(f"In {steps} step{'s' * (steps > 1)} lowest {order}; plain DDIM "
-                           f"{plain[steps]['fd_corrected']:.2f}.")
+            verdict.append(f"In {steps} step{'s' * (steps > 1)} {'lowest ' * (len(mean) > 1)}{order}; plain "
+                           f"DDIM {plain[steps]['fd_corrected']:.2f}.")
     if {"default", "PeRFlow"} <= set(names):
         goal = sum(column("PeRFlow", 4, most)) / len(seeds)
         reached = [budget for budget in BUDGETS if sum(column("default", 4, budget)) / len(seeds) <= goal]

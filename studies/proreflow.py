@@ -171,9 +171,9 @@ def noise(lab):
                               rows["magnitude", size]["fd_groups"], pairs="groups of images")
                               for size in sizes]
     tests = judge(comparisons)
-    verdict.insert(0, f"Direction costs more at {sum(each.outcome == 'worse' for each in comparisons)} of "
-                      f"{len(sizes)} sizes, most at {max(worse, key=worse.get):g} |u|, by "
-                      f"{max(worse.values()):.2f} FD.")
+    costlier = sum(each.outcome == "worse" for each in comparisons)
+    verdict.insert(0, f"Direction is shown to cost more at {costlier} of {len(sizes)} sizes, most at "
+                      f"{max(worse, key=worse.get):g} |u|, by {max(worse.values()):.2f} FD.")
     verdict += [*map(str, comparisons), tests]
     figure, (axis,) = axes(width=6)
     for kind, color, marker in (("direction", BLUE, "o"), ("magnitude", ORANGE, "s")):
@@ -192,7 +192,8 @@ SCALES = (1, 2, 3, 4, 5, 6, 7)
 
 
 def guidance(lab):
-    """What does guidance do to a student that was trained without (ProReflow's Fig. 3)?"""
+    """What does guidance do to a student that was trained at guidance 1, of a teacher that has learned a
+    guidance of 2 (ProReflow's Fig. 3)?"""
     run, scales, counts = progressive_run(lab), SCALES, (4, 2)
     keys = [(steps, scale) for steps in counts for scale in scales]
     requests = [dict(folder=run / f"student-{steps}", steps=steps, guidance=float(scale))

@@ -114,21 +114,22 @@ def simple_reflow(lab):
     keys = list(chain.values())
     lines = [line(label, key, before) for (label, key), before in zip(chain.items(), [baseline, *keys])]
     whole = Comparison("All seven against none", fd[everything], fd[baseline])
-    turns = [Comparison(f"{label[2:].capitalize()}, added in turn", fd[key], fd[before])
-             for (label, key), before in zip(list(chain.items())[1:], keys)]
+    turns = {label[2:]: Comparison(f"{label[2:].capitalize()}, added in turn", fd[key], fd[before])
+             for (label, key), before in zip(list(chain.items())[1:], keys)}
     lost = {label.removeprefix("all but "): Comparison(f"All seven against {label}", fd[everything], fd[key])
             for label, key in list(without.items())[1:]}
     ends = end_distances(lab)
     moved = Comparison("Ends of projected pairs against the teacher's", ends[1], ends[0],
                        pairs="groups of images")
-    tests = judge([whole, *turns, *lost.values(), moved])
+    tests = judge([whole, *turns.values(), *lost.values(), moved])
     spread = loss_spread(lab, folders[arms[()][0]] / "student-1")
     best = min(solvers, key=lambda solver: mean_interval(fd[items, solver])[0])
     verdict = [
-        str(whole)[:-1] + "; left out, {} makes it worse and {} better.".format(
-            *(", ".join(name for name, each in lost.items() if each.outcome == said) or "none"
-              for said in ("better", "worse"))),
-        *map(str, (*turns, *lost.values(), moved)), tests,
+        str(whole)[:-1]
+        + "; shown to help: {} when added in turn, {} among all seven; to harm: {} and {}.".format(
+            *(", ".join(name for name, each in group.items() if each.outcome == said) or "none"
+              for said in ("better", "worse") for group in (turns, lost))),
+        *map(str, (*turns.values(), *lost.values(), moved)), tests,
         f"Of the r and the grids {best} has the lowest mean, {shown(fd[items, best])}; {BETTER} has "
         f"{shown(fd[everything])}.",
         "The largest loss at one time is up to {:.0f} times the smallest there, normalized {:.0f} times; the "

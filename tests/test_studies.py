@@ -249,7 +249,7 @@ def test_verdicts_are_those_of_the_rows(pretend):
     compared = curriculum.curriculum(pretend)["verdict"]
     assert compared[0].endswith("by FD worse in 3 of 3 comparisons; by endpoint error worse in 3 of 3 comparisons.")
     assert compared[1].endswith("by FD better in 3 of 3 comparisons; by endpoint error better in 3 of 3 comparisons.")
-    assert proreflow.noise(pretend)["verdict"][0].startswith("Direction costs more at 4 of 4 sizes")
+    assert proreflow.noise(pretend)["verdict"][0].startswith("Direction is shown to cost more at 4 of 4 sizes")
     guided = proreflow.guidance(pretend)["verdict"][:2]
     assert all("FD is lowest at guidance 1 " in sentence for sentence in guided)
 
