@@ -1,8 +1,8 @@
 """A student beside its teacher, from the same noise, on a page: `python app.py`
 
 Above, what is drawn: prompt, models, steps, solver, guidance, seed. Below, of each model, the picture,
-the time it took, and what the network believed the picture to be along its way: where trajectories
-are straight, it believes the same from its first step on. Needs gradio: pip install '.[app]'.
+the time it took, and what the network predicted the picture to be along its way: where trajectories
+are straight, it predicts the same from its first step on. Needs gradio: pip install '.[app]'.
 """
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from runtime import cli, processes
 from runtime.cli import UserError
 from teacher import DTYPES
 
-SHOWN = 8                       # beliefs in a strip, at most
+SHOWN = 8                       # predictions in a strip, at most
 TEACHER_STEPS = 32
 
 
@@ -44,26 +44,27 @@ def draw(name, opened, prompt, steps, solver, guidance, seed):
         times = sampler.time_grid(steps, windows)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-    prompt, beliefs, start = prompt if models.prompts(pipeline) else "", [], time.perf_counter()
+    prompt, predicted, start = prompt if models.prompts(pipeline) else "", [], time.perf_counter()
     z = sampler.generate(pipeline, model, [prompt], [seed], times, guidance, solver=solver,
-                         callback=lambda state: beliefs.append(state["x_hat"].float()))
+                         callback=lambda state: predicted.append(state["x_hat"].float()))
     image = models.decode(pipeline, z)
     seconds = time.perf_counter() - start
 
     shown = torch.linspace(0, steps - 1, min(steps, SHOWN)).round().int().tolist()
-    believed = models.decode(pipeline, torch.cat([beliefs[i] for i in shown]))
-    believed = torch.cat([believed, torch.ones(SHOWN - len(shown), *believed.shape[1:])])   # white: as long
+    decoded = models.decode(pipeline, torch.cat([predicted[i] for i in shown]))
+    decoded = torch.cat([decoded, torch.ones(SHOWN - len(shown), *decoded.shape[1:])])      # white: as long
     (picture,), strip = (imaging.to_pil(images, max(1, side // images.shape[-1]))
-                         for images, side in ((image, 256), (believed, 128)))
+                         for images, side in ((image, 256), (decoded, 128)))
     count = sampler.evaluations(solver, steps, windows) * (1 if guidance in (0, 1) else 2)
     return (picture, imaging.contact_sheet([strip], [str(i + 1) for i in shown]),
             f"{steps} step{'s' * (steps > 1)}, {count} network evaluation{'s' * (count > 1)}: "
             f"{seconds:.2f} s")
 
 
-def command(student, prompt, steps, solver, guidance, seed):
+def command(student, prompt, steps, solver, guidance, seed, precision="fp32"):
     """What draws the student's picture again."""
-    given = dict(model=student, prompt=prompt, steps=steps, solver=solver, guidance=guidance, seed=seed)
+    given = dict(model=student, prompt=prompt, steps=steps, solver=solver, guidance=guidance, seed=seed,
+                 dtype=precision)
     default = vars(sampler.Config())
     return "python sampler.py " + " ".join(f"--{key} {shlex.quote(str(value))}" for key, value
                                            in given.items() if value != default[key])
@@ -80,11 +81,13 @@ def warnings_to(show):
         yield
 
 
-def page(gradio, first, device, dtype):
-    """The page as gradio's Blocks, nothing opened yet. first: the student it starts with."""
+def page(gradio, first, device, precision):
+    """The page as gradio's Blocks, nothing opened yet. first: the student it starts with;
+    precision: of DTYPES."""
     @functools.lru_cache(maxsize=2)                        # a student and a teacher stay in memory
     def opened(name, student=None):
-        return saved.open_model(name, device, dtype, student=student and saved.read_about(student))
+        about = saved.read_about(student) if student else None
+        return saved.open_model(name, device, DTYPES[precision], student=about)
 
     def goes_with(student):
         """Its teacher, and the steps it was made for."""
@@ -97,11 +100,13 @@ def page(gradio, first, device, dtype):
                 for doubt in saved.doubts(student, saved.read_about(student), [prompt], steps, rest[1]):
                     gradio.Warning(doubt)
                 # the teacher first: the time that only a first picture takes is lost among its steps
-                theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, *rest)
+                pipeline, *_ = opened(teacher, student)
+                at = saved.teacher_guidance(pipeline, saved.read_about(student), rest[1])
+                theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, rest[0], at, rest[2])
                 ours = draw(student, opened(student), prompt, steps, *rest)
             except UserError as error:
                 raise gradio.Error(str(error), title="Not drawn") from error
-        return *ours, *theirs, command(student, prompt, steps, *rest)
+        return *ours, *theirs, command(student, prompt, steps, *rest, precision)
 
     teacher, windows = goes_with(first)
     with gradio.Blocks(title="Reflow", analytics_enabled=False) as blocks:
@@ -129,7 +134,7 @@ def page(gradio, first, device, dtype):
                     gradio.Markdown(f"### {name}")
                     took = gradio.Markdown(min_height=24)
                     picture = gradio.Image(label=name, buttons=["fullscreen", "download"], **plain)
-                    gradio.Markdown("What it believes the picture to be, at step:")
+                    gradio.Markdown("What it predicts the picture to be, at step:")
                     shown += [picture, gradio.Image(label=f"{name}, step by step", buttons=[], **plain), took]
         again = gradio.Code(label="The student's picture again", language="shell", interactive=False, lines=1,
                             show_line_numbers=False, wrap_lines=True)
@@ -142,9 +147,10 @@ def page(gradio, first, device, dtype):
 
 def main(c):
     gradio = cli.extra("app.py", "gradio", "app")
-    device, dtype = processes.pick_device(c.device), cli.choose("--dtype", c.dtype, DTYPES)
+    device = processes.pick_device(c.device)
+    cli.choose("--dtype", c.dtype, DTYPES)
     first = c.model or os.path.relpath(load.ASSETS / "student-2")
-    blocks = page(gradio, first, device, dtype)
+    blocks = page(gradio, first, device, c.dtype)
     theme = gradio.themes.Default(font=["system-ui"], font_mono=["monospace"])   # none from the network
     try:
         blocks.launch(server_port=c.port, theme=theme)

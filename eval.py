@@ -44,19 +44,22 @@ def main(c):
     if not c.run or not run.is_dir():
         raise UserError(f"{c.run or 'no run'}: give the folder that train.py wrote, e.g. python eval.py "
                         "runs/demo")
-    students = sorted(run.rglob("student-*/reflow.json"),
-                      key=lambda file: (in_order(name_of_run(file, run)),
-                                        -int(file.parent.name.split("-")[1])))
+    students = list(run.rglob("student-*/reflow.json"))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python "
                         f"train.py --out {run}")
-    infos = [saved.read_about(file.parent, "teacher", "method", "windows") for file in students]
+    infos = {file: saved.read_about(file.parent, "teacher", "method", "windows") for file in students}
+    students.sort(key=lambda file: (in_order(name_of_run(file, run)), -infos[file]["windows"], file))
+    infos = [infos[file] for file in students]
     names = {info["teacher"] for info in infos}
     if len(names) > 1:
         raise UserError(f"{run}: students of several teachers ({', '.join(sorted(names))}); evaluate their "
                         "runs one by one")
     c = dataclasses.replace(c, teacher=c.teacher or names.pop())
-    size = protocols.resolve(c)[0].size
+    size, fewest = protocols.resolve(c)[0].size, min(info["windows"] for info in infos)
+    if max(c.steps) < fewest:
+        raise UserError(f"--steps {' '.join(map(str, c.steps))}: fewer than the windows of every student in "
+                        f"{run}; name {fewest} or more")
     # one teacher is measured for all
     for key in {"model_config", "random_init", "null_text", *["size"] * (size is None),
                 *["guidance_teacher", "guidance_range"] * (c.guidance is None)}:

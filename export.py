@@ -171,7 +171,8 @@ def cost(info, run):
 def last_picture(info, run):
     """The newest picture that the run drew of a student while it trained, or None. info, run: as for cost."""
     drawn = sorted((run / "grids").glob("*.png")) if run else []
-    return next((file for file in reversed(drawn) if int(file.stem) <= info["updates"]), None)
+    return next((file for file in reversed(drawn)
+                 if file.stem.isdigit() and int(file.stem) <= info["updates"]), None)
 
 
 def card(pipeline, info, run=None):
@@ -479,10 +480,9 @@ def export_delta(c):
                  else only_network(base)).state_dict()
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
         delta = {name: value - other[name] for name, value in student.items()}
-    delta = {name: value.to(dtype) for name, value in delta.items()}
-    store.write_atomically(Path(c.out), lambda part: save_file(delta, part, {"info": json.dumps(info)}))
-    size, changed = sum(value.float().square().sum().item()
-                        for value in delta.values()) ** 0.5, sum(map(torch.any, delta.values()))
+    write_file(Path(c.out), delta, {}, info, dtype)
+    delta = [value.to(dtype).float() for value in delta.values()]
+    size, changed = sum(value.square().sum().item() for value in delta) ** 0.5, sum(map(torch.any, delta))
     print(f"{c.out}: {c.student} minus {base}, {changed} of {len(delta)} tensors differ, norm {size:.4g}")
 
 
@@ -512,7 +512,8 @@ def merge(c):
     for name, value in weights.items():
         value += c.scale * delta[name].float()
     info = json.loads(metadata["info"])
-    options = {**info["config"], "model": c.model, "model_config": c.model_config, "random_init": False}
+    options = {**info["config"], "model": c.model, "model_config": c.model_config, "random_init": False,
+               "lora": 0}
     write_pipeline(folder, pipeline, {**info, "teacher": c.model, "config": options,
                                       "delta": dict(file=c.delta, scale=c.scale, student_of=info["teacher"])})
     print(f"{folder}: {c.model} with {c.scale:g} x {c.delta}. "

@@ -200,7 +200,7 @@ def consistency(teacher, student, schedule, z, t, t_start, t_end, steps):
 
 
 def imitation(teacher, student, schedule, z, t, t_start, t_end, steps):
-    """z at t_start: the student's answer draws a line over the window; the teacher is asked at t on that
+    """z at t_start: the student's answer draws a line over the window; the teacher is evaluated at t on that
     line, and its velocity there carries z to the window's end. Needs no image and no trajectory. What it
     comes to is the mean of these velocities, the exact step only where the teacher is straight.
     Source: policy imitation, pi-Flow (Chen et al. 2025), with one point per window."""

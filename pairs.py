@@ -10,7 +10,7 @@ they belong to.
 | flow-map    | the same                            | teacher's velocity, less the student's own change   |
 | imitation   | the student's own steps from noise  | teacher's velocity on the student's own line        |
 
-The last three are peers, and chords as well, that begin where the student is asked: losses.py has them.
+The last three are peers, and chords as well, that begin where the student is evaluated: losses.py has them.
 
 A trajectory runs from noise to what the teacher makes of it (backward), or from a real latent to
 the noise that the teacher makes it from (forward, Simple ReFlow). A backward one has the true noise
@@ -51,7 +51,7 @@ LATENT_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 class Pairs:
     """The pairs of one run, and its caches.  c: train.Config; recipe: reflow.Recipe; pipeline: the
-    teacher's, frozen, on its device; dataset: from data.open_dataset; conditions:
+    teacher's, frozen, on its device; dataset: from captioned.open_dataset; conditions:
     Conditions of all samples that are cached, or None where none are, and text is encoded while it
     trains; processes: (rank, world size, barrier)."""
 
@@ -283,7 +283,7 @@ class Pairs:
             cond, guidance = self.guide(batch, drawn)
             guidance = guidance if solver.path is None else 1.0
             own = losses.TARGETS.get(self.recipe.pairs)
-            # these begin where the student is asked: at t, or at the start of the window
+            # these begin where the student is evaluated: at t, or at the start of the window
             starts, stops = t if own and z_0 is not None else t_start[::reuse], t_end[::reuse]
             with self.autocast():
                 if z_0 is None:
@@ -355,6 +355,6 @@ def cache_bytes(c, recipe, pipeline, dataset, conditions):
 
 
 def cache_windows(recipe):
-    """Boundaries are cached for 8 windows, or the first stage's if it has more: they serve every
-    later stage."""
+    """The least number of windows whose boundaries hold those of 8 and of every stage, where trajectories
+    are cached; else of the first stage, the most."""
     return math.lcm(8, *recipe.stages) if recipe.pairs == "trajectory" else max(recipe.stages)

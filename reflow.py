@@ -41,12 +41,12 @@ def window_of(t, windows):
 def check_curriculum(stages):
     """Raises ValueError unless each window count divides the one before it (so that windows merge,
     never split)."""
+    if not stages or min(stages) < 1:
+        raise ValueError(f"stages {stages}: at least one stage of at least one window is needed")
     for before, after in zip(stages, stages[1:]):
         if after >= before or before % after:
             raise ValueError(f"stages {stages}: {before} windows do not merge into {after}; each count must "
                              "divide the one before")
-    if not stages or min(stages) < 1:
-        raise ValueError(f"stages {stages}: at least one stage of at least one window is needed")
 
 
 # ---- the chord ---------------------------------------------------------------------------------------------
@@ -253,8 +253,8 @@ class Recipe:
 RECIPES = {
     # ours: prompts are all it needs
     "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
-    # the winner of best-of-both: needs images
-    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, normalization="learned", forward_rate=0.5),
+    # the winner of the study best-of-both: default with Simple ReFlow's loss
+    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, loss="high-pass"),
     # straight to one window
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),
     # a student of one step made better, for one step alone: give it with --init

@@ -196,11 +196,13 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
     solve = cli.choose("--solver", solver, SOLVERS) if isinstance(solver, str) else solver
     shape = models.latent_shape(pipeline, size)
     pixels = [side * pipeline.vae_scale_factor for side in shape[1:]]
-    models.check_null(pipeline, guidance)
+    needs_null = model.needs_null(guidance)
+    if needs_null:
+        models.check_null(pipeline, guidance)
     device, results = models.network(pipeline).device, []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
-        null = [None] * (guidance != 1)                    # the null embedding, where it is needed, is row 0
+        null = [None] * needs_null                         # the null embedding, where it is needed, is row 0
         unique = [*null, *dict.fromkeys(prompts[part])]    # a prompt "" is text
         table = models.encode_text(pipeline, unique, size=pixels, device=device)
         rows = torch.tensor([unique.index(prompt) for prompt in prompts[part]]).to(device)
@@ -313,9 +315,9 @@ def main(c):
         counts = [32, steps] if "teacher" in info or steps != 32 else [32, 4, 2, 1]
         other, other_model, _ = saved.open_model(info.get("teacher") or name, device, dtype, c.random_init,
                                                  c.model_config, c.guide, c.size, info)
-        columns, sets = [], []
+        guidance, columns, sets = saved.teacher_guidance(other, info, c.guidance), [], []
         for count in counts:
-            z = generate(other, other_model, prompts, seeds, time_grid(count), c.guidance, size=c.size)
+            z = generate(other, other_model, prompts, seeds, time_grid(count), guidance, size=c.size)
             columns.append(f"teacher\n{count} step{'s' * (count > 1)}")
             sets.append(imaging.to_pil(models.decode(other, z), scale))
         if "teacher" in info:

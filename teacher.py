@@ -1,6 +1,6 @@
 """The frozen diffusion model behind one contract: model(z, t, cond) -> (x_hat, eps_hat).
 The only file that knows the network's side of diffusers: its noise schedule, its clock, its
-prediction type, its text encoder, how it is loaded.
+prediction type. Text encoders and loading are in models/.
 
 Clock: t is continuous, 0 = data, 1 = noise. The network sees the timestep 1000 t - 1 (a float;
 SD's own integers at t = k/1000): t = 1 is timestep 999, and t = 0 is "timestep -1", clean data,
@@ -201,6 +201,10 @@ class Model:
         a, b = self.path(self.schedule, t, self.windows) if self.path else self.schedule(t)
         return a.view(-1, *[1] * (ndim - 1)), b.view(-1, *[1] * (ndim - 1))
 
+    def needs_null(self, guidance):
+        """Whether a call at this guidance evaluates uncond."""
+        return guidance != 1
+
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """z: (B, ...) float32; t: (B,) in (0, 1]; cond: dict of tensors (B, ...) that the network
         takes by name.
@@ -248,6 +252,10 @@ class Guided(Model):
     text: autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
     Itself". Made by guided(), which checks that the two go together."""
     guide: Model = None
+
+    def needs_null(self, guidance):
+        """Never: the guide stands in for no text."""
+        return False
 
     def __call__(self, z, t, cond, guidance=1.0, uncond=None):
         """guidance: w in guide + w (model - guide), of the pair (x_hat, eps_hat), so that z stays a

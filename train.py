@@ -234,7 +234,7 @@ def main(c, draws=progress.Grid):
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
-    solver = FrozenNetwork(c, student, device) if plan.asks_frozen(recipe) else None
+    solver = FrozenNetwork(c, student, device) if plan.evaluates_frozen(recipe) else None
     critic = make_student(c, copy.deepcopy(student), device, 0.0) if recipe.matching else None
     make_student(c, student, device, recipe.dropout)
     network = DDP(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
@@ -248,6 +248,8 @@ def main(c, draws=progress.Grid):
         plan.print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
     flags, (stop, release) = processes.StopFlags(device, world), processes.catch_signals()
     bar = progress.Bar(c, sum(per_stage[:finished]), device, rank)
+    if c.grid_steps and not finished and not resumed:       # on its own path, before --init
+        grid.begin(models.as_model(pipeline, student), board, pairs)
     if finished or c.init:
         begin = folders[finished - 1] if finished else Path(c.init)
         load_weights(student, export.trained_weights(begin, c.lora))
@@ -269,8 +271,6 @@ def main(c, draws=progress.Grid):
         batches = processes.prefetch(lambda some: pairs.fetch(some, windows), numbers)
         seen, clock = [], time.time()
 
-        if c.grid_steps and first + done == 0:
-            grid.begin(plain, board, pairs)
         for step in range(first + done, first + count):
             # pictures of the running average; before any update, of the teacher or --init, by plain DDIM
             if c.grid_steps and (step % c.grid_steps == 0 or step == first):
@@ -280,6 +280,7 @@ def main(c, draws=progress.Grid):
             torch.manual_seed((c.seed * 1_000_003 + step) * world + rank)      # dropout, by the step as well
             for i in range(0, share, micro):
                 # micro-batch: the two ends of each sample's window, and the loss of the student between them
+                updates.share_gradients(i + micro == share, network, *called.values())
                 batch = next(batches)
                 fresh = [batch.pop(name) for name in FRESH if name in batch]
                 times, ends, cond = pairs.ends(batch, solving, solver_steps // windows, model)
@@ -289,7 +290,7 @@ def main(c, draws=progress.Grid):
                     parts["matching"], parts["critic"] = pairs.matching(
                         *fresh, cond, model, solving, models.as_model(pipeline, called["critic"]))
                     values = values + recipe.matching * parts["matching"] + parts["critic"]
-                updates.backward(scaler.scale(values.sum() / share), network, student, i + micro == share)
+                scaler.scale(values.sum() / share).backward()
                 seen.append(progress.row(parts, times))
                 bar.update(micro / share)
             norm = updates.step(student, optimizer, ema, scaler)

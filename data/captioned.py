@@ -1,4 +1,4 @@
-"""Images with captions, prompts, and a store of rows on disk. Knows nothing of the method.
+"""Images with captions, and prompts. Knows nothing of the method.
 
 A dataset is addressed by sample numbers: sample k of a run is the same on one process or eight,
 before or after a resume, because everything random about it comes from a generator seeded with

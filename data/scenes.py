@@ -162,9 +162,6 @@ NAMES = [short_name(name) for names in OBJECTS.values() for name in names.split(
 
 GROUPS = [group for group, names in OBJECTS.items() for _ in names.split(", ")]
 
-# top and bottom color; i = j: one color
-BACKGROUNDS = [(i, j) for i in range(len(COLORS)) for j in range(len(COLORS))]
-
 
 def held_out(*words):
     """True for the tenth of all pairs (object, color) or (object, object) that no training scene

@@ -86,7 +86,7 @@ class Features:
             widths = [len(weights[f"stages.{i}.0.convs.0.weight"]) for i in range(3)]
             self.model = Judge(widths)
             self.model.load_state_dict({name: value.float() for name, value in weights.items()})
-        except Exception as error:                         # torn, of another network, of other scenes
+        except Exception as error:                         # truncated, of another network, of other scenes
             raise UserError(f"--judge {folder}: {file.name} cannot be loaded ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:200]}); restore the folder") from error
         self.model.to(device).eval().requires_grad_(False)

@@ -77,6 +77,7 @@ class Evaluator:
         self.c, self.protocol = c, protocol = protocols.resolve(c)
         self.student = student
         self.processes, self.device = (rank, world, barrier), processes.pick_device(c.device)
+        self.exact = teacher.clock_device(self.device)  # where features are compared, in float64
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 in a measurement, whatever training has set
         torch.set_float32_matmul_precision("highest")
         if rank:  # the first process downloads, the others find the files
@@ -115,12 +116,11 @@ class Evaluator:
                         **self.networks)
         rows = self.store("reference", c.real, settings,
                           lambda part, name: self.look(reference(part), part, name), SHARD)[range(c.real)]
-        self.reference = {key: value.to(self.device) for key, value in rows.items()}
+        self.reference = {key: value.to(self.exact) for key, value in rows.items()}
         self.read, self.opened = {}, (None, None)
         if learned:
-            about = saved.settings(student)
-            self.c = c = dataclasses.replace(c, guidance=models.embed_guidance(
-                self.open(c.teacher)[0], about["guidance_teacher"], about["guidance_range"]))
+            guidance = saved.teacher_guidance(self.open(c.teacher)[0], student, 1.0)
+            self.c = c = dataclasses.replace(c, guidance=guidance)
         self.teacher_path = self.path()
         self.teacher_rows = self.features(c.teacher, c.teacher_steps)
 
@@ -129,7 +129,7 @@ class Evaluator:
     def store(self, label, count, settings, solve, batch):
         """`count` rows, made `batch` at a time by solve(range of row numbers, name of the set) ->
         dict of tensors, where they are missing.
-        Other settings are another set.  Returns: data.Rows."""
+        Other settings are another set.  Returns: store.Rows."""
         folder = Path(self.c.save_images, "rows") if self.c.save_images else Path(self.c.cache)
         name = f"{re.sub('[/:]', '-', label)}-{store.digest(settings)}"
 
@@ -227,7 +227,7 @@ class Evaluator:
 
     def features(self, folder, steps, solver="ddim", guidance=None, edit=None):
         """Features of a model's images, (dim,) each, and what an image cost: seconds, evaluations
-        of the network.  Returns: data.Rows."""
+        of the network.  Returns: store.Rows."""
         c, folder = self.c, str(folder)
         guidance = self.guidance(folder) if guidance is None else guidance
 
@@ -245,7 +245,7 @@ class Evaluator:
         """Squared endpoint error of a model's trajectories, () each; with `costly`, straightness and
         squared chord error in K windows, (K,) each, the mean of their batch. K is the student's;
         for a teacher, what its steps have in common with 8. There is no chord error where the
-        teacher's steps do not stop at every boundary.  Returns: data.Rows."""
+        teacher's steps do not stop at every boundary.  Returns: store.Rows."""
         c, folder = self.c, str(folder)
         guidance = self.guidance(folder) if guidance is None else guidance
         info, count = self.about(folder)[0], min(c.paths, c.n)
@@ -264,7 +264,7 @@ class Evaluator:
             prompts, size = self.prompts[part.start:part.stop], self.about(folder)[1]["size"]
             cond = models.encode_text(pipeline, prompts, size=size, device=self.device)
             uncond = None                                      # some models have no null embedding
-            if guidance != 1:
+            if model.needs_null(guidance):
                 uncond = models.encode_text(pipeline, [None] * len(part), size=size, device=self.device)
             inside = {"straightness": metrics.straightness(model, path[:, 0].to(self.device), cond, windows,
                                                            STRAIGHTNESS_STEPS, guidance, uncond)}
@@ -293,7 +293,7 @@ class Evaluator:
     @functools.cached_property
     def teacher_features(self):
         """Of its own samples, (n, dim)."""
-        return self.teacher_rows[range(self.c.n)][self.protocol.network].to(self.device)
+        return self.teacher_rows[range(self.c.n)][self.protocol.network].to(self.exact)
 
     def row(self, folder, steps, method="", solver="ddim", guidance=None, edit=None, costly=True):
         """Every column of a row of results.json, made where missing. folder: a model;
@@ -308,8 +308,7 @@ class Evaluator:
         if self.processes[0] > 0:
             return {}
         info, rows, paths = self.about(str(folder))[0], rows[range(c.n)], paths[range(len(paths))]
-        features, captioned = rows[network].to(self.device), torch.tensor([bool(prompt)
-                                                                           for prompt in self.prompts])
+        features, captioned = rows[network].to(self.exact), torch.tensor(list(map(bool, self.prompts)))
         reference, costly_columns = self.reference[network], {}
         groups = metrics.frechet_groups(features, reference)
         corrected, half = metrics.mean_interval(groups)
@@ -317,7 +316,7 @@ class Evaluator:
             kid, kid_std = metrics.kernel_distance(rows[network], reference.cpu())
             costly_columns = dict(
                 kid=kid, kid_std=kid_std,
-                cmmd=metrics.cmmd(rows["clip"].to(self.device), self.reference["clip"]),
+                cmmd=metrics.cmmd(rows["clip"].to(self.exact), self.reference["clip"]),
                 straightness=paths["straightness"].mean(0).tolist(),
                 chord_error=paths["chord"].mean(0).sqrt().tolist() if "chord" in paths else None)
         evaluations = rows["evaluations"].mean().item()
@@ -345,7 +344,7 @@ class Evaluator:
         images, captions = real_images(c.n, "floor", protocol.split, c.size if protocol.fid_size else None)
         rows = self.look(images, range(c.n), "floor")
         named = torch.tensor([bool(caption) for caption in captions])
-        groups = metrics.frechet_groups(rows[protocol.network].to(self.device),
+        groups = metrics.frechet_groups(rows[protocol.network].to(self.exact),
                                         self.reference[protocol.network])
         corrected, half = metrics.mean_interval(groups)
         return {"floor": dict(

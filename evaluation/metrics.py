@@ -9,7 +9,7 @@ in float64:
 
 None of these numbers means anything without the network's name and the number of images beside it.
 
-    python metrics.py          # each distance where its value is known
+    python -m evaluation.metrics          # each distance where its value is known
 """
 import hashlib
 import itertools
@@ -27,6 +27,7 @@ import sampler
 from models import load
 from runtime import seeds
 from runtime.cli import UserError, extra
+from teacher import clock_device
 
 # ---- feature networks: .name, .dim, .images(images) -> (N, dim) --------------------------------------------
 
@@ -295,7 +296,8 @@ def clip_score(image_features, text_features):
 
 def chord_velocity(model, z_start, z_end, t_start, t_end):
     """u* = eps* - x* of the chord from z_start at t_start to z_end at t_end.
-    z: (B, ...); t: numbers.  Returns: float64, like z."""
+    z: (B, ...); t: numbers.  Returns: float64, where the device has that, else on the host."""
+    z_start, z_end = (z.to(clock_device(z.device)) for z in (z_start, z_end))
     start, end = (model.coefficients(torch.tensor([t], dtype=torch.float64, device=z_start.device),
                                      z_start.ndim) for t in (t_start, t_end))
     x, eps = reflow.chord(z_start, z_end, start, end)       # float64 as the coefficients are
@@ -318,8 +320,8 @@ def straightness(model, z, cond, windows, steps=8, guidance=1.0, uncond=None):
         part, visited = times[first:first + steps + 1], []
         z_end = sampler.ddim(model, z, part, cond, guidance, uncond, visited.append)
         chord = chord_velocity(model, z, z_end, part[0].item(), part[-1].item())
-        values.append(sum((state["eps_hat"] - state["x_hat"] - chord).square().mean().item()
-                          for state in visited) / steps)
+        u_hat = [(state["eps_hat"] - state["x_hat"]).to(chord.device) for state in visited]
+        values.append(sum((u - chord).square().mean().item() for u in u_hat) / steps)
         z = z_end
     return values
 
@@ -338,17 +340,17 @@ def chord_error(model, path, cond, windows, guidance=1.0, uncond=None):
         raise ValueError(f"windows = {windows}: must divide the {count} windows of the path "
                          f"{tuple(path.shape)}")
     edges, points, values = reflow.boundaries(windows), path[:, ::count // windows], []
+    clock = clock_device(path.device)
     for k in range(windows):
         z_start, z_end = points[:, k], points[:, k + 1]
-        x_hat, eps_hat = model(z_start,
-                               torch.full((len(path),), edges[k], dtype=torch.float64, device=path.device),
-                               cond, guidance, uncond)
-        values.append((eps_hat - x_hat - chord_velocity(model, z_start, z_end, edges[k],
-                                                        edges[k + 1])).square().mean().sqrt().item())
+        t = torch.full((len(path),), edges[k], dtype=torch.float64, device=clock)
+        x_hat, eps_hat = model(z_start, t, cond, guidance, uncond)
+        chord = chord_velocity(model, z_start, z_end, edges[k], edges[k + 1])
+        values.append(((eps_hat - x_hat).to(clock) - chord).square().mean().sqrt().item())
     return values
 
 
-# ---- python metrics.py -------------------------------------------------------------------------------------
+# ---- python -m evaluation.metrics --------------------------------------------------------------------------
 
 
 def demo(n=4000, dim=8):

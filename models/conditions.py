@@ -51,7 +51,7 @@ def encode(c, pipeline, captions, device="cpu", part=None):
 class Conditions:
     """The conditions of all samples that a run caches; on disk from cache() on.
     c: train.Config; recipe: reflow.Recipe; pipeline: nothing is read but the configs, or, where
-    encoded_apart gives none, the text encoders as well; dataset: from data.open_dataset.
+    encoded_apart gives none, the text encoders as well; dataset: from captioned.open_dataset.
     Sequences of tokens are stored in bf16 where the run computes in bf16, which rounds them anyway;
     the rest, and all of an fp32 run, as it is encoded. Encoders that are run apart have a folder each."""
 
@@ -111,7 +111,7 @@ class Conditions:
     def __getitem__(self, captions):
         """captions: list of N indices into dataset.captions.  Returns: dict of tensors (N, ...), float32
         or int64, CPU; {} of an unconditional model."""
-        rows = [self.row[caption] for caption in captions]
         return models.join_text(self.pipeline, {
             part: {name: value.float() if value.is_floating_point() else value
-                   for name, value in stored[rows].items()} for part, stored in self.rows.items()})
+                   for name, value in stored[[self.row[caption] for caption in captions]].items()}
+            for part, stored in self.rows.items()})

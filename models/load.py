@@ -229,7 +229,7 @@ def load_parts(folder, dtype, random_init, seed, empty, parts):
         if not files and not random_init:
             raise UserError(f"its {part} is missing: no .safetensors file in {folder / part}; download or "
                             "export it again, whole")
-        for file in files:                                 # a torn one, before anything else takes time
+        for file in files:                                 # a truncated one, before anything else takes time
             with safe_open(file, "pt"):
                 pass
         if random_init or part in empty:

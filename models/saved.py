@@ -29,6 +29,15 @@ def learned_guidance(info):
     return learned if learned != [1] else []
 
 
+def teacher_guidance(pipeline, info, guidance):
+    """What the teacher is called at beside a student that is called at `guidance`: the same, or what the
+    student has learned. pipeline: the teacher's; info: as for settings.  Returns: a number, 1 where guidance
+    is an input of the network."""
+    about = settings(info)
+    return (models.embed_guidance(pipeline, about["guidance_teacher"], about["guidance_range"])
+            if learned_guidance(info) else guidance)
+
+
 def guidance_in(info):
     """The same in words, "" for none."""
     return " to ".join(f"{value:g}" for value in learned_guidance(info))
@@ -83,10 +92,9 @@ def apply_settings(pipeline, info, written=False):
 
 def read_info(option, folder):
     """reflow.json of a student's folder.  Raises UserError."""
-    file = Path(folder or "?") / "reflow.json"
-    if not file.is_file():
+    if not (Path(folder or "?") / "reflow.json").is_file():
         raise UserError(f"{option} {folder}: no student there (reflow.json is missing)")
-    return json.loads(file.read_text())
+    return read_about(folder, "teacher", "windows", "path")
 
 
 def check_start(c, recipe):
@@ -137,7 +145,7 @@ def read_about(folder, *needed):
 def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model_config="", guide="",
                size=None, student=None):
     """A teacher or a student, with the size and null embedding it was trained with.
-    name and the rest: as for teacher.load_pipeline;
+    name and the rest: as for load.load_pipeline;
     guide: name of a weaker model, which makes the model one of Guided; size: pixels, which becomes
     the pipeline's own; student: reflow.json of a student, whose teacher is opened as its run
     opened it, if that is its name.

@@ -1,5 +1,5 @@
-"""The student: the teacher's own network made trainable, the frozen network that solves windows
-beside it, and how its state is kept on disk. Plain, with LoRA adapters, or sharded over processes
+"""The student: the teacher's own network made trainable, and the frozen network that solves windows
+beside it. Plain, with LoRA adapters, or sharded over processes
 (FSDP2): the loop does not know which.
 """
 import copy

@@ -189,6 +189,10 @@ def parse(config_class, description, argv=None):
     it has one: the command line wins.  Raises UserError."""
     argv, parser = sys.argv[1:] if argv is None else argv, make_parser(config_class, description)
     known = parse_known(parser, argv)
+    for name, value in vars(known).items():                # or the last one would win, and the others be lost
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list) and sum(word.split("=")[0] == flag for word in argv) > 1:
+            raise UserError(f"{flag}: given more than once; put all its values behind one {flag}")
     if getattr(known, "config", ""):
         given = read_options(known.config)
         parse_known(parser, given, f"--config {known.config}: ")

@@ -166,9 +166,11 @@ def resolve_recipe(c):
     except ValueError as error:
         raise UserError(f"--windows / --updates: {error}") from error
     if recipe.solver_steps < 1 or recipe.solver_steps % cache_windows(recipe):
-        raise UserError(f"--solver-steps {recipe.solver_steps}: must be a multiple of "
-                        f"{cache_windows(recipe)}, the number of windows, so that the teacher stops at every "
-                        "boundary")
+        most, of = cache_windows(recipe), "the number of windows"
+        if most > max(recipe.stages):
+            of = f"the least that 8 and {', '.join(map(str, recipe.stages))} windows divide"
+        raise UserError(f"--solver-steps {recipe.solver_steps}: must be a multiple of {most}, {of}, so that "
+                        "the teacher stops at every boundary")
     cli.at_least(c, trajectories=1, batch=1, micro_batch=1, checkpoint_steps=1, log_steps=1, grid_steps=0,
                  keep=1, lora=0, size=1, min_size=0, guidance_teacher=0, text_dropout=0)
     cli.at_least(recipe, direction_weight=0, reuse=1, projection=0, matching=0)
@@ -229,8 +231,8 @@ def check_pieces(c, recipe):
                 shown, remedy = (str(each).strip("(,)").replace(",", "")
                                  for each in (getattr(recipe, column), value))
                 raise UserError(f"--{option} {shown}: does not go with pairs from {recipe.pairs}, each of "
-                                f"which begins where its student is asked; use --{option} {remedy}, or other "
-                                "--pairs")
+                                f"which begins where its student is evaluated; use --{option} {remedy}, or "
+                                "other --pairs")
     if recipe.matching and recipe.pairs == "student":
         raise UserError(f"--matching {recipe.matching:g}: is done against the teacher, whose place the "
                         "student takes with pairs from student; use --pairs trajectory, or set it to 0")

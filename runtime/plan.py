@@ -78,8 +78,8 @@ def evaluations(c, recipe, guidance, stages=None):
     return cached if recipe.pairs == "trajectory" else 0, total
 
 
-def asks_frozen(recipe):
-    """Whether the frozen network is asked while the student trains."""
+def evaluates_frozen(recipe):
+    """Whether the frozen network is evaluated while the student trains."""
     return recipe.pairs != "trajectory" or recipe.matching > 0
 
 
@@ -132,7 +132,8 @@ def check_images(c, recipe, pipeline, dataset):
                         f"squares; give --size {min(height, width)}, or --pairs trajectory without "
                         "--forward-rate")
     if c.cache_latents and recipe.pairs in FROM_IMAGES and dataset.size is None:
-        raise UserError(f"--cache-latents: --data {c.data} is endless; leave the option out")
+        option = "--cache-only" if c.cache_only else "--cache-latents"
+        raise UserError(f"{option}: --data {c.data} is endless; leave the option out")
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def check_memory(c, recipe, device, world, pipeline, trained):
     """Raises UserError where training cannot fit, whatever the activations take. pipeline: on its device
     or, what is not opened yet, on meta; trained: bytes that will be, 0 for adapters."""
     online, free = recipe.pairs != "trajectory", free_memory(device, world)
-    frozen = trained * PRECISIONS[c.precision].itemsize / 4 if asks_frozen(recipe) else 0
+    frozen = trained * PRECISIONS[c.precision].itemsize / 4 if evaluates_frozen(recipe) else 0
     frozen += critic_bytes(c, recipe, trained or nbytes(models.network(pipeline)), trained)
     dropped = 0 if online and not c.cache_latents else sum(
         p.nbytes for part in models.text_encoders(pipeline) for p in part.parameters() if not p.is_meta)

@@ -39,7 +39,11 @@ def start_processes(c):
     name = pick_device(c.device)
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
     if name == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise UserError(f"--nproc_per_node: process {device.index} has no GPU of its own, as the machine "
+                            f"has {torch.cuda.device_count()}; start so many") from error
         torch.set_float32_matmul_precision("high")
     if (world > 1 or c.shard) and not dist.is_initialized():
         try:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -264,7 +265,17 @@ class Grid:
         if board:
             titles = [f"teacher\n{steps} step{'s' * (steps > 1)}" for steps in self.PLAIN]
             sheet = imaging.contact_sheet(list(zip(*map(self.column, columns))), titles, self.labels)
-            sheet.save(self.folder.with_name("teacher.png"))
+            about = PngInfo()
+            about.add_itxt("prompts", json.dumps(self.prompts))
+            sheet.save(self.folder.with_name("teacher.png"), pnginfo=about)
+
+    def teachers(self):
+        """teacher.png, or None where there is none of these prompts: a resume may name others."""
+        file = self.folder.with_name("teacher.png")
+        if file.exists():
+            with Image.open(file) as sheet:
+                prompts = json.dumps(self.prompts)
+                return sheet.convert("RGB") if sheet.text.get("prompts", prompts) == prompts else None
 
     def draw(self, model, windows, step, board, ema=None):
         """One step per window. All processes call; the first one, which has the board, writes
@@ -272,11 +283,11 @@ class Grid:
         images = self.pictures(model, windows, ema)
         if board:
             self.folder.mkdir(exist_ok=True)
-            self.last, teachers = self.folder / f"{step:06d}.png", self.folder.with_name("teacher.png")
+            self.last, teachers = self.folder / f"{step:06d}.png", self.teachers()
             sheet = imaging.contact_sheet([[picture] for picture in self.column(images)],
                                           [f"student\n{windows} step{'s' * (windows > 1)}"],
-                                          [] if teachers.exists() else self.labels)
-            if teachers.exists():
-                sheet = imaging.beside(Image.open(teachers), sheet)
+                                          [] if teachers else self.labels)
+            if teachers:
+                sheet = imaging.beside(teachers, sheet)
             sheet.save(self.last)
             board.picture(sheet, step)

@@ -1,6 +1,4 @@
 """From a loss to new weights: the optimizer, the scale of the loss in fp16, the running average."""
-import contextlib
-
 import torch
 from diffusers.training_utils import EMAModel
 from torch.distributed.tensor import DTensor
@@ -45,13 +43,14 @@ def make_optimizer(c, recipe, student, pairs, world, critic=None):
     return optimizer, ema, scaler, beside, called
 
 
-def backward(loss, network, student, last):
-    """Add to the gradients. network: the student, or DDP around it; DDP and FSDP share gradients once,
-    at the last micro-batch."""
-    if hasattr(student, "set_requires_gradient_sync"):      # FSDP's
-        student.set_requires_gradient_sync(last)
-    with network.no_sync() if network is not student and not last else contextlib.nullcontext():
-        loss.backward()
+def share_gradients(last, *networks):
+    """Before the forward of a micro-batch: DDP and FSDP, where they are around these networks, share the
+    gradients that have gathered once, at the last one."""
+    for network in networks:
+        if isinstance(network, DDP):
+            network.require_backward_grad_sync = last       # which its forward reads as well
+        elif hasattr(network, "set_requires_gradient_sync"):
+            network.set_requires_gradient_sync(last)
 
 
 def step(student, optimizer, ema, scaler):

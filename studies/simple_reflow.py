@@ -252,8 +252,8 @@ def end_distances(lab, trajectories=2048):
         ends = pairs.rows[range(len(pairs.rows))]["z"][:, -1].to(device)
         features = torch.cat([measured.network.images(models.decode(pipeline, part))
                               for part in ends.split(64)])
-        found.append(metrics.frechet_groups(features.to(measured.device),
-                                            measured.reference[measured.protocol.network]))
+        reference = measured.reference[measured.protocol.network]
+        found.append(metrics.frechet_groups(features.to(reference.device), reference))
     return found
 
 

@@ -100,6 +100,10 @@ BAD = [
     ("train.py --windows 8 3", "8 windows do not merge into 3"),
     ("train.py --windows 2 4", "2 windows do not merge into 4"),
     ("train.py --windows 0", "windows"),
+    ("train.py --windows 4 0", "at least one stage of at least one window is needed"),
+    ("train.py --windows 5", "--solver-steps 32: must be a multiple of 40, the least that 8 and 5 windows divide"),
+    ("train.py --windows 4 --windows 2", "--windows: given more than once; put all its values behind one --windows"),
+    ("sampler.py --prompt fox --n 2 --prompt=cat", "--prompt: given more than once"),
     ("train.py --solver-steps 12", "multiple of 8"),
     ("train.py --solver-steps 0", "--solver-steps 0: must be a multiple of 8"),
     ("train.py --model MODEL --data scenes --windows 6 --solver-steps 24", "--windows 6: does not divide the model's 1000 timesteps"),
@@ -207,6 +211,7 @@ BAD = [
     ("train.py --device mps", "--device mps: no Apple GPU (mps) device here; use --device cpu"),
     ("train.py --device xpu", "--device xpu: no Intel GPU (xpu) device here; use --device cpu"),
     ("train.py --model MODEL --data scenes --pairs data --cache-latents", "--cache-latents: --data scenes is endless"),
+    ("train.py --model MODEL --data scenes --pairs data --cache-only", "--cache-only: --data scenes is endless"),
     ("train.py --model weights.ckpt --data scenes", "never pickles"),
     ("train.py --model missing.safetensors --data scenes", "--model missing.safetensors"),
     ("train.py --model file.safetensors --data scenes", "--model file.safetensors"),
@@ -248,6 +253,7 @@ BAD = [
     ("eval.py empty", "empty: no finished student in it"),
     ("eval.py RUN --n 100", "--n 100: must be at least 960"),
     ("eval.py RUN --steps 0", "--steps 0: must be at least 1"),
+    ("eval.py RUN --steps 1", "--steps 1: fewer than the windows of every student in"),
     ("eval.py RUN --clip empty", "--clip empty: no CLIPModel folder there"),
 ]
 

@@ -10,10 +10,13 @@ from conftest import ROOT, SMALL, slow, start_python
 from fake_cuda import CudaTensor, fake_cuda
 from torch.distributed.tensor import DTensor
 
+import models
+import reflow
 import sampler
 import train
+from evaluation import metrics
 from models import architectures, load, saved, student
-from runtime import checkpoints, cli, processes, progress
+from runtime import checkpoints, cli, processes, progress, updates
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,53 @@ def test_a_run_on_a_device_without_float64_gives_the_losses_of_the_cpu(model, tm
         with pytest.raises(TypeError, match="float64"):
             torch.zeros(2, dtype=torch.float64).to("mps")
     assert losses(tmp_path / "mps") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+def test_a_process_without_a_gpu_of_its_own_is_one_line(monkeypatch):
+    def set_device(device):
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    with fake_cuda():
+        monkeypatch.setattr(torch.cuda, "set_device", set_device)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(cli.UserError, match="--nproc_per_node: process 2 has no GPU of its own, as the machine has 2; start so many"):
+            processes.start_processes(train.Config(device="cuda"))
+
+
+def test_processes_share_gradients_once_in_an_update(model, tmp_path, monkeypatch):
+    """DDP decides in its forward: the loop says which micro-batch is the last before that."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network, shared = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1)), []
+
+        def hook(_, bucket):
+            shared.append(bucket.buffer().clone())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+        network.register_comm_hook(None, hook)
+        for i in range(4):
+            updates.share_gradients(i == 3, network)
+            network(torch.ones(1, 1)).sum().backward()
+        assert len(shared) == 1 and shared[0].tolist() == [4, 4]
+    finally:
+        dist.destroy_process_group()
+    events, real = [], reflow.student_loss
+    monkeypatch.setattr(updates, "share_gradients", lambda last, *_: events.append(last))
+    monkeypatch.setattr(reflow, "student_loss", lambda *args: events.append("forward") or real(*args))
+    train.main(options(model, tmp_path, "cpu", windows=[1], updates=2, batch=3))
+    assert events == 2 * [False, "forward", False, "forward", True, "forward"]
+
+
+def test_a_trajectory_is_measured_on_a_device_without_float64_as_on_the_cpu(model):
+    values = []
+    for device in ("cpu", "mps"):
+        with fake_cuda("mps") if device == "mps" else contextlib.nullcontext():
+            pipeline, contract, _ = saved.open_model(str(model), device)
+            cond = models.encode_text(pipeline, ["fox", "cat"], device=device)
+            path = torch.randn(2, 5, *models.latent_shape(pipeline), generator=torch.Generator().manual_seed(0)).to(device)
+            values.append([*metrics.straightness(contract, path[:, 0], cond, 2, 2), *metrics.chord_error(contract, path, cond, 4)])
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in sampler.SOLVERS if name != "lcm"])           # which draws noise

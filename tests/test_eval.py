@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, run_two, slow
 from diffusers import UNet2DConditionModel
+from fake_cuda import fake_cuda
 from PIL import Image
 from safetensors.torch import save_file
 from test_coco import make_coco
@@ -279,6 +280,15 @@ def test_windows_of_a_teacher_are_what_its_steps_have_in_common_with_8(judge, st
     row = judge.row(judge.c.teacher, steps)
     assert len(row["straightness"]) == windows
     assert row["chord_error"] is None if windows == 8 else len(row["chord_error"]) == windows          # the cached path has 4 steps
+
+
+def test_a_device_without_float64_measures_what_the_cpu_does(judge, students, tmp_path):
+    folder = str(students["sd15"] / "student-2")
+    expected = judge.row(folder, 2)
+    with fake_cuda("mps"):
+        found = measuring.Evaluator(dataclasses.replace(judge.c, device="mps", cache=str(tmp_path))).row(folder, 2)
+    for name in ("fd", "fd_corrected", "kid", "cmmd", "clip", "endpoint_error", "straightness"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
 
 
 def test_an_edit_changes_every_answer_and_its_name_the_row(judge, students):
@@ -554,6 +564,15 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
         (tmp_path / "a" / "student-2" / "reflow.json").write_text(broken)
         with pytest.raises(UserError, match=rf"student-2/reflow.json: broken \({reason}.*\); train the student again or restore the file"):
             evaluation.main(dataclasses.replace(c, run=str(tmp_path / "a")))
+
+
+def test_a_student_exported_early_is_measured_like_the_others(judge, students, tmp_path):
+    """Its folder's name tells no number of windows, its reflow.json does."""
+    for name in ("student-early", "student-2"):
+        shutil.copytree(students["sd15"] / "student-2", tmp_path / name)
+    evaluation.main(dataclasses.replace(judge.c, run=str(tmp_path), steps=[2], ddim_steps=[1]))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["windows"] for row in rows] == [None, None, 2, 2]
 
 
 def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted(tmp_path, monkeypatch, capsys):

@@ -166,7 +166,7 @@ def test_a_checkpoint_is_exported_on_request(random_sd, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-6), slow("fp16", 1e-3)])
 def test_a_difference_merged_into_the_base_is_the_student_and_into_another_model_the_difference(students, teachers, tmp_path, dtype, tolerance):
     student = students("sd15") / "student-4"
-    file, merged = tmp_path / "delta.safetensors", tmp_path / "merged"
+    file, merged = tmp_path / "new" / "delta.safetensors", tmp_path / "merged"
     export.export_delta(export.DeltaConfig(str(student), "", str(file), dtype))
     export.merge(export.MergeConfig(str(file), str(teachers["sd15"]), str(merged)))
     found = weights(merged)
@@ -476,6 +476,9 @@ def test_a_lora_trained_in_bf16_loses_nothing_of_what_it_learnt(students, teache
     pairs = export.adapters(export.trained_weights(folder, lora=True))
     before, after = weights(teachers["tiny"]), weights(folder)
     export.export_delta(export.DeltaConfig(str(folder), "", str(file)))
+    export.merge(export.MergeConfig(str(file), str(teachers["tiny"]), str(tmp_path / "merged")))         # has no adapter any more
+    with pytest.raises(UserError, match="--init .*merged: its --lora is 0, not 2; give 0, or another student"):
+        train.main(small(teachers["tiny"], tmp_path / "on", windows=[2], lora=2, precision="bf16", init=str(tmp_path / "merged")))
     delta, touched = load_file(file), {f"{layer}.weight" for layer in pairs}
     assert after.keys() == before.keys() == delta.keys() and len(touched) == len(pairs) < len(delta)
     learned = {f"{layer}.weight": (up.flatten(1).double() @ down.flatten(1).double()).view(before[f"{layer}.weight"].shape)

@@ -3,10 +3,12 @@ import json
 import shutil
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, slow
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file
 from test_eval import parts  # noqa: F401  a fixture
 from test_train import same_bits, small, weights
@@ -188,6 +190,23 @@ def test_a_latent_model_without_text_is_still_refused(tmp_path):
 def test_the_same_loop_trains_pixels_from_every_kind_of_pairs(folders, tmp_path, kind, changes):
     last = train.main(options(folders[kind], tmp_path, grid_steps=2, **changes))
     assert not same_bits(weights(last), weights(folders[kind])) and list((tmp_path / "grids").glob("*.png"))
+
+
+def test_latents_of_an_unconditional_model_are_cached_though_captions_are_dropped(folders, tmp_path):
+    """The tenth that --text-dropout takes is row 0 of the captions, and of these it has none."""
+    (tmp_path / "data").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * i, np.uint8)).save(tmp_path / "data" / f"{i}.png")
+    last = train.main(options(folders["unconditional"], tmp_path / "out", data=str(tmp_path / "data"), caption="x", pairs="data",
+                              cache_latents=True, text_dropout=0.5, batch=8))
+    assert not same_bits(weights(last), weights(folders["unconditional"]))
+
+
+def test_an_unconditional_model_is_led_away_from_a_weaker_one(folders):
+    folder = str(folders["unconditional"])
+    pipeline, model, _ = saved.open_model(folder, guide=folder)                    # as strong: nothing to be led away from
+    z = [sampler.generate(pipeline, model, [""], [0], sampler.time_grid(2), guidance) for guidance in (1.0, 2.0)]
+    assert torch.allclose(*z, atol=1e-4)
 
 
 def test_classes_without_null_class_train_from_their_names(folders, tmp_path):

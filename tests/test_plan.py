@@ -27,6 +27,25 @@ def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path
     assert events.count(b"PNG") == 3
 
 
+def test_the_teachers_pictures_are_its_own_whatever_the_students_path_and_first_weights(model, tmp_path):  # noqa: F811
+    def drawn(name, **changes):
+        train.main(options(model, tmp_path / name, "cpu", updates=1, grid_steps=1, windows=[2], **changes))
+        return (tmp_path / name / "teacher.png").read_bytes()
+    first = drawn("vp", lr=0.1)
+    assert drawn("linear", path="linear", space="velocity") == first
+    assert drawn("later", init=str(tmp_path / "vp" / "student-2")) == first
+
+
+def test_pictures_of_other_prompts_after_a_resume_do_not_stand_beside_those_of_the_first(model, tmp_path):  # noqa: F811
+    def c(prompts):
+        (tmp_path / "p.txt").write_text(prompts)
+        return options(model, tmp_path / "o", "cpu", windows=[2], updates=4, grid_steps=4, validation_prompts=str(tmp_path / "p.txt"))
+    stopped_after(3, c("fox\ncat\n"))
+    train.main(c("red heart on blue\n"))
+    beside, alone = (Image.open(tmp_path / "o" / "grids" / f"{step:06d}.png") for step in (0, 4))
+    assert beside.width > Image.open(tmp_path / "o" / "teacher.png").width > alone.width and beside.height > alone.height
+
+
 @pytest.mark.parametrize("changes", [slow(dict(pairs="data")), dict(pairs="student"), dict(pairs="consistency", windows=[1]),
                                      dict(pairs="data", guidance_teacher=2.0, reuse=2, micro_batch=2), dict(guidance_teacher=2.0),
                                      dict(pairs="imitation", windows=[4, 1]), dict(pairs="flow-map", guidance_teacher=2.0, windows=[2]),

@@ -363,6 +363,19 @@ def test_the_command_line_guides_by_a_folder(random_sd, weaker, tmp_path, monkey
     assert "2 steps = 2 network" in capsys.readouterr().out
 
 
+def test_beside_a_student_the_teacher_is_called_at_the_guidance_that_it_has_learned(random_sd, tmp_path, monkeypatch):
+    student, called = shutil.copytree(random_sd, tmp_path / "student-2"), []
+    (student / "reflow.json").write_text(json.dumps(dict(teacher=str(random_sd), windows=2, path="vp", config=dict(guidance_teacher=4.0))))
+    real = sampler.generate
+
+    def generate(pipeline, model, prompts, seeds, times, guidance=1.0, *args, **options):
+        called.append((len(times) - 1, guidance))
+        return real(pipeline, model, prompts, seeds, times, guidance, *args, **options)
+    monkeypatch.setattr(sampler, "generate", generate)
+    sampler.main(sampler.Config(["fox"], str(student), out=str(tmp_path / "a.png"), compare=True))
+    assert called == [(2, 1.0), (32, 4.0), (2, 4.0)]
+
+
 def test_a_guide_that_does_not_go_with_the_model_is_one_line(random_sd, weaker, small_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     half = load.load_pipeline(str(weaker), torch.float16)                          # stored with fewer digits: still the same encoder

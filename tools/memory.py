@@ -162,7 +162,7 @@ def phases(c):
     cli.choose("--optimizer", c.optimizer, plan.OPTIMIZERS)
     recipe = resolve_recipe(dataclasses.replace(c, optimizer="adamw"))     # the other need not be installed
     share, micro = train.split_batch(c, recipe, 1)
-    if plan.asks_frozen(recipe) or c.shard or c.compile:
+    if plan.evaluates_frozen(recipe) or c.shard or c.compile:
         raise UserError("counted are runs with cached trajectories alone, on one process, without --compile; "
                         "leave out what asks for others")
     guided = c.guidance_range is not None or c.guidance_teacher not in (0, 1)

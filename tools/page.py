@@ -1,4 +1,4 @@
-"""The pictures of docs/index.html: what a teacher and its students believe at each step of 32, 16, 8,
+"""The pictures of docs/index.html: what a teacher and its students predict at each step of 32, 16, 8,
 4, 2 and 1, as one sprite sheet.
 
     python -m tools.page                # the embedded model and its students in assets/
@@ -6,7 +6,7 @@
     python -m tools.page --students runs/demo/student-4 runs/demo/student-2 runs/demo/student-1
 
 Writes docs/page/sprites.webp (a row per prompt and model, a column per step) and docs/page/sprites.js
-(what is where). The last step's belief is the picture.
+(what is where). The last step's prediction is the picture.
 """
 import io
 import json
@@ -40,7 +40,7 @@ class Config:
 
 
 @torch.no_grad()
-def beliefs(pipeline, model, windows, prompts, seeds):
+def predictions(pipeline, model, windows, prompts, seeds):
     """What a model predicts as the picture at each step. Steps that its windows do not divide have no
     pictures.  Returns: uint8 (prompts, sum(STEPS), 3, H, W)."""
     columns = []
@@ -111,7 +111,7 @@ def main(c):
     sheets = []
     for folder, windows, _ in rows:
         pipeline, model, _ = saved.open_model(folder)
-        sheets.append(beliefs(pipeline, model, windows, c.prompts, seeds))
+        sheets.append(predictions(pipeline, model, windows, c.prompts, seeds))
     pictures = torch.stack(sheets, 1)                                   # (prompts, models, columns, 3, H, W)
     height, width = pictures.shape[-2:]
     sheet = pictures.permute(0, 1, 4, 2, 5, 3).reshape(-1, pictures.shape[2] * width, 3)
