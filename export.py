@@ -481,8 +481,9 @@ def export_delta(c):
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
         delta = {name: value - other[name] for name, value in student.items()}
     write_file(Path(c.out), delta, {}, info, dtype)
-    delta = [value.to(dtype).float() for value in delta.values()]
-    size, changed = sum(value.square().sum().item() for value in delta) ** 0.5, sum(map(torch.any, delta))
+    stored = [value.to(dtype) for value in delta.values()]
+    size = sum(value.float().square().sum().item() for value in stored) ** 0.5
+    changed = sum(map(torch.any, stored))
     print(f"{c.out}: {c.student} minus {base}, {changed} of {len(delta)} tensors differ, norm {size:.4g}")
 
 
