@@ -226,7 +226,8 @@ def generate(pipeline, model, prompts, seeds, times, guidance=1.0, batch=64, cal
 
 @dataclass
 class Config:
-    prompt: list[str] = field(default_factory=list)  # one or more, each in quotes
+    prompt: list[str] = field(default_factory=list,  # one or more, each in quotes
+                              metadata=dict(action="extend"))
     model: str = ""             # folder, hub id, preset or .safetensors; default: the newest student under
                                 # runs/, else assets/student-2
     model_config: str = ""      # diffusers folder with the configs and tokenizer of a single-file

@@ -126,7 +126,9 @@ def make_parser(config_class, description):
         elif typing.get_origin(kind) is list and field.metadata.get("positional"):
             add(field.name, nargs="*", type=typing.get_args(kind)[0], default=default, help=help_text)
         elif typing.get_origin(kind) is list:
-            add(flag, nargs="+", type=typing.get_args(kind)[0], default=default, help=help_text)
+            # given again, the last counts, as of every option; unless its values add up
+            add(flag, nargs="+", type=typing.get_args(kind)[0], default=default, help=help_text,
+                action=field.metadata.get("action", "store"))
         elif field.metadata.get("positional"):
             add(field.name, nargs="?", type=kind, default=default, help=help_text)
         else:
@@ -189,10 +191,6 @@ def parse(config_class, description, argv=None):
     it has one: the command line wins.  Raises UserError."""
     argv, parser = sys.argv[1:] if argv is None else argv, make_parser(config_class, description)
     known = parse_known(parser, argv)
-    for name, value in vars(known).items():                # or the last one would win, and the others be lost
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, list) and sum(word.split("=")[0] == flag for word in argv) > 1:
-            raise UserError(f"{flag}: given more than once; put all its values behind one {flag}")
     if getattr(known, "config", ""):
         given = read_options(known.config)
         parse_known(parser, given, f"--config {known.config}: ")

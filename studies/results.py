@@ -44,20 +44,16 @@ def markdown(result):
 
 
 def index(studies):
-    """results/README.md: of each study the question, the first sentence of its verdict, what it
-    says against itself, picture and link."""
+    """results/README.md: of each study the question, the first sentence of its verdict, command and
+    picture."""
     parts = ["# Results",
              "One section for each study; its page has every comparison, table and command. FD is the "
              "Frechet distance on the features that the end of each page names, lower is better; it is not "
              "FID. What the studies say together: [docs/results.md](../docs/results.md). Written by "
              "`python -m studies.results`."]
     for name, study in studies.items():
-        answer, *others = study["verdict"]
-        caveats = [sentence for sentence in others if "run again" in sentence]
-        if "teacher" not in study:                          # of what was committed before studies said so
-            caveats.append("Measured on the former embedded model, 32 pixels and one object a picture.")
         parts += [f"## [{name}](studies/{name}.md)",
-                  f"**{study['question']}** {' '.join([answer, *caveats])}",
+                  f"**{study['question']}** {study['verdict'][0]}",
                   f"`{study['command']}`", f"![{study['question']}](studies/{name}.png)"]
     return "\n\n".join(parts) + "\n"
 

@@ -102,8 +102,6 @@ BAD = [
     ("train.py --windows 0", "windows"),
     ("train.py --windows 4 0", "at least one stage of at least one window is needed"),
     ("train.py --windows 5", "--solver-steps 32: must be a multiple of 40, the least that 8 and 5 windows divide"),
-    ("train.py --windows 4 --windows 2", "--windows: given more than once; put all its values behind one --windows"),
-    ("sampler.py --prompt fox --n 2 --prompt=cat", "--prompt: given more than once"),
     ("train.py --solver-steps 12", "multiple of 8"),
     ("train.py --solver-steps 0", "--solver-steps 0: must be a multiple of 8"),
     ("train.py --model MODEL --data scenes --windows 6 --solver-steps 24", "--windows 6: does not divide the model's 1000 timesteps"),
@@ -269,6 +267,13 @@ def test_bad_input_is_one_line_and_exit_status_2(cli, here, random_sd, small_mod
     assert err.startswith("error: ") and err.count("\n") == 1
     assert [path for path in sorted(here.iterdir()) if path.name != "runs"] == before
     assert not list(here.glob("runs/*/student-*"))
+
+
+def test_prompts_add_up_and_of_every_other_list_the_last_counts():
+    words = ["--prompt", "fox", "cat", "--n", "2", "--prompt", "red heart"]
+    assert command_line.parse(sampler.Config, "", words).prompt == ["fox", "cat", "red heart"]
+    assert command_line.parse(sampler.Config, "", []).prompt == []
+    assert command_line.parse(train.Config, "", ["--windows", "8", "4", "--windows", "2"]).windows == [2]
 
 
 def numbers(kind, *types):

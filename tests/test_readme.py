@@ -205,7 +205,6 @@ def test_every_study_has_its_question_answer_picture_and_page_on_one_page():
         study = json.loads(file.read_text())
         assert f"**{study['question']}** {study['verdict'][0]}" in page and f"(studies/{file.stem}.png)" in page
         assert f"## [{file.stem}](studies/{file.stem}.md)" in page
-        assert all(sentence in page for sentence in study["verdict"] if "run again" in sentence)
 
 
 @pytest.mark.parametrize("change, message", [
