@@ -257,8 +257,8 @@ RECIPES = {
     "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, loss="high-pass"),
     # straight to one window
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),
-    # a student of one step made better, for one step alone: give it with --init
-    "matched": Recipe(stages=(1,), shares=(1,), direction_weight=0.1, matching=0.3, starts_share=1.0),
+    # a student of one window made better in one step: give it with --init
+    "matched": Recipe(stages=(1,), shares=(1,), direction_weight=0.1, matching=0.3),
     # its time law is unknown: `starts` is ours
     "proreflow": Recipe(stages=(8, 4, 2, 1), shares=(1, 1, 1, 1), pairs="student", path="linear",
                         space="velocity", direction_weight=0.1, direction_space="velocity"),
