@@ -24,6 +24,9 @@ METHODS = {                        # name: (options, solver)
 
 AS_PUBLISHED = ("PeRFlow uniform",)   # swept over rates alone, with the time law of its paper
 
+PEERS, PEER_SEEDS = ("Rectified Diffusion", "2-ReFlow", "Simple ReFlow", "LCM", "imitation", "flow map"), 3
+                                   # three seeds of training at most: no claim of ours is about these
+
 BUDGETS = 10_000, 30_000, 100_000  # network evaluations of a run, its trajectories included; the sweep has
                                    # the first, a tenth of the last
 
@@ -103,10 +106,12 @@ def slug(method):
 
 def methods(lab):
     """Which method makes the best few-step student at equal cost, each tuned by the same rule?"""
-    seeds, names, (chosen, swept) = range(lab.c.seeds), asked_for(lab), sweep(lab)
+    names, (chosen, swept) = asked_for(lab), sweep(lab)
+    seeds = {method: range(min(lab.c.seeds, PEER_SEEDS) if method in PEERS else lab.c.seeds)
+             for method in names}
     runs = {(method, budget, s): (f"methods/{slug(method)}-{budget}-s{s}",
                                   options_of(lab, method, *chosen[method], budget, s))
-            for budget in BUDGETS for s in seeds for method in names}
+            for budget in BUDGETS for s in range(lab.c.seeds) for method in names if s in seeds[method]}
     folders = lab.train(dict(runs.values()))
     asked = {(method, budget, s, steps): request for (method, budget, s), (name, _) in runs.items()
              for steps, request in students(lab, method, folders[name]).items()}
@@ -114,25 +119,32 @@ def methods(lab):
     plain, rows = dict(zip(STEPS, plain)), dict(zip(asked, lab.measure(list(asked.values()))))
 
     def column(method, steps, budget, name="fd_corrected"):
-        return [rows[method, budget, s, steps][name] for s in seeds
+        return [rows[method, budget, s, steps][name] for s in seeds.get(method, ())
                 if (method, budget, s, steps) in rows]
+
+    def compare(method, other, steps):
+        """Of the seeds that both have."""
+        pairs = list(zip(column(method, steps, most), column(other, steps, most)))
+        if pairs:
+            comparisons.append(Comparison(
+                f"{method} against {other} in {steps} step{'s' * (steps > 1)}", *map(list, zip(*pairs))))
 
     def cell(values, digits=2):
         return shown(values, digits) if values else "-"
     most = max(BUDGETS)
     tables = []
     for title, name, digits in (("FD", "fd_corrected", 2), ("Endpoint error", "endpoint_error", 3)):
-        lines = [["teacher, plain DDIM", "-", "-",
+        lines = [["teacher, plain DDIM", "-", "-", "-",
                   *(f"{plain[steps][name]:.{digits}f}" for steps in STEPS)]]
         for budget in reversed(BUDGETS):
             for method in names:
-                lines.append([method, f"{budget * lab.c.scale / 1000:g}",
+                lines.append([method, len(seeds[method]), f"{budget * lab.c.scale / 1000:g}",
                               lab.parse(runs[method, budget, 0][1]).updates,
                               *(cell(column(method, steps, budget, name), digits) for steps in STEPS)])
-        tables.append((f"{title}, {len(seeds)} seeds of training (mean ± 95%); evaluations and updates are "
-                       "those of the whole run, of which a student of more windows than the last has taken a "
-                       f"part; the teacher in 32 steps: FD {top['fd_corrected']:.2f}",
-                       ["method", "evaluations (1000)", "updates of 32",
+        tables.append((f"{title} over seeds of training (mean ± 95%); evaluations and updates are those of "
+                       "the whole run, of which a student of more windows than the last has taken a part; "
+                       f"the teacher in 32 steps: FD {top['fd_corrected']:.2f}",
+                       ["method", "seeds", "evaluations (1000)", "updates of 32",
                         *(f"{steps} step{'s' * (steps > 1)}" for steps in STEPS)], lines))
     lines = []
     for method in names:
@@ -156,27 +168,22 @@ def methods(lab):
             comparisons.append(Comparison(f"{method} against plain DDIM in {steps} steps", values,
                                           [plain[steps]["fd_corrected"]] * len(values)))
     for other in ("PeRFlow", "PeRFlow uniform"):
-        if {"ProReflow-I (8→4)", other} <= set(names):
-            comparisons.append(Comparison(f"ProReflow-I (8→4) against {other} in 4 steps",
-                                          column("ProReflow-I (8→4)", 4, most), column(other, 4, most)))
-    for steps in (1, 2, 4):
-        for method in names:
-            if method != "default" and column(method, steps, most) and column("default", steps, most):
-                comparisons.append(Comparison(
-                    f"default against {method} in {steps} step{'s' * (steps > 1)}",
-                    column("default", steps, most), column(method, steps, most)))
+        compare("ProReflow-I (8→4)", other, 4)
+    for method in names:
+        if method != "default":
+            compare("default", method, stages(lab, method)[-1])   # what the other's last student is made for
     tests = judge(comparisons)
     verdict = []
     for steps in (4, 2, 1):
-        mean = {method: sum(column(method, steps, most)) / len(seeds) for method in names
+        mean = {method: mean_interval(column(method, steps, most))[0] for method in names
                 if column(method, steps, most)}
         order = ", then ".join(f"{method} ({mean[method]:.2f})" for method in sorted(mean, key=mean.get)[:2])
         if mean:
             verdict.append(f"In {steps} step{'s' * (steps > 1)} {'lowest ' * (len(mean) > 1)}{order}; plain "
                            f"DDIM {plain[steps]['fd_corrected']:.2f}.")
     if {"default", "PeRFlow"} <= set(names):
-        goal = sum(column("PeRFlow", 4, most)) / len(seeds)
-        reached = [budget for budget in BUDGETS if sum(column("default", 4, budget)) / len(seeds) <= goal]
+        goal = mean_interval(column("PeRFlow", 4, most))[0]
+        reached = [budget for budget in BUDGETS if mean_interval(column("default", 4, budget))[0] <= goal]
         verdict.append(f"PeRFlow's FD in 4 steps after {most * lab.c.scale / 1000:g} thousand evaluations, "
                        f"{goal:.2f}, the default " +
                        (f"reaches after {reached[0] * lab.c.scale / 1000:g} thousand." if reached else

@@ -25,6 +25,7 @@ from runtime import cli
 from runtime.cli import UserError
 from studies import (
     __main__,
+    compare,
     curriculum,
     matching,
     methods,
@@ -190,6 +191,63 @@ def test_another_teacher_has_runs_and_results_of_its_own(tmp_path):
     assert "--model /somewhere/tiny-sd3" in train.command(runner.Lab(other).parse(""))
 
 
+# ---- rows of eval.py against each other ------------------------------------------------------------------------------
+
+
+def measured(folder, shift, **protocol):
+    """A results.json in folder, whose student of one window in one step is shift above another's."""
+    noise = np.random.default_rng(0).normal(0, 0.3, 20)        # of the images: what rows of a protocol share
+    rows = [dict(method=method, windows=windows, steps=steps, solver="ddim", guidance=1.0,
+                 fd_groups=(fd + noise + np.random.default_rng([steps, round(10 * abs(shift))]).normal(0, 0.02, 20)).tolist())
+            for method, windows, steps, fd in (("teacher", None, 32, 1.0), ("ddim", None, 1, 9.0), ("default", 1, 1, 2 + shift), ("default", 4, 4, 1.0))]
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(dict(protocol=dict(n=2048, seeds=[0, 2047], **protocol), rows=rows)))
+    return str(folder)
+
+
+def test_rows_of_two_runs_are_told_apart_by_what_their_images_share(tmp_path, capsys):
+    first, second = measured(tmp_path / "a", 0), measured(tmp_path / "b", -0.1)
+    one, four = compare.main(compare.Config(files=[first, second]))
+    mean, half, _ = runner.paired(one.a, one.b)
+    assert one.outcome == "better" and mean == pytest.approx(-0.1, abs=0.02) and half < 0.02 and four.outcome == "no difference is shown"
+    printed = capsys.readouterr().out
+    assert f"- 1 window, 1 step: default ({second}) against default ({first}): better (-0." in printed and "ddim" not in printed
+    assert "these 2 comparisons" in printed
+    plain, student, level = compare.main(compare.Config(files=[f"{first}/results.json"]))
+    assert plain.label == "ddim, 1 step, against the teacher in 32" and (plain.outcome, student.outcome, level.outcome) == ("worse", "worse", "no difference is shown")
+
+
+def test_the_committed_rows_say_what_the_documents_quote():
+    root = Path(__file__).parent.parent
+    gain = {each.label.split(":")[0]: each for each in compare.against_each_other(root / "results/tiny.json", root / "results/both.json")}
+    mean, half, _ = runner.paired(gain["1 window, 1 step"].a, gain["1 window, 1 step"].b)
+    assert f"{-mean - half:.2f} to {-mean + half:.2f} lower" in (root / "docs/results.md").read_text()
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda first, second: [], "0 files; give one"), (lambda first, second: [first, second, first], "3 files"),
+    (lambda first, second: [first, f"{second}/none.json"], "none.json: missing"),
+    (lambda first, second: [first, measured(Path(second).parent / "c", 0, captions="other")], "measured with different captions, None and other")])
+def test_rows_that_cannot_be_compared_are_refused(tmp_path, change, complaint):
+    with pytest.raises(cli.UserError, match=complaint):
+        compare.main(compare.Config(files=change(measured(tmp_path / "a", 0), measured(tmp_path / "b", 0))))
+
+
+def test_rows_without_their_groups_or_their_like_are_refused(tmp_path):
+    first, second = measured(tmp_path / "a", 0), measured(tmp_path / "b", 0)
+    file = Path(second, "results.json")
+    result = json.loads(file.read_text())
+    result["rows"] = [dict(row, steps=row["steps"] + 1) for row in result["rows"] if row["method"] != "teacher"]
+    file.write_text(json.dumps(result))
+    for files, complaint in (([first, second], "no student of as many windows"), ([second], "0 rows of a teacher")):
+        with pytest.raises(cli.UserError, match=complaint):
+            compare.main(compare.Config(files=files))
+    del result["rows"][0]["fd_groups"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(cli.UserError, match="has no fd_groups; measure it again"):
+        compare.main(compare.Config(files=[second]))
+
+
 # ---- each study on made-up rows --------------------------------------------------------------------------------------
 
 
@@ -242,6 +300,19 @@ def test_some_methods_alone_are_compared_with_each_other(pretend, chosen):
     pretend.c.methods = ["perflo"]
     with pytest.raises(cli.UserError, match="--methods perflo: not one of .*; did you mean perflow"):
         methods.methods(pretend)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss occurred")
+def test_peers_have_three_seeds_and_are_compared_on_those_in_the_steps_they_are_made_for(pretend):
+    pretend.c.seeds, trained = 5, []
+    pretend.train = lambda runs: trained.extend(runs) or {name: pretend.out / name for name in runs}
+    found = methods.methods(pretend)
+    count = {line[0]: line[1] for line in found["tables"][0][2][1:]}
+    assert count == {name: 3 if name in methods.PEERS else 5 for name in methods.METHODS}
+    assert all(sum(name.startswith(f"methods/{methods.slug(each)}-30000-s") for name in trained) == count[each] for each in count)
+    said = {sentence.split(" against ")[1].split(" in ")[0]: sentence for sentence in found["verdict"] if sentence.startswith("default against")}
+    assert set(said) == set(methods.METHODS) - {"default"} and all(f"{count[name]} seeds)." in sentence for name, sentence in said.items())
+    assert " in 1 step: " in said["LCM"] and " in 2 steps: " in said["ProReflow-II (8→4→2)"] and " in 4 steps: " in said["PeRFlow"]
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss occurred")
