@@ -100,9 +100,9 @@ def agreement(scheduler, windows, path):
                                    path), f"{scheduler.config.num_train_timesteps} timesteps"
     if not steps:
         return f"Only sampler.py stops at its boundaries: {timesteps} do not divide into {windows} windows."
-    if path == "linear":
+    if path != "vp":
         return (f"Stock samplers agree with sampler.py at exactly {windows} step{'s' * (windows > 1)}: in "
-                "between, the student leaves the noise schedule (path linear).")
+                f"between, the student leaves the noise schedule (path {path}).")
     if configs.is_flow(scheduler):
         return f"Stock samplers agree with sampler.py at every multiple of {windows} steps."
     shown = ", ".join([*map(str, steps[:4]), *["..."] * (len(steps) > 4)])

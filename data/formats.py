@@ -90,7 +90,7 @@ def rows_below(data, image_column, caption_column):
                         f"pattern such as '{data}/*.tar'")
     if tars:
         return tar_rows(tars, *columns)
-    for metadata in (path / "metadata.jsonl", path / "metadata.csv"):
+    for metadata in (path / f"metadata.{kind}" for kind in ("jsonl", "csv", "tsv")):
         if metadata.exists():
             return metadata_rows(metadata, *columns)
     linked = [file for file in tables

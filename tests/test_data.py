@@ -65,6 +65,13 @@ def write_csv(folder, files, captions):
     return folder
 
 
+def write_tsv(folder, files, captions):
+    write_txt(folder, files, [None] * len(files))
+    with open(folder / "metadata.tsv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("file_name", "caption"), *zip(files, captions)])
+    return folder
+
+
 def write_tar(path, members):
     with tarfile.open(path, "w") as tar:
         for name, content in members:
@@ -205,7 +212,7 @@ def write_tar_caption(folder, files, captions):
     return write_tar(folder / "x.tar", [(name.replace(".txt", ".caption"), content) for name, content in with_txt(files, captions)])
 
 
-FORMATS = [write_txt, write_caption, write_tar_caption, write_jsonl, write_csv, write_tar_txt, write_tar_json, write_tars, write_glob, write_parquet, write_parquet_folder,
+FORMATS = [write_txt, write_caption, write_tar_caption, write_jsonl, write_csv, write_tsv, write_tar_txt, write_tar_json, write_tars, write_glob, write_parquet, write_parquet_folder,
            write_disk, write_links, write_img2dataset, write_coco, write_tar_apart, write_tar_dots, write_parquet_bytes,
            write_parquet_struct]
 format_ids = [writer.__name__.removeprefix("write_") for writer in FORMATS]

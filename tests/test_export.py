@@ -423,6 +423,7 @@ def test_stock_samplers_agree_exactly_at_the_numbers_of_steps_that_the_card_name
     assert (f"{', '.join(map(str, exact))}, ... steps" if len(exact) > 1 else f"exactly {windows} step") in card
     assert export.exact_steps(pipeline.scheduler, 3, "vp") == []             # older students of 3 windows: sampler.py alone
     assert "do not divide into 3 windows" in export.agreement(pipeline.scheduler, 3, "vp")
+    assert f"at exactly {windows} step" in export.agreement(pipeline.scheduler, windows, "angle") and "(path angle)" in export.agreement(pipeline.scheduler, windows, "angle")
     for steps in exact[:3] + others:
         apart = (latents(folder, steps, 1.0) - stock_latents(pipeline, steps, 1.0)).abs().max()
         assert apart <= 1e-4 if steps in exact else apart > 1e-3, steps
