@@ -5,7 +5,6 @@ the time it took, and what the network predicted the picture to be along its way
 are straight, it predicts the same from its first step on. Needs gradio: pip install '.[app]'.
 """
 import contextlib
-import functools
 import os
 import shlex
 import time
@@ -66,8 +65,8 @@ def command(student, prompt, steps, solver, guidance, seed, precision="fp32"):
     given = dict(model=student, prompt=prompt, steps=steps, solver=solver, guidance=guidance, seed=seed,
                  dtype=precision)
     default = vars(sampler.Config())
-    return "python sampler.py " + " ".join(f"--{key} {shlex.quote(str(value))}" for key, value
-                                           in given.items() if value != default[key])
+    return shlex.join(["python", "sampler.py", *(word for key, value in given.items() if value != default[key]
+                                                 for word in cli.arguments(key, value))])
 
 
 @contextlib.contextmanager
@@ -84,29 +83,36 @@ def warnings_to(show):
 def page(gradio, first, device, precision):
     """The page as gradio's Blocks, nothing opened yet. first: the student it starts with;
     precision: of DTYPES."""
-    @functools.lru_cache(maxsize=2)                        # a student and a teacher stay in memory
-    def opened(name, student=None):
-        about = saved.read_about(student) if student else None
-        return saved.open_model(name, device, DTYPES[precision], student=about)
+    kept = {}                                              # one student and one teacher, and what made them
+
+    def opened(role, name, about=None):
+        """about: reflow.json of the student, for a teacher, which is opened as its run opened it."""
+        key = name, saved.read_about(name), about and (about.get("teacher"), saved.settings(about))
+        if role not in kept or kept[role][0] != key:
+            kept.pop(role, None)                           # first: there may be room for one of them
+            kept[role] = key, saved.open_model(name, device, DTYPES[precision], student=about)
+        return kept[role][1]
 
     def goes_with(student):
         """Its teacher, and the steps it was made for."""
         info = saved.read_about(student)
         return info.get("teacher", student), info.get("windows", TEACHER_STEPS)
 
-    def compare(student, teacher, prompt, steps, teacher_steps, *rest):  # solver, guidance, seed
+    def compare(student, teacher, prompt, steps, teacher_steps, solver, guidance, seed):
+        seed = seed or 0                                   # an empty field is None
         with warnings_to(gradio.Warning):
             try:
-                for doubt in saved.doubts(student, saved.read_about(student), [prompt], steps, rest[1]):
+                about = saved.read_about(student)
+                for doubt in saved.doubts(student, about, [prompt], steps, guidance):
                     gradio.Warning(doubt)
                 # the teacher first: the time that only a first picture takes is lost among its steps
-                pipeline, *_ = opened(teacher, student)
-                at = saved.teacher_guidance(pipeline, saved.read_about(student), rest[1])
-                theirs = draw(teacher, opened(teacher, student), prompt, teacher_steps, rest[0], at, rest[2])
-                ours = draw(student, opened(student), prompt, steps, *rest)
+                other = opened("teacher", teacher, about)
+                at = saved.teacher_guidance(other[0], about, guidance)
+                theirs = draw(teacher, other, prompt, teacher_steps, solver, at, seed)
+                ours = draw(student, opened("student", student), prompt, steps, solver, guidance, seed)
             except UserError as error:
                 raise gradio.Error(str(error), title="Not drawn") from error
-        return *ours, *theirs, command(student, prompt, steps, *rest, precision)
+        return *ours, *theirs, command(student, prompt, steps, solver, guidance, seed, precision)
 
     teacher, windows = goes_with(first)
     with gradio.Blocks(title="Reflow", analytics_enabled=False) as blocks:

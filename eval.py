@@ -67,6 +67,7 @@ def main(c):
         if len(values) > 1:
             raise UserError(f"{run}: students of runs with several --{key.replace('_', '-')} "
                             f"({', '.join(sorted(values))}); evaluate them one by one")
+    cli.extra("KID", "torchmetrics.image.kid", "studies")  # now, not when all images are made
     rank, world, _, barrier = processes.start_processes(SimpleNamespace(device=c.device, shard=False))
     evaluator = measuring.Evaluator(c, rank, world, barrier, infos[0])
     c = evaluator.c
@@ -98,7 +99,7 @@ def main(c):
         result["image_and_caption_ids"] = " ".join(f"{image}/{caption}" for image, caption in evaluator.ids)
     store.write_atomically(run / "results.json", lambda part: part.write_text(json.dumps(result, indent=1)))
     text = table(result)
-    store.write_atomically(run / "results.md", lambda part: part.write_text(text))
+    store.write_atomically(run / "results.md", lambda part: part.write_text(text, encoding="utf-8"))
     print(table(result, brief=True))
     picture(evaluator, plan, run / "grid.png")
     print(f"All columns and the protocol: {run}/results.json, results.md. Pictures: {run}/grid.png")

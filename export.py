@@ -256,11 +256,11 @@ def write_pipeline(folder, pipeline, info, lora=None, run=None):
         make_portable(part)
         if lora:
             type(pipeline).save_lora_weights(part, **{f"{models.family(pipeline).NETWORK}_lora_layers": lora})
-        source = Path(load.PRESETS.get(info["teacher"], (info["teacher"], ""))[0])
+        source = load.folder_of(info["teacher"])
         for name in ("vocabulary.json", "labels.json"):
             if (source / name).is_file():
                 shutil.copy(source / name, part)
-        (part / "README.md").write_text(card(pipeline, info, run))
+        (part / "README.md").write_text(card(pipeline, info, run), encoding="utf-8")
         if picture := last_picture(info, run):
             shutil.copy(picture, part / PICTURE)
         (part / "reflow.json").write_text(json.dumps(info, indent=1))
@@ -292,11 +292,13 @@ def make_portable(folder):
                        for name, value in weights.items()},
                       file.parent / "model.safetensors", {"format": "pt"})
     for file in folder.rglob("tokenizer.json"):
-        model = json.loads(file.read_text())["model"]
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
         if model["type"] == "BPE":
-            (file.parent / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+            (file.parent / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False),
+                                                      encoding="utf-8")
             merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-            (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+            (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]),
+                                                      encoding="utf-8")
 
 
 # ---- files for other tools ---------------------------------------------------------------------------------
@@ -376,7 +378,18 @@ def free_folder(option, name):
     folder = Path(name)
     if folder.exists():
         raise UserError(f"{option} {folder}: exists already; choose another")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); choose another") from error
     return folder
+
+
+def free_file(option, name):
+    """A Path of a .safetensors file that is not there yet.  Raises UserError."""
+    if Path(name).suffix != ".safetensors":
+        raise UserError(f"{option} {name or '(missing)'}: name a .safetensors file to write")
+    return free_folder(option, name)
 
 
 def open_safetensors(option, file):
@@ -427,16 +440,12 @@ class FileConfig:
 def open_student(c, whole=False):
     """whole: for a file that holds the text encoders where its family's do: they are loaded then.
     Raises UserError.  Returns: (file to write, pipeline, adapters, reflow.json, dtype)."""
-    dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
+    dtype, file = cli.choose("--dtype", c.dtype, teacher.DTYPES), free_file("OUT", c.out)
     info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
-    if Path(c.out).suffix != ".safetensors":
-        raise UserError(f"OUT {c.out or '(missing)'}: name a .safetensors file to write")
-    if Path(c.out).exists():
-        raise UserError(f"OUT {c.out}: exists already; choose another")
     layers = adapters(trained_weights(folder, lora=True)) if (folder / LORA_FILE).is_file() else {}
     needed = whole and models.file_holds_text(load.load_pipeline(c.folder, empty=models.NETWORKS))
     pipeline = load.load_pipeline(c.folder, empty=() if needed else models.TEXT_ENCODERS)
-    return Path(c.out), pipeline, layers, info, dtype
+    return file, pipeline, layers, info, dtype
 
 
 def export_kohya(c):
@@ -467,7 +476,7 @@ def export_delta(c):
     """Student minus base, tensor by tensor, as safetensors; its metadata tells how to sample what
     it is merged into. Of a LoRA and its teacher it is what the adapters add, free of rounding;
     tensors without adapter are zero."""
-    dtype = teacher.DTYPES[cli.choose("--dtype", c.dtype, ("fp32", "fp16"))]
+    dtype, file = teacher.DTYPES[cli.choose("--dtype", c.dtype, ("fp32", "fp16"))], free_file("--out", c.out)
     info = saved.read_info("--student", c.student)
     base, folder = c.base or info["teacher"], Path(c.student)
     student = only_network(c.student).state_dict()
@@ -480,7 +489,7 @@ def export_delta(c):
                  else only_network(base)).state_dict()
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
         delta = {name: value - other[name] for name, value in student.items()}
-    write_file(Path(c.out), delta, {}, info, dtype)
+    write_file(file, delta, {}, {**info, **kind(c.student)}, dtype)
     stored = [value.to(dtype) for value in delta.values()]
     size = sum(value.float().square().sum().item() for value in stored) ** 0.5
     changed = sum(map(torch.any, stored))
@@ -508,11 +517,14 @@ def merge(c):
     if not c.model:
         raise UserError("--model: name the model to add the difference to")
     pipeline = load.load_pipeline(c.model, model_config=c.model_config, empty=models.TEXT_ENCODERS)
-    weights = models.network(pipeline).state_dict()
+    weights, info = models.network(pipeline).state_dict(), json.loads(metadata["info"])
     check_same_architecture(f"--model {c.model}", weights, f"--delta {c.delta}", delta)
+    for name, value in kind(pipeline).items():
+        if info.pop(name, value) != value:
+            raise UserError(f"--model {c.model}: its {name} is not that of the student of --delta {c.delta}; "
+                            "give a model with the same scheduler configuration")
     for name, value in weights.items():
         value += c.scale * delta[name].float()
-    info = json.loads(metadata["info"])
     options = {**info["config"], "model": c.model, "model_config": c.model_config, "random_init": False,
                "lora": 0}
     write_pipeline(folder, pipeline, {**info, "teacher": c.model, "config": options,
@@ -663,11 +675,12 @@ def push(c):
     check_repo("USER/NAME", c.repo, not c.dry_run)
     card, figures = folder / "README.md", measured(folder, info["windows"])
     if not c.dry_run:
-        text = re.sub(re.escape(OPENED) + '[^"]*', lambda _: OPENED + c.repo, card.read_text())
+        text = re.sub(re.escape(OPENED) + '[^"]*', lambda _: OPENED + c.repo,
+                      card.read_text(encoding="utf-8"))
         if figures:
             text, _, old = text.partition(MEASURED)
             text += figures + old[old.find("\n## "):] * ("\n## " in old)
-        store.write_atomically(card, lambda part: part.write_text(text))
+        store.write_atomically(card, lambda part: part.write_text(text, encoding="utf-8"))
     files = sorted(file for file in folder.rglob("*") if file.is_file()
                    and not any(part.startswith(".") for part in file.relative_to(folder).parts))
     for file in files:
@@ -691,6 +704,17 @@ def push(c):
 
 def only_network(name):
     return models.network(load.load_pipeline(name, **dict.fromkeys(models.BESIDE)))
+
+
+def kind(model):
+    """What a difference means nothing without: how the outputs of a pipeline, or of the one in a folder, are
+    read, and how much noise each time has."""
+    if isinstance(model, str):
+        model = load.load_pipeline(model, empty=(*models.NETWORKS, *models.TEXT_ENCODERS))
+    schedule, prediction = models.schedule(model)
+    if configs.is_flow(model.scheduler):                   # one path; its shift may depend on the size
+        return dict(prediction=prediction)
+    return dict(prediction=prediction, schedule=store.digest(schedule.key))
 
 
 def check_same_architecture(one, weights, other, others):

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -25,7 +26,7 @@ import export
 import models
 import reflow
 from data import captioned
-from models import load, saved
+from models import configs, load, saved
 from models.conditions import Conditions
 from models.student import FrozenNetwork, check_lora, make_student
 from pairs import FRESH, Pairs, cache_folder
@@ -36,8 +37,8 @@ from teacher import PRECISIONS
 
 # what may differ between two starts of one run
 MAY_CHANGE_ON_RESUME = ("resume", "cache_only", "config", "keep", "checkpoint_steps", "log_steps",
-                        "grid_steps", "validation_prompts", "report_to", "device", "micro_batch",
-                        "gradient_checkpointing", "shard", "compile", "ema_device", "export", "export_dtype",
+                        "grid_steps", "validation_prompts", "report_to", "device", "micro_batch", "shard",
+                        "gradient_checkpointing", "compile", "ema_device", "export", "export_dtype",
                         "push_to_hub")
 
 # ---- before the loop ---------------------------------------------------------------------------------------
@@ -73,12 +74,14 @@ def check_out(c, out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / "config.json").exists():
-            # what an older run does not name was as it is by default
-            before = json.loads((out / "config.json").read_text())
+            # what an older run does not name was as it is by default; a/b/ is a/b
+            before = configs.read_json(out / "config.json")
             before = Config(**{key: value for key, value in before.items() if key in settings})
-            now, before = (dataclasses.asdict(with_data(each)) for each in (c, before))
+            now, before = ({key: os.path.normpath(value) if value and isinstance(value, str) else value
+                            for key, value in dataclasses.asdict(with_data(each)).items()}
+                           for each in (c, before))
             changed = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in settings
-                                if before[key] != now[key])
+                                if before[key] != now[key] and key != "out")   # a folder may be moved
             if changed or not c.resume:
                 other = f" with other settings ({changed})" * bool(changed)
                 raise UserError(f"--out {out}: holds a run{other}; choose another --out or delete it")
@@ -88,11 +91,12 @@ def check_out(c, out):
     return settings
 
 
-def claim_out(c, out, settings):
-    """OUT is this run's from here on: config.json is what a resume compares, config.yaml what --config
-    takes.  Returns: progress.Board, of its curves."""
+def claim_out(c, out, settings, key):
+    """OUT is this run's from here on: config.json and data.json are what a resume compares, config.yaml what
+    --config takes.  Returns: progress.Board, of its curves."""
     every = yaml.safe_dump({**dataclasses.asdict(c), "config": ""}, sort_keys=False, allow_unicode=True)
-    for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every)):
+    for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every),
+                       ("data.json", json.dumps(dict(key=key)))):
         store.write_atomically(out / name, lambda part: part.write_text(text, encoding="utf-8"))
     return progress.Board(c, out)
 
@@ -131,16 +135,7 @@ def open_pairs(c, recipe, device, processes):
                                      min_size=c.min_size)
     if rank == 0:
         barrier()
-    if dataset.skipped and rank == 0:
-        print(f"--skip-bad: {len(dataset.skipped)} left out "
-              f"({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
-    if rank == 0 and dataset.size and len(dataset.round) > dataset.size:
-        print(f"--data {c.data}: each time round {len(dataset.round)} samples of {dataset.size} images; "
-              "those of a folder N_name come N times")
-    captions_only = recipe.pairs == "trajectory" and not recipe.forward_rate and not recipe.projection
-    if rank == 0 and c.data and dataset.size and captions_only:
-        print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
-              "--pairs data or --forward-rate R uses its pictures")
+        plan.print_data(c, recipe, dataset)
     plan.check_images(c, recipe, pipeline, dataset)
     for encoder in models.text_encoders(pipeline) if not apart else ():
         encoder.to(device)
@@ -212,25 +207,30 @@ def main(c, draws=progress.Grid):
     recipe = resolve_recipe(c)
     per_stage = reflow.stage_updates(recipe, c.updates)
     rank, world, device, barrier = processes.start_processes(c)
+    if recipe.pairs == "flow-map":                          # no TF32: its targets are small differences
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     if c.cache_only:
         return make_cache(c, recipe, device, (rank, world, barrier))
     share, micro = split_batch(c, recipe, world)
     out = Path(c.out)
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
-    finished = sum((folder / "reflow.json").exists() for folder in folders)
+    # of what was deleted since, no more than the last is needed
+    finished = max((i for i, folder in enumerate(folders, 1) if (folder / "reflow.json").exists()), default=0)
     if finished == len(folders):
         progress.print_finished(folders[-1], rank)
         return folders[-1]
 
     # teacher and pairs; what has been cached need not stay in memory
     c, shown, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
-    recipe, whole = fit_prediction(c, recipe, pairs.prediction), models.parameters(pipeline)
+    recipe = pairs.recipe = fit_prediction(c, recipe, pairs.prediction)
+    whole, key = models.parameters(pipeline), plan.check_dataset(out, pairs.dataset)
     whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
     grid = draws(pipeline, pairs.shape, shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
-    board = claim_out(c, out, settings) if rank == 0 else None  # only now: a mistake above must not claim it
+    board = claim_out(c, out, settings, key) if rank == 0 else None  # no mistake above may claim it
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import drawn
 from runtime import store
-from runtime.cli import UserError, extra
+from runtime.cli import UserError, extra, is_text
 
 # which of these can be read depends on how Pillow was built; of a moving picture, it is the first frame
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -144,9 +144,9 @@ def whole(content, size):
 
 def clean(caption):
     """A caption as a table or JSON holds it, as text: of several the first, "" for what is not
-    text."""
+    text, or holds half a character."""
     caption = next(iter(caption), "") if isinstance(caption, (list, tuple)) else caption
-    return caption.strip() if isinstance(caption, str) else ""
+    return caption.strip() if isinstance(caption, str) and is_text(caption) else ""
 
 
 def choose_column(source, columns, wanted):

@@ -1,5 +1,6 @@
 """Any pipeline of diffusers, whole or refused: presets, folders, hub ids, single files;
 students with their settings."""
+import contextlib
 import functools
 import json
 import re
@@ -18,6 +19,8 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
@@ -109,8 +112,8 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
         elif single:
             pipeline = load_single_file(path, dtype, model_config, empty, parts)
         else:
-            folder = path if looks_local else download(source, **PLAIN, **parts)
-            pipeline = load_folder(folder, dtype, random_init, seed, empty, parts)
+            path = path if looks_local else download(source, **PLAIN, **parts)
+            pipeline = load_folder(path, dtype, random_init, seed, empty, parts)
         module = models.family(pipeline)
         missing = [part for part in module.required(pipeline)
                    if part not in given and getattr(pipeline, part, None) is None]
@@ -143,16 +146,28 @@ def load_pipeline(name, dtype=torch.float32, random_init=False, seed=0, model_co
 
 def download(source, **given):
     """The folder, in the hub's cache, of a hub id's files: of variant fp16 where they come in no
-    other.
+    other; beside them what diffusers leaves out and a student or a pixel model has.
     given: as for from_pretrained; ready parts are not downloaded.  Raises what diffusers does."""
     def get(**variant):
         return Path(DiffusionPipeline.download(source, use_safetensors=True, **variant, **given))
     try:
-        return get()
+        folder = get()
     except OSError as error:
         if "necessary `safetensors` weights" not in str(error):
             raise
-        return get(variant="fp16")
+        folder = get(variant="fp16")
+    for name in ("reflow.json", "labels.json"):
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(source, name)
+    return folder
+
+
+def folder_of(name):
+    """Where the files of a model lie: its folder; of a hub id that of the hub's cache, once downloaded."""
+    source = PRESETS.get(name, (name, ""))[0]
+    cached = None if Path(source).exists() or source.count("/") != 1 else try_to_load_from_cache(
+        source, "model_index.json")
+    return Path(cached).parent if isinstance(cached, str) else Path(source)
 
 
 def load_whole(kind, folder, **options):

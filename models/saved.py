@@ -60,7 +60,7 @@ def doubts(name, info, prompts, steps, guidance):
     elif info and guidance > USEFUL_GUIDANCE:
         found.append(f"guidance {guidance:g}: {name} has learned none, and so much burns its pictures; "
                      f"use 1, or up to {USEFUL_GUIDANCE}")
-    vocabulary = Path(load.PRESETS.get(name, (name, ""))[0]) / "vocabulary.json"
+    vocabulary = load.folder_of(name) / "vocabulary.json"
     if vocabulary.is_file():
         known = set(configs.read_json(vocabulary))
         unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
@@ -129,7 +129,7 @@ def check_inputs(pipeline, other, size):
 def read_about(folder, *needed):
     """The reflow.json of a student's folder, {} where there is none: a teacher's.
     Raises UserError if it is broken or lacks one of the needed keys."""
-    file = Path(folder) / "reflow.json"
+    file = load.folder_of(str(folder)) / "reflow.json"
     if not file.is_file():
         return {}
     try:
@@ -151,12 +151,11 @@ def open_model(name, device="cpu", dtype=torch.float32, random_init=False, model
     opened it, if that is its name.
     Returns: (pipeline, model, info); info is the folder's reflow.json, {} for a teacher: windows
     and path say how to sample it."""
-    info = read_about(load.PRESETS.get(name, (name, ""))[0])
     if student and student.get("teacher") == name:
-        pipeline = load_teacher(student, dtype=dtype).to(device)
+        pipeline, info = load_teacher(student, dtype=dtype).to(device), read_about(name)
     else:
         pipeline = load.load_pipeline(name, dtype, random_init, model_config=model_config).to(device)
-        student = info
+        info = student = read_about(name)  # only now: of a hub id it has just been downloaded
     apply_settings(pipeline, student)
     if size:
         models.set_native_size(pipeline, size)

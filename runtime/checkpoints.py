@@ -1,5 +1,6 @@
 """The state of training on disk, and tensors that may be sharded."""
 import json
+import re
 import sys
 
 import torch
@@ -20,9 +21,10 @@ def trained(unet):
 
 
 def checkpoints(out):
-    """OUT's checkpoints, newest first."""
-    return sorted(out.glob("checkpoint-*.safetensors"), key=lambda file: int(file.stem.split("-")[1]),
-                  reverse=True)
+    """OUT's checkpoints, newest first; a copy under another name is its owner's."""
+    found = {file: re.fullmatch(r"checkpoint-(\d+)\.safetensors", file.name) for file in out.iterdir()} \
+        if out.is_dir() else {}
+    return sorted(filter(found.get, found), key=lambda file: int(found[file][1]), reverse=True)
 
 
 def states(student, beside, optimizer, ema):

@@ -201,9 +201,17 @@ def parse(config_class, description, argv=None):
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, float) and not math.isfinite(each):
                 raise UserError(f"--{name.replace('_', '-')} {each}: must be a finite number")
+            if not is_text(each):
+                raise UserError(f"--{name.replace('_', '-')} {each!r}: is not UTF-8; type it in UTF-8")
     if hasattr(c, "seed") and not 0 <= c.seed <= MAX_SEED:
         raise UserError(f"--seed {c.seed}: must be at least 0 and at most {MAX_SEED}")
     return c
+
+
+def is_text(value):
+    """Whether a string can be written: without halves of characters, as which Python keeps bytes that are
+    not UTF-8."""
+    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def extra(option, module, name):

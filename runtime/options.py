@@ -242,6 +242,9 @@ def check_pieces(c, recipe):
     if recipe.pairs == "imitation" and c.cache_only:
         raise UserError("--cache-only: pairs from imitation are made while training, of nothing that is "
                         "kept; leave it out")
+    if recipe.pairs == "flow-map" and c.precision != "fp32":
+        raise UserError(f"--precision {c.precision}: does not go with pairs from flow-map, whose targets are "
+                        "differences of answers so close that its rounding is larger; use --precision fp32")
     for option, value in (("precision", "fp16"), ("ema_device", "cpu"), ("optimizer", "adamw8bit"),
                           ("optimizer", "muon")):
         if c.shard and getattr(c, option) == value:

@@ -9,8 +9,10 @@ import torch
 import losses
 import models
 import reflow
+from models import configs
 from models.conditions import trajectory_counts
 from pairs import FROM_IMAGES, cache_bytes, cache_folder
+from runtime import store
 from runtime.checkpoints import trained
 from runtime.cli import UserError
 from teacher import PRECISIONS
@@ -53,7 +55,7 @@ def check(c, recipe, device, world, pipeline, dataset, conditions):
     check_disk(cache_folder(c), cache)
     if not c.cache_only:                                   # adapters are small beside what is there already
         trained = 0 if c.lora else 4 * weights             # fp32
-        check_disk(Path(c.out), sum(left(c, recipe, trained, models.parameters(pipeline))), "--out",
+        check_disk(Path(c.out), sum(left(c, recipe, trained, models.parameters(pipeline))[1:]), "--out",
                    "--keep 1", ("checkpoint-*.safetensors", "student-*/**/*.safetensors"))
         check_memory(c, recipe, device, world, pipeline, trained)
 
@@ -102,6 +104,29 @@ def solved(recipe, windows, before, each=1):
 
 
 # ---- windows and images ------------------------------------------------------------------------------------
+
+
+def check_dataset(out, dataset):
+    """What tells this data from other data.  Raises UserError if OUT's run began with other data."""
+    key = store.digest(dataset.captions, dataset.caption_indices(range(256)), getattr(dataset, "key", ""))
+    if (out / "data.json").exists() and configs.read_json(out / "data.json")["key"] != key:
+        raise UserError(f"--out {out}: its run began with other images or captions; restore them, or choose "
+                        "another --out")
+    return key
+
+
+def print_data(c, recipe, dataset):
+    """What of the data is left out, repeated or not used."""
+    if dataset.skipped:
+        print(f"--skip-bad: {len(dataset.skipped)} left out "
+              f"({', '.join(dataset.skipped[:3])}{', ...' * (len(dataset.skipped) > 3)})")
+    if dataset.size and len(dataset.round) > dataset.size:
+        print(f"--data {c.data}: each time round {len(dataset.round)} samples of {dataset.size} images; "
+              "those of a folder N_name come N times")
+    captions_only = recipe.pairs == "trajectory" and not recipe.forward_rate and not recipe.projection
+    if c.data and dataset.size and captions_only:
+        print(f"--data {c.data}: only its captions are used, pairs are the teacher's own trajectories; "
+              "--pairs data or --forward-rate R uses its pictures")
 
 
 def check_windows(stages, schedule):
@@ -191,10 +216,11 @@ def measured_memory(device):
 
 
 def left(c, recipe, trained, whole):
-    """Bytes that a run leaves: (its checkpoints, its students). trained: bytes; whole: parameters of a
-    whole pipeline, which is exported in fp32."""
+    """Bytes that a run needs at most: (one of its checkpoints, all of them, a new one written before an old
+    one goes, and its students). trained: bytes; whole: parameters of a whole pipeline, which is exported
+    in fp32."""
     state = trained * ((1 + OPTIMIZERS[c.optimizer]) * (1 + (recipe.matching > 0)) + (c.ema > 0))
-    return c.keep * state, len(recipe.stages) * whole * 4
+    return state, (c.keep + 1) * state, len(recipe.stages) * whole * 4
 
 
 def check_disk(folder, nbytes, option="--cache", less="fewer --trajectories", files=("**/*.safetensors",)):
@@ -219,12 +245,12 @@ def print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, wh
     frozen += critic_bytes(c, recipe, nbytes(student), trainable)
     memory = (nbytes(student) + added(c, trainable) + frozen) / (world if c.shard else 1)
     memory += nbytes(*models.autoencoder(pipeline), *models.text_encoders(pipeline))
-    checkpoints, exported = left(c, recipe, trainable, whole)
+    checkpoint, _, exported = left(c, recipe, trainable, whole)
     stages = ", ".join(f"{updates} with {windows} window{'s' * (windows > 1)}"
                        for updates, windows in zip(per_stage, recipe.stages))
     print(f"updates: {c.updates} of {c.batch} samples, {micro} at once on each process: {stages}"
           + f"; going on from {resumed}" * bool(resumed))
     print(f"memory: {size(memory)} on each process for weights, gradients, optimizer and average; "
           "activations come on top, measured after ten updates")
-    print(f"disk: {size(checkpoints / c.keep)} for each of {c.keep} checkpoints, {size(exported)} for "
+    print(f"disk: {size(checkpoint)} for each of {c.keep} checkpoints, {size(exported)} for "
           f"{len(recipe.stages)} students; {size(shutil.disk_usage(c.out).free)} are free in {c.out}")

@@ -227,7 +227,7 @@ class Grid:
         self.pipeline, self.shape, self.folder, self.last = pipeline, shape, folder, None
         self.prompts, cond = shown.prompts, shown.cond(pipeline)
         self.cond = {key: value.to(models.network(pipeline).device) for key, value in cond.items()}
-        self.option = f" --prompt {shlex.quote(self.prompts[0])}" * bool(self.prompts[0])  # of sampler.py
+        self.option = f" {shlex.join(cli.arguments('prompt', self.prompts[0]))}" * bool(self.prompts[0])
 
     @torch.no_grad()
     def pictures(self, model, steps, ema=None, pairs=None):

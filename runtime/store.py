@@ -18,6 +18,9 @@ from tqdm import tqdm
 from runtime.cli import UserError
 
 STALE = 3600            # seconds without a change after which a temporary file has no writer any more
+WINDOWS = os.name == "nt"
+UMASK = os.umask(0o022)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 def digest(*values):
@@ -157,6 +160,9 @@ def rows_in(file, first):
         with safe_open(file, "pt") as part:
             held = min(part.get_slice(name).get_shape()[0] for name in part.keys())
             return held if (part.metadata() or {}).get("first") == str(first) else 0
+    except PermissionError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); let its owner permit it, or choose "
+                        "another --cache") from error
     except (OSError, SafetensorError, ValueError):
         return 0
 
@@ -171,6 +177,9 @@ def write_atomically(target, write, replace=True):
     part, old = target.with_name(f"{name}.part"), target.with_name(f"{name}-old.part")
     try:
         write(part)
+        if target.is_dir() and not part.is_dir():
+            raise UserError(f"{target}: is a folder; name a file to write")
+        share(part)
         sync(part)
         if not replace:
             link(part, target)
@@ -192,6 +201,14 @@ def write_atomically(target, write, replace=True):
         remove(old)
 
 
+def share(path):
+    """Give what was written the permissions that the user gives to new files: safetensors makes its own
+    readable for their owner alone."""
+    for entry in [*(path.rglob("*") if path.is_dir() else ()), path]:
+        if entry.is_file() and not entry.is_symlink():
+            entry.chmod(0o666 & ~UMASK)
+
+
 def link(part, target):
     """Give a finished file its name unless that exists: the one step that creates and never
     replaces."""
@@ -208,7 +225,9 @@ def link(part, target):
 def sync(path, below=True):
     """Return once a file, or a folder with everything below it, is on the disk itself."""
     for entry in [*(path.rglob("*") if below and path.is_dir() else ()), path]:
-        descriptor = os.open(entry, os.O_RDONLY)
+        if WINDOWS and entry.is_dir():   # which opens no folder, and syncs only what it may write
+            continue
+        descriptor = os.open(entry, os.O_RDWR if WINDOWS else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:  # there are network drives that cannot sync a folder

@@ -52,7 +52,7 @@ def main(c):
         file = "-".join(filter(None, (name, runner.label(c))))
         before, longest = results / f"{file}.json", 0
         if before.is_file():
-            longest = json.loads(before.read_text())["seconds"]
+            longest = json.loads(before.read_text(encoding="utf-8"))["seconds"]
             print(f"{name}: {longest / 60:.0f} minutes at the longest so far ({before}); what is ready is "
                   "not done again")
         found = STUDIES[name](lab)
@@ -76,8 +76,10 @@ def main(c):
                       seconds=max(longest, time.time() - start), **export.versions())
         # runs are named as under the default --out, wherever they lie
         text = json.dumps(result, indent=1, ensure_ascii=False).replace(c.out, runner.Config.out)
-        store.write_atomically(results / f"{file}.json", lambda part: part.write_text(text))
-        store.write_atomically(results / f"{file}.md", lambda part: part.write_text(markdown(result)))
+        store.write_atomically(results / f"{file}.json",
+                               lambda part: part.write_text(text, encoding="utf-8"))
+        store.write_atomically(results / f"{file}.md",
+                               lambda part: part.write_text(markdown(result), encoding="utf-8"))
         print(markdown(result))
     return results
 

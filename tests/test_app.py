@@ -16,6 +16,7 @@ from test_page import CHROMIUM, Browser, events
 import app
 import sampler
 from models import load, saved
+from runtime import cli
 from runtime.cli import UserError
 
 STUDENT = str(load.ASSETS / "student-2")
@@ -38,6 +39,11 @@ def test_the_picture_is_the_one_that_its_command_draws(student, tmp_path, monkey
     assert re.fullmatch(rf"{steps} steps, {count} network evaluations: \d+\.\d\d s", took)
     tiles = [np.asarray(strip)[-132:-4, left:left + 128] for left in range(0, app.SHOWN * 132, 132)]
     assert [tile.min() < 255 for tile in tiles] == [i < steps for i in range(app.SHOWN)]     # as many beliefs as steps, SHOWN at most
+
+
+def test_the_command_of_a_prompt_that_looks_like_an_option_is_read_back(monkeypatch):
+    _, script, *words = shlex.split(app.command(STUDENT, "-x on blue", 2, "ddim", 1.0, 0))
+    assert cli.parse(sampler.Config, "", words).prompt == ["-x on blue"]
 
 
 def test_what_a_user_can_act_on_is_shown_and_nothing_else():

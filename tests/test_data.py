@@ -1,5 +1,6 @@
 """Every format gives the same samples; what cannot be used is refused by name before training; the store survives anything."""
 import csv
+import fcntl
 import io
 import itertools
 import json
@@ -999,6 +1000,64 @@ def test_other_settings_are_refused_with_their_difference(tmp_path, solve):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         store.cached(tmp_path / "file" / "c", 2, SETTINGS, solve)
+
+
+def test_what_is_written_is_the_users_to_share_and_replaces_no_folder(tmp_path, monkeypatch):
+    store.write_atomically(tmp_path / "a.safetensors", lambda part: save_file({"z": torch.zeros(1)}, part))
+
+    def folder(part):
+        part.mkdir()
+        save_file({"z": torch.zeros(1)}, part / "b.safetensors")
+    store.write_atomically(tmp_path / "b", folder)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "a.safetensors", tmp_path / "b" / "b.safetensors")} == {0o666 & ~store.UMASK}
+    with pytest.raises(UserError, match="b: is a folder; name a file"):
+        store.write_atomically(tmp_path / "b", lambda part: part.write_text("x"))
+    assert (tmp_path / "b" / "b.safetensors").is_file() and not list(tmp_path.glob(".*.part"))
+
+
+def test_a_shard_that_may_not_be_read_is_not_made_again(tmp_path, solve, monkeypatch):
+    store.cached(tmp_path, 3, SETTINGS, solve, shard=4)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(store, "safe_open", refused)
+    with pytest.raises(UserError, match="00000.safetensors: cannot be read .Permission denied"):
+        store.cached(tmp_path, 3, SETTINGS, solve, shard=4)
+    assert len(solve.made) == 1
+
+
+def test_on_windows_folders_are_not_synced_and_files_are_opened_for_writing(tmp_path, monkeypatch):
+    real_open, real_sync = os.open, os.fsync
+
+    def opened(path, flags):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied")
+        return real_open(path, flags)
+
+    def synced(descriptor):
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+        real_sync(descriptor)
+    for name, value in (("WINDOWS", True), ("os.open", opened), ("os.fsync", synced)):
+        monkeypatch.setattr(f"runtime.store.{name}", value)
+    store.write_atomically(tmp_path / "a.txt", lambda part: part.write_text("x"))
+    assert (tmp_path / "a.txt").read_text() == "x"
+
+
+def test_half_a_character_is_no_caption_and_no_prompt(tmp_path):
+    write_jsonl(tmp_path, GOOD, ["a dog \ud83d", *CAPTIONS[1:]])
+    assert NAMES[0] in refusal(tmp_path) and len(open_(tmp_path, skip_bad=True).skipped) == 1
+    (tmp_path / "p.jsonl").write_text('{"text": "a dog \\ud83d"}\n')
+    with pytest.raises(UserError, match="entry 1 has no text"):
+        captioned.Prompts(tmp_path / "p.jsonl", 0)
+
+
+def test_a_cache_that_cannot_be_there_is_one_line(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_txt(tmp_path / "data", GOOD, CAPTIONS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache .*file: cannot be written"):
+        open_(tmp_path / "data", checked=tmp_path / "file" / "data.json")
 
 
 def test_a_full_disk_is_one_line_and_the_old_shard_stays(tmp_path, solve, monkeypatch):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,6 +281,13 @@ def test_windows_of_a_teacher_are_what_its_steps_have_in_common_with_8(judge, st
     row = judge.row(judge.c.teacher, steps)
     assert len(row["straightness"]) == windows
     assert row["chord_error"] is None if windows == 8 else len(row["chord_error"]) == windows          # the cached path has 4 steps
+
+
+def test_what_is_not_installed_is_missed_before_any_image_is_made(students, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
+    monkeypatch.setattr(measuring, "Evaluator", None)
+    with pytest.raises(UserError, match="KID: needs torchmetrics.*pip install"):
+        evaluation.main(protocols.Config(run=str(students["sd15"])))
 
 
 def test_a_device_without_float64_measures_what_the_cpu_does(judge, students, tmp_path):

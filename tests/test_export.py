@@ -187,6 +187,30 @@ def test_a_difference_merged_into_the_base_is_the_student_and_into_another_model
     assert latents(tmp_path / "style", 4, 1.0).isfinite().all()
 
 
+def test_a_difference_is_written_over_nothing_and_merged_into_its_own_kind(students, teachers, tmp_path):
+    student = str(students("sd15") / "student-4")
+    kept = tmp_path / "victim" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("x")
+    for out, complaint in ((kept.parent, "name a .safetensors file"), (kept, "name a .safetensors file"), ("", "missing"),
+                           (kept / "d.safetensors", "cannot be written")):
+        with pytest.raises(UserError, match=f"--out .*{complaint}"):
+            export.export_delta(export.DeltaConfig(student, "", str(out)))
+    file = tmp_path / "delta.safetensors"
+    export.export_delta(export.DeltaConfig(student, "", str(file)))
+    with pytest.raises(UserError, match="--out .*exists already"):
+        export.export_delta(export.DeltaConfig(student, "", str(file)))
+    assert kept.read_text() == "x"
+    for number, (field, value) in enumerate((("prediction_type", "sample"), ("beta_end", 0.02))):
+        other = shutil.copytree(teachers["sd15"], tmp_path / f"other-{number}")
+        settings = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+        (other / "scheduler" / "scheduler_config.json").write_text(json.dumps({**settings, field: value}))
+        with pytest.raises(UserError, match=f"its {'prediction' if number == 0 else 'schedule'} is not that of the student"):
+            export.merge(export.MergeConfig(str(file), str(other), str(tmp_path / "merged")))
+    with pytest.raises(UserError, match="--out .*cannot be written"):
+        export.merge(export.MergeConfig(str(file), str(teachers["sd15"]), str(kept / "a" / "b")))
+
+
 def test_merge_lora_is_the_adapted_network(random_sd):
     """W + B A for linear layers and convolutions alike, against peft's own forward."""
     unet = load.load_pipeline(str(random_sd)).unet

@@ -6,8 +6,10 @@ import re
 import shutil
 import types
 import warnings
+from pathlib import Path
 
 import diffusers
+import huggingface_hub
 import pytest
 import torch
 from conftest import slow
@@ -611,6 +613,28 @@ def test_weights_that_come_in_one_variant_only_are_loaded(small, tmp_path, monke
     assert asked == [("somebody/model", None), ("somebody/model", "fp16")]
     shutil.copy(weights_file(small, "unet"), tmp_path / "model" / "unet")               # with both there, the plain one is it
     assert load.variant_of(tmp_path / "model" / "unet") is None
+
+
+def test_a_student_on_the_hub_brings_what_its_folder_says(small_models, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--somebody--student" / "snapshots" / ("0" * 40)
+    shutil.copytree(small_models["sd15"], snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    about = dict(teacher="sd15", windows=2, path="linear", config=dict(guidance_teacher=3.0))
+    asked = []
+
+    def fetch(source, name):
+        asked.append((source, name))
+        if name == "labels.json":
+            raise huggingface_hub.utils.LocalEntryNotFoundError("none")
+        (snapshot / name).write_text(json.dumps(about))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda source, **_: snapshot)
+    monkeypatch.setattr(load, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    _, model, info = saved.open_model("somebody/student")
+    assert asked == [("somebody/student", "reflow.json"), ("somebody/student", "labels.json")]
+    assert info == about and model.windows == 2 and model.path is reflow.PATHS["linear"]
+    assert load.folder_of("somebody/student") == snapshot and load.folder_of("nobody/model") == Path("nobody/model")
 
 
 # ---- every field of a config -------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """train.py as a user runs it, on random models: what it learns, resume, processes, LoRA, precision, determinism."""
+import dataclasses
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from models import load, saved, student
 from models.conditions import Conditions
 from pairs import cache_bytes
 from runtime import checkpoints, cli, options, progress
+from runtime.cli import UserError
 from tools import build
 
 SMALL = dict(data="scenes", windows=[2, 1], updates=6, batch=4, trajectories=4, log_steps=1, grid_steps=0, solver_steps=8, device="cpu")
@@ -304,10 +306,11 @@ def test_the_last_checkpoints_are_kept_and_a_truncated_one_is_passed_over(random
     assert same_bits(weights(last), weights(trained / "student-1"))
 
 
-def test_checkpoints_are_ordered_by_number(tmp_path):
+def test_checkpoints_are_ordered_by_number_and_copies_are_their_owners(tmp_path):
     steps = [999800, 1000000, 40, 1000200]
-    for step in steps:
-        (tmp_path / f"checkpoint-{step:06d}.safetensors").touch()
+    for name in (*(f"{step:06d}" for step in steps), "000040-good", "best"):
+        (tmp_path / f"checkpoint-{name}.safetensors").touch()
+    assert checkpoints.checkpoints(tmp_path / "none") == []
     assert [int(file.stem.split("-")[1]) for file in checkpoints.checkpoints(tmp_path)] == sorted(steps, reverse=True)
 
 
@@ -321,6 +324,47 @@ def test_the_log_keeps_its_whole_lines_up_to_a_step(tmp_path, damage, kept):
     assert file.read_text() == "".join(lines[:kept])
     progress.trim_log(file, 2)
     assert file.read_text() == "".join(lines[:2])
+
+
+def test_the_critic_of_a_teacher_of_x_compares_what_its_student_does(random_sd, tmp_path, monkeypatch):
+    teaches = shutil.copytree(random_sd, tmp_path / "x")
+    settings = json.loads((teaches / "scheduler" / "scheduler_config.json").read_text())
+    (teaches / "scheduler" / "scheduler_config.json").write_text(json.dumps({**settings, "prediction_type": "sample"}))
+    spaces, matching = [], losses.matching
+    monkeypatch.setattr(losses, "matching", lambda *given: spaces.append(given[-1]) or matching(*given))
+    train.main(small(teaches, tmp_path / "out", windows=[1], matching=0.1, updates=1))
+    (p, q), = spaces
+    assert (p, q) == (1, 0)                                # x itself
+
+
+def test_an_early_student_may_be_deleted_and_the_run_goes_on_where_it_was(random_sd, tmp_path, monkeypatch, capsys):
+    changes = dict(windows=[4, 2, 1], updates=9, checkpoint_steps=1)
+    interrupted(random_sd, tmp_path / "a", monkeypatch, 8, **changes)
+    shutil.rmtree(tmp_path / "a" / "student-4")
+    before = weights(tmp_path / "a" / "student-2")
+    last = train.main(small(random_sd, tmp_path / "a", **changes))
+    assert [line["step"] for line in log(tmp_path / "a")] == list(range(1, 10)) and not (tmp_path / "a" / "student-4").exists()
+    assert same_bits(weights(last), weights(train.main(small(random_sd, tmp_path / "b", **changes)))) and same_bits(before, weights(tmp_path / "a" / "student-2"))
+    shutil.rmtree(tmp_path / "a" / "student-2")
+    capsys.readouterr()
+    assert train.main(small(random_sd, tmp_path / "a", **changes)) == last and "finished" in capsys.readouterr().out
+
+
+def test_a_run_may_be_moved_and_named_otherwise_but_not_go_on_with_other_data(random_sd, tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("fox\nred heart\n")
+    changes = dict(data="", prompts=str(tmp_path / "p.txt"), recipe="imitation", windows=[1], checkpoint_steps=1)
+    interrupted(random_sd, tmp_path / "a", monkeypatch, 3, **changes)
+    os.rename(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "p.txt").write_text("red heart\nfox\n")
+    with pytest.raises(UserError, match="its run began with other images or captions; restore them"):
+        train.main(small(random_sd, tmp_path / "b", **changes))
+    (tmp_path / "p.txt").write_text("fox\nred heart\n")
+    moved = small(random_sd, tmp_path / "b", **changes)
+    last = train.main(dataclasses.replace(moved, out=f"{tmp_path}/./b/", prompts=f"{tmp_path}//p.txt"))
+    assert (last / "reflow.json").is_file() and [line["step"] for line in log(tmp_path / "b")] == list(range(1, 7))
+    (tmp_path / "b" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        train.main(moved)
 
 
 def test_a_log_that_ends_in_the_middle_of_a_line_does_not_stop_a_resume(random_sd, trained, tmp_path, monkeypatch):
