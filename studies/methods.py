@@ -191,15 +191,16 @@ def methods(lab):
     verdict += [*map(str, comparisons), tests]
 
     figure, panels = axes(3, width=12, height=4.4)
-    styles = [(color, marker) for marker in "os^" for color in (BLUE, VERMILION, GREEN, PINK, ORANGE)]
+    styles = [(color, *style) for style in (("o", "-"), ("s", "-."), ("^", ":"))
+              for color in (BLUE, VERMILION, GREEN, PINK, ORANGE)]
     for axis, steps in zip(panels, (1, 2, 4)):
-        for method, (color, marker) in zip(names, styles):
+        for method, (color, marker, line) in zip(names, styles):
             found = [(budget, *mean_interval(column(method, steps, budget))) for budget in BUDGETS
                      if column(method, steps, budget)]
             if found:
                 spent, means, halves = zip(*found)
-                axis.errorbar(spent, means, color=color, marker=marker, capsize=3, label=method,
-                              yerr=[half if math.isfinite(half) else 0 for half in halves])
+                axis.errorbar(spent, means, color=color, marker=marker, linestyle=line, capsize=3,
+                              label=method, yerr=[half if math.isfinite(half) else 0 for half in halves])
         axis.axhline(plain[steps]["fd_corrected"], color=BLACK, linestyle=":", linewidth=1,
                      label="plain DDIM")
         axis.axhline(top["fd_corrected"], color=BLACK, linestyle="--", linewidth=1,
