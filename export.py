@@ -312,7 +312,6 @@ def write_file(file, weights, metadata, info, dtype):
         if not value.isfinite().all():
             raise UserError(f"{file}: {name} is not finite in {dtype}; write it in bf16 or fp32")
     metadata = {**metadata, "format": "pt", "info": json.dumps(info)}
-    file.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomically(file, lambda part: save_file(weights, part, metadata))
 
 
@@ -372,16 +371,13 @@ def trained_weights(folder, lora):
 
 
 def free_folder(option, name):
-    """A Path that nothing occupies yet.  Raises UserError."""
+    """A Path that nothing occupies yet, in a folder that is there.  Raises UserError."""
     if not name:
         raise UserError(f"{option}: name a folder to write")
     folder = Path(name)
     if folder.exists():
         raise UserError(f"{option} {folder}: exists already; choose another")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); choose another") from error
+    store.make_folder(option, folder.parent)
     return folder
 
 
@@ -479,7 +475,8 @@ def export_delta(c):
     dtype, file = teacher.DTYPES[cli.choose("--dtype", c.dtype, ("fp32", "fp16"))], free_file("--out", c.out)
     info = saved.read_info("--student", c.student)
     base, folder = c.base or info["teacher"], Path(c.student)
-    student = only_network(c.student).state_dict()
+    pipeline = load.load_pipeline(c.student, empty=models.BESIDE)
+    student = models.network(pipeline).state_dict()
     if base == info["teacher"] and (folder / LORA_FILE).is_file():
         delta = merge_lora({name: torch.zeros_like(value) for name, value in student.items()},
                            adapters(trained_weights(folder, lora=True)))
@@ -489,7 +486,7 @@ def export_delta(c):
                  else only_network(base)).state_dict()
         check_same_architecture(f"--base {base}", other, f"--student {c.student}", student)
         delta = {name: value - other[name] for name, value in student.items()}
-    write_file(file, delta, {}, {**info, **kind(c.student)}, dtype)
+    write_file(file, delta, {}, {**info, **kind(pipeline)}, dtype)
     stored = [value.to(dtype) for value in delta.values()]
     size = sum(value.float().square().sum().item() for value in stored) ** 0.5
     changed = sum(map(torch.any, stored))
@@ -567,12 +564,11 @@ def export_onnx(c):
             print(f"{name}.onnx: within {error:.1e} of torch")
         tokenizer.save_pretrained(part / "tokenizer")
         make_portable(part)
-        source = Path(load.PRESETS.get(c.model, (c.model, ""))[0])
+        source = load.folder_of(c.model)
         for name in ("README.md", "vocabulary.json"):          # the card has the license of the weights
             if (source / name).is_file():
                 shutil.copy(source / name, part)
         (part / "model.json").write_text(json.dumps(about))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     store.write_atomically(folder, write)
     print(f"{folder}: {sum(file.stat().st_size for file in folder.glob('*.onnx')) / 1e6:.0f} MB")
 
@@ -706,13 +702,11 @@ def only_network(name):
     return models.network(load.load_pipeline(name, **dict.fromkeys(models.BESIDE)))
 
 
-def kind(model):
-    """What a difference means nothing without: how the outputs of a pipeline, or of the one in a folder, are
-    read, and how much noise each time has."""
-    if isinstance(model, str):
-        model = load.load_pipeline(model, empty=(*models.NETWORKS, *models.TEXT_ENCODERS))
-    schedule, prediction = models.schedule(model)
-    if configs.is_flow(model.scheduler):                   # one path; its shift may depend on the size
+def kind(pipeline):
+    """What a student and the model that its difference is added to must share besides the architecture: the
+    prediction type, and how much noise each time has."""
+    schedule, prediction = models.schedule(pipeline)
+    if configs.is_flow(pipeline.scheduler):                # one path; its shift may depend on the size
         return dict(prediction=prediction)
     return dict(prediction=prediction, schedule=store.digest(schedule.key))
 

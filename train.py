@@ -92,11 +92,11 @@ def check_out(c, out):
 
 
 def claim_out(c, out, settings, key):
-    """OUT is this run's from here on: config.json and data.json are what a resume compares, config.yaml what
-    --config takes.  Returns: progress.Board, of its curves."""
+    """OUT is this run's from here on: config.json and dataset.json are what a resume compares, config.yaml
+    what --config takes.  Returns: progress.Board, of its curves."""
     every = yaml.safe_dump({**dataclasses.asdict(c), "config": ""}, sort_keys=False, allow_unicode=True)
     for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every),
-                       ("data.json", json.dumps(dict(key=key)))):
+                       ("dataset.json", json.dumps(dict(key=key)))):
         store.write_atomically(out / name, lambda part: part.write_text(text, encoding="utf-8"))
     return progress.Board(c, out)
 
@@ -215,7 +215,7 @@ def main(c, draws=progress.Grid):
     share, micro = split_batch(c, recipe, world)
     out = Path(c.out)
     settings, folders = check_out(c, out), [out / f"student-{windows}" for windows in recipe.stages]
-    # of what was deleted since, no more than the last is needed
+    # by the last one that is there: those before it may have been deleted
     finished = max((i for i, folder in enumerate(folders, 1) if (folder / "reflow.json").exists()), default=0)
     if finished == len(folders):
         progress.print_finished(folders[-1], rank)

@@ -142,11 +142,7 @@ class Images:
                     return bad
                 bar.update(len(part))
         if checked:
-            try:
-                checked.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--cache {checked.parent}: cannot be written ({error.strerror}); choose "
-                                "another folder") from error
+            store.make_folder("--cache", checked.parent)
             store.write_atomically(checked,
                                    lambda part: part.write_text(
                                        json.dumps({"key": key, "bad": list(bad.items())})))

@@ -127,7 +127,8 @@ def check_inputs(pipeline, other, size):
 
 
 def read_about(folder, *needed):
-    """The reflow.json of a student's folder, {} where there is none: a teacher's.
+    """The reflow.json of a student's folder, preset or hub id (downloaded), {} where there is none: a
+    teacher's.
     Raises UserError if it is broken or lacks one of the needed keys."""
     file = load.folder_of(str(folder)) / "reflow.json"
     if not file.is_file():

@@ -107,9 +107,10 @@ def solved(recipe, windows, before, each=1):
 
 
 def check_dataset(out, dataset):
-    """What tells this data from other data.  Raises UserError if OUT's run began with other data."""
+    """A key of the data: its captions, images and their order.  Raises UserError if OUT's run began with
+    other data."""
     key = store.digest(dataset.captions, dataset.caption_indices(range(256)), getattr(dataset, "key", ""))
-    if (out / "data.json").exists() and configs.read_json(out / "data.json")["key"] != key:
+    if (out / "dataset.json").exists() and configs.read_json(out / "dataset.json")["key"] != key:
         raise UserError(f"--out {out}: its run began with other images or captions; restore them, or choose "
                         "another --out")
     return key

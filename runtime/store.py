@@ -40,6 +40,15 @@ def parse_object(text):
     return found if isinstance(found, dict) else {}
 
 
+def make_folder(option, folder):
+    """Make a folder that may be there already.  Raises UserError naming the option it is from."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be written ({error.strerror}); choose another "
+                        "folder") from error
+
+
 def read_log(file):
     """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves
     zeros in its place."""
@@ -112,11 +121,7 @@ def cached(folder, count, settings, solve, shard=256, rank=0, world=1, barrier=l
     manifest = folder / "manifest.json"
     settings = json.loads(json.dumps(settings))  # as the file gives it back: tuples become lists
     if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--cache {folder}: cannot be written ({error.strerror}); choose another "
-                            "folder") from error
+        make_folder("--cache", folder)
         if not manifest.exists():  # another run may write its own now: the first one stays
             text = json.dumps(settings, indent=1)
             write_atomically(manifest, lambda part: part.write_text(text), replace=False)

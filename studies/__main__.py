@@ -42,11 +42,7 @@ def main(c):
     if not 0 < c.scale:
         raise UserError(f"--scale {c.scale}: must be above 0")
     lab, results = Lab(c), Path(c.results)
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--results {c.results}: cannot be written ({error.strerror}); choose another "
-                        "folder") from error
+    store.make_folder("--results", results)
     for name in names:
         start, lab.commands, lab.records = time.time(), [], []
         file = "-".join(filter(None, (name, runner.label(c))))

@@ -12,7 +12,7 @@ from test_cuda import losses, model, options, stopped_after  # noqa: F401  model
 
 import export
 import train
-from runtime import cli, plan, progress, updates
+from runtime import checkpoints, cli, plan, progress, updates
 
 
 def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path, capsys):  # noqa: F811
@@ -77,6 +77,20 @@ def test_what_cannot_fit_is_refused_before_any_cache(model, tmp_path, monkeypatc
     with pytest.raises(cli.UserError, match=r"--out .*: will take .* MiB too little; .* or --keep 1"):
         train.main(options(model, tmp_path / "b", "cpu"))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_disk_holds_a_new_checkpoint_before_an_old_one_goes(model, tmp_path, monkeypatch, keep):  # noqa: F811
+    held, listed, planned, left = [], plan.store.write_atomically, [], plan.left
+
+    def write(target, *given, **more):
+        listed(target, *given, **more)
+        held.append(sum(file.stat().st_size for file in target.parent.glob("checkpoint-*.safetensors")))
+    monkeypatch.setattr(checkpoints.store, "write_atomically", write)
+    monkeypatch.setattr(plan, "left", lambda *given: planned.append(left(*given)) or planned[-1])
+    train.main(options(model, tmp_path, "cpu", checkpoint_steps=1, keep=keep))
+    one, most, _ = planned[-1]
+    assert keep * one < 0.9 * max(held) and max(held) < 1.1 * most
 
 
 @pytest.mark.parametrize("name", ["wandb", slow("trackio")])
