@@ -251,10 +251,9 @@ class Recipe:
 
 
 RECIPES = {
-    # ours: prompts are all it needs
-    "default": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1),
-    # the winner of the study best-of-both: default with Simple ReFlow's loss
-    "both": Recipe(shares=(1, 1, 2, 4), direction_weight=0.1, loss="high-pass"),
+    # ours: prompts are all it needs; ProReflow's curriculum with Simple ReFlow's loss, which the study
+    # best-of-both chose
+    "default": Recipe(shares=(1, 1, 2, 4), loss="high-pass", direction_weight=0.1),
     # straight to one window
     "reflow": Recipe(stages=(1,), shares=(1,), direction_weight=0.1),
     # a student of one window made better in one step: give it with --init
