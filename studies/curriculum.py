@@ -13,13 +13,16 @@ PROGRESSIVE, WITHOUT, STRAIGHT = "8→4→2→1", "8→4→2→1, no direction t
 
 STYLES = {PROGRESSIVE: (BLUE, "o"), WITHOUT: (GREEN, "^"), STRAIGHT: (ORANGE, "s")}
 
+SQUARED = "--loss mse"             # the papers' curriculum is judged by plain squared error, which the
+                                   # default recipe has left
+
 KEPT = 4, 2, 1                     # the windows whose students are compared, one step per window
 
 
 def arms(lab, updates, trajectories, seed):
     """{(arm, windows): (name of the run, its options)}: the students of these windows. Straight to K windows
     has as many updates as the curriculum had when its student of K windows was done."""
-    shared = f"--batch 64 {lab.cached(seed, trajectories)}"
+    shared = f"{SQUARED} --batch 64 {lab.cached(seed, trajectories)}"
     whole = lab.updates(updates, 4)
     recipe, done, found = train.resolve_recipe(lab.parse("")), 0, {}
     for windows, count in zip(recipe.stages, reflow.stage_updates(recipe, whole)):

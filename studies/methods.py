@@ -1,9 +1,11 @@
 """Every method under one rule: a small sweep, then the same budgets of network evaluations, then fresh seeds
 and noise."""
+import itertools
 import math
 
 import train
 from runtime import cli
+from studies.curriculum import SQUARED
 from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, VERMILION, axes, plain_numbers
 from studies.runner import Comparison, judge, mean_interval, shown
 
@@ -18,11 +20,13 @@ METHODS = {                        # name: (options, solver)
     "LCM": ("--recipe lcm", "lcm"),
     "imitation": ("--recipe imitation", "ddim"),
     "flow map": ("--recipe flow-map", "ddim"),
+    "curriculum": (SQUARED, "ddim"),
     "default": ("", "ddim"),
-    "both": ("--recipe both", "ddim"),
 }
 
 AS_PUBLISHED = ("PeRFlow uniform",)   # swept over rates alone, with the time law of its paper
+
+OURS = "curriculum", "default"     # each compared with all others
 
 PEERS, PEER_SEEDS = ("Rectified Diffusion", "2-ReFlow", "Simple ReFlow", "LCM", "imitation", "flow map"), 3
                                    # three seeds of training at most: no claim of ours is about these
@@ -169,9 +173,10 @@ def methods(lab):
                                           [plain[steps]["fd_corrected"]] * len(values)))
     for other in ("PeRFlow", "PeRFlow uniform"):
         compare("ProReflow-I (8→4)", other, 4)
-    for method in names:
-        if method != "default":
-            compare("default", method, stages(lab, method)[-1])   # what the other's last student is made for
+    for ours, method in itertools.product(OURS, names):
+        if method not in OURS:
+            compare(ours, method, stages(lab, method)[-1])        # what the other's last student is made for
+    compare("default", "curriculum", 1)
     tests = judge(comparisons)
     verdict = []
     for steps in (4, 2, 1):
@@ -181,11 +186,11 @@ def methods(lab):
         if mean:
             verdict.append(f"In {steps} step{'s' * (steps > 1)} {'lowest ' * (len(mean) > 1)}{order}; plain "
                            f"DDIM {plain[steps]['fd_corrected']:.2f}.")
-    if {"default", "PeRFlow"} <= set(names):
+    for ours in [each for each in OURS if {each, "PeRFlow"} <= set(names)]:
         goal = mean_interval(column("PeRFlow", 4, most))[0]
-        reached = [budget for budget in BUDGETS if mean_interval(column("default", 4, budget))[0] <= goal]
+        reached = [budget for budget in BUDGETS if mean_interval(column(ours, 4, budget))[0] <= goal]
         verdict.append(f"PeRFlow's FD in 4 steps after {most * lab.c.scale / 1000:g} thousand evaluations, "
-                       f"{goal:.2f}, the default " +
+                       f"{goal:.2f}, {ours} " +
                        (f"reaches after {reached[0] * lab.c.scale / 1000:g} thousand." if reached else
                         "does not reach."))
     verdict += [*map(str, comparisons), tests]

@@ -20,7 +20,8 @@ def direction_weight(lab):
     alphas, seeds = {"u": (0, 0.1, 0.3, 1, 3, 10), "eps": (0, 0.3, 3)}, range(min(3, lab.c.seeds))
     names = {(space, alpha, s): f"direction-weight/{space if alpha else 'u'}-{alpha:g}-s{s}"
              for space in alphas for alpha in alphas[space] for s in seeds}
-    runs = {name: f"--windows 4 --updates {lab.updates(400)} --direction-weight {alpha:g} "
+    runs = {name: f"{curriculum.SQUARED} --windows 4 --updates {lab.updates(400)} "
+                  f"--direction-weight {alpha:g} "
                   f"{'--direction-space eps ' if space == 'eps' and alpha else ''}{lab.cached(s)}"
             for (space, alpha, s), name in names.items()}
     folders = lab.train(runs)
@@ -238,7 +239,8 @@ def pairs(lab):
     """Real images, the previous student, or the teacher's own cached trajectories: what is the best
     source at equal cost?"""
     sources, stages, seeds = ("trajectory", "data", "student"), (8, 4, 2), range(min(3, lab.c.seeds))
-    runs = {(source, s): (f"pairs/{source}-s{s}", lab.within(BUDGET, f"--pairs {source} --windows 8 4 2 "
+    runs = {(source, s): (f"pairs/{source}-s{s}", lab.within(
+            BUDGET, f"{curriculum.SQUARED} --pairs {source} --windows 8 4 2 "
             + (lab.cached(s, 512) if source == "trajectory" else f"--seed {s}"))) for s in seeds
             for source in sources}
     folders = lab.train(dict(runs.values()))

@@ -12,6 +12,7 @@ import reflow
 import train
 from evaluation import metrics
 from models import load
+from studies import curriculum
 from studies.plots import BLACK, BLUE, GREEN, ORANGE, PINK, axes, plain_numbers
 from studies.runner import Comparison, evaluator, judge, mean_interval, paired, shown
 
@@ -270,7 +271,7 @@ COUNTS = {1: (1, "ddim"), 2: (2, "ddim"), 4: (4, "ddim"), 9: (NINE, BETTER)}  # 
 
 CURVED = {9: (NINE, PLAIN)}  # of a student that is not on the noise schedule between its boundaries
 
-CURRICULUM = ""
+CURRICULUM = curriculum.SQUARED
 
 FRESH_NOISE = 2_000_000  # seed of the first image, where what was chosen is judged
 

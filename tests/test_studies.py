@@ -368,11 +368,11 @@ def test_a_lead_within_the_noise_is_called_no_difference(pretend):
         assert compared and all("no difference is shown" in sentence for sentence in compared), name
 
 
-def test_the_recipe_both_is_the_winner_of_its_study():
+def test_the_default_recipe_is_the_winner_of_its_study():
     verdict = json.loads((ROOT / "results" / "studies" / "best-of-both.json").read_text())["verdict"][0]
     winner = verdict.removeprefix("The winner is curriculum, ").split(": ")[0].split(", ")
     options = " ".join([simple_reflow.CURRICULUM, *(simple_reflow.CANDIDATES[name] for name in winner)])
-    assert train.resolve_recipe(cli.parse(train.Config, "", options.split())) == reflow.RECIPES["both"]
+    assert train.resolve_recipe(cli.parse(train.Config, "", options.split())) == reflow.RECIPES["default"]
 
 
 # ---- what is looked at directly --------------------------------------------------------------------------------------
