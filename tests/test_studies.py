@@ -219,7 +219,7 @@ def test_rows_of_two_runs_are_told_apart_by_what_their_images_share(tmp_path, ca
 
 def test_the_committed_rows_say_what_the_documents_quote():
     root = Path(__file__).parent.parent
-    gain = {each.label.split(":")[0]: each for each in compare.against_each_other(root / "results/tiny.json", root / "results/both.json")}
+    gain = {each.label.split(":")[0]: each for each in compare.against_each_other(root / "results/squared.json", root / "results/tiny.json")}
     mean, half, _ = runner.paired(gain["1 window, 1 step"].a, gain["1 window, 1 step"].b)
     assert f"{-mean - half:.2f} to {-mean + half:.2f} lower" in (root / "docs/results.md").read_text()
 
