@@ -91,12 +91,12 @@ def check_out(c, out):
     return settings
 
 
-def claim_out(c, out, settings, key):
-    """OUT is this run's from here on: config.json and dataset.json are what a resume compares, config.yaml
+def claim_out(c, out, settings, start):
+    """OUT is this run's from here on: config.json and start.json are what a resume compares, config.yaml
     what --config takes.  Returns: progress.Board, of its curves."""
     every = yaml.safe_dump({**dataclasses.asdict(c), "config": ""}, sort_keys=False, allow_unicode=True)
     for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every),
-                       ("dataset.json", json.dumps(dict(key=key)))):
+                       ("start.json", json.dumps(start, indent=1))):
         store.write_atomically(out / name, lambda part: part.write_text(text, encoding="utf-8"))
     return progress.Board(c, out)
 
@@ -224,13 +224,13 @@ def main(c, draws=progress.Grid):
     # teacher and pairs; what has been cached need not stay in memory
     c, shown, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     recipe = pairs.recipe = fit_prediction(c, recipe, pairs.prediction)
-    whole, key = models.parameters(pipeline), plan.check_dataset(out, pairs.dataset)
+    whole, start = models.parameters(pipeline), plan.check_start(out, pairs.dataset, recipe)
     whole += pairs.conditions.text_encoders if pairs.conditions else 0                  # gone already
     grid = draws(pipeline, pairs.shape, shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
     barrier()
-    board = claim_out(c, out, settings, key) if rank == 0 else None  # no mistake above may claim it
+    board = claim_out(c, out, settings, start) if rank == 0 else None  # no mistake above may claim it
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]

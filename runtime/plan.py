@@ -1,5 +1,7 @@
 """What a run will take: network evaluations, memory, disk. Said before anything takes time, and
 refused, with the shortfall, where it cannot fit."""
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -106,14 +108,23 @@ def solved(recipe, windows, before, each=1):
 # ---- windows and images ------------------------------------------------------------------------------------
 
 
-def check_dataset(out, dataset):
-    """A key of the data: its captions, images and their order.  Raises UserError if OUT's run began with
-    other data."""
-    key = store.digest(dataset.captions, dataset.caption_indices(range(256)), getattr(dataset, "key", ""))
-    if (out / "dataset.json").exists() and configs.read_json(out / "dataset.json")["key"] != key:
+def check_start(out, dataset, recipe):
+    """What the options alone do not tell of a run: a key of its data (captions, images and their order) and
+    the columns of its recipe, which may be others in another version.  Returns: dict, for OUT/start.json.
+    Raises UserError if OUT's run began with others."""
+    data = store.digest(dataset.captions, dataset.caption_indices(range(256)), getattr(dataset, "key", ""))
+    start = json.loads(json.dumps(dict(data=data, recipe=dataclasses.asdict(recipe))))   # as it is read again
+    before = configs.read_json(out / "start.json") if (out / "start.json").exists() else start
+    if before["data"] != data:
         raise UserError(f"--out {out}: its run began with other images or captions; restore them, or choose "
                         "another --out")
-    return key
+    then = before["recipe"]
+    changed = ", ".join(f"{name} {then[name]} -> {value}" for name, value in start["recipe"].items()
+                        if then.get(name, value) != value)
+    if changed:
+        raise UserError(f"--out {out}: its run began when its recipe was another ({changed}); choose another "
+                        "--out, or go on with the version that began it")
+    return start
 
 
 def print_data(c, recipe, dataset):

@@ -350,6 +350,16 @@ def test_an_early_student_may_be_deleted_and_the_run_goes_on_where_it_was(random
     assert train.main(small(random_sd, tmp_path / "a", **changes)) == last and "finished" in capsys.readouterr().out
 
 
+def test_a_run_does_not_go_on_with_what_its_recipe_has_become(random_sd, tmp_path, monkeypatch):
+    interrupted(random_sd, tmp_path / "a", monkeypatch, 3, checkpoint_steps=1)
+    now = reflow.RECIPES["default"]
+    with monkeypatch.context() as another:
+        another.setitem(reflow.RECIPES, "default", dataclasses.replace(now, loss="mse", shares=(1, 1)))
+        with pytest.raises(UserError, match=r"when its recipe was another \(.*loss high-pass -> mse.*the version that began it"):
+            train.main(small(random_sd, tmp_path / "a", checkpoint_steps=1))
+    train.main(small(random_sd, tmp_path / "a", checkpoint_steps=1))
+
+
 def test_a_run_may_be_moved_and_named_otherwise_but_not_go_on_with_other_data(random_sd, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("fox\nred heart\n")
     changes = dict(data="", prompts=str(tmp_path / "p.txt"), recipe="imitation", windows=[1], checkpoint_steps=1)
