@@ -121,8 +121,8 @@ BAD = [
     ("train.py --recipe lcm --forward-rate 0.5", "--forward-rate 0.5: changes whole trajectories; use --pairs trajectory"),
     ("train.py --time-law uniform --starts-share 0.3", "--starts-share: only goes with --time-law starts"),
     ("train.py --time-base 4", "--time-base: only goes with --time-law exponential"),
-    ("train.py --high-pass-weight 0", "--high-pass-weight: only goes with --loss high-pass"),
-    ("train.py --high-pass-radius 0.2", "--high-pass-radius: only goes with --loss high-pass"),
+    ("train.py --loss mse --high-pass-weight 0", "--high-pass-weight: only goes with --loss high-pass"),
+    ("train.py --loss mse --high-pass-radius 0.2", "--high-pass-radius: only goes with --loss high-pass"),
     ("train.py --recipe lcm --direction-space x", "--direction-space: only goes with --direction-weight above 0"),
     ("train.py --cache-latents", "--cache-latents: only goes with pairs from images"),
     # what other trainers and samplers call our options
