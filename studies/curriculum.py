@@ -13,8 +13,8 @@ PROGRESSIVE, WITHOUT, STRAIGHT = "8→4→2→1", "8→4→2→1, no direction t
 
 STYLES = {PROGRESSIVE: (BLUE, "o"), WITHOUT: (GREEN, "^"), STRAIGHT: (ORANGE, "s")}
 
-SQUARED = "--loss mse"             # the papers' curriculum is judged by plain squared error, which the
-                                   # default recipe has left
+SQUARED = "--loss mse"             # the papers' curriculum is judged by plain squared error; the default
+                                   # recipe has the high-pass loss
 
 KEPT = 4, 2, 1                     # the windows whose students are compared, one step per window
 
