@@ -269,8 +269,10 @@ def write_pipeline(folder, pipeline, info, lora=None, run=None):
 
 
 def make_portable(folder):
-    """Change what transformers 5 has just written in a model's folder so that transformers 4 reads
-    it too, and so that diffusers' plain call runs. In place; what is so already stays.
+    """Change what diffusers and transformers 5 have just written in a model's folder so that it tells nothing
+    of the machine, transformers 4 reads it too, and diffusers' plain call runs. In place; what is so already
+    stays.
+    - Configs: without "_name_or_path", where this machine had read them from.
     - Text encoders: CLIPTextModel's tensors begin with "text_model.", as in every published model.
       Since 5.6 transformers may leave that out; older ones then fill the encoder with random
       numbers, in silence.
@@ -278,13 +280,15 @@ def make_portable(folder):
     - config.json: "dtype" float32. Transformers 5 loads in the dtype named there, diffusers loads
       its networks in float32 whatever the files hold, and two dtypes in one pipeline fail. Weights
       stored in half precision stay as small as they are."""
-    for file in folder.rglob("config.json"):
-        settings = json.loads(file.read_text())
-        if "model_type" not in settings:                   # diffusers'
+    for file in (folder / "model_index.json", *folder.rglob("config.json")):
+        if not file.is_file():                             # of a network alone
             continue
-        for part in (settings, settings.get("text_config", {})):
-            part.pop("torch_dtype", None)
-            part["dtype"] = "float32"
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)
+        if "model_type" in settings:                       # transformers'
+            for part in (settings, settings.get("text_config", {})):
+                part.pop("torch_dtype", None)
+                part["dtype"] = "float32"
         file.write_text(json.dumps(settings, indent=2) + "\n")
         if settings.get("architectures") == ["CLIPTextModel"]:
             weights = load_file(file.parent / "model.safetensors")

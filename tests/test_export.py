@@ -276,6 +276,13 @@ def test_text_encoders_and_tokenizers_are_written_as_every_transformers_reads_th
         assert [whole.encode(text).ids for text in ("red heart on blue", "a quixotic zebra!", "")] == expected
 
 
+def test_nothing_written_names_the_folder_that_this_machine_read_it_from(written):
+    configs = [file for file in written.rglob("*.json") if file.name in ("model_index.json", "config.json", "tokenizer_config.json")]
+    assert configs or written.name in ("judge", "scenes")   # without configs
+    for file in configs:
+        assert not json.loads(file.read_text()).keys() & {"_name_or_path", "name_or_path"}, file
+
+
 @pytest.mark.parametrize("changes", [dict(), dict(lora=2, precision="bf16")], ids=["full", "bf16 lora"])
 def test_the_line_of_a_students_card_gives_what_sampler_gives_in_the_default_dtype(students, changes):
     folder = students("tiny", **changes) / "student-2"
