@@ -1,6 +1,5 @@
 """Every method under one rule: a small sweep, then the same budgets of network evaluations, then fresh seeds
 and noise."""
-import itertools
 import math
 
 import train
@@ -26,7 +25,7 @@ METHODS = {                        # name: (options, solver)
 
 AS_PUBLISHED = ("PeRFlow uniform",)   # swept over rates alone, with the time law of its paper
 
-OURS = "curriculum", "default"     # each compared with all others
+OURS = "default"                   # compared with all others
 
 PEERS, PEER_SEEDS = ("Rectified Diffusion", "2-ReFlow", "Simple ReFlow", "LCM", "imitation", "flow map"), 3
                                    # three seeds of training at most: no claim of ours is about these
@@ -173,10 +172,9 @@ def methods(lab):
                                           [plain[steps]["fd_corrected"]] * len(values)))
     for other in ("PeRFlow", "PeRFlow uniform"):
         compare("ProReflow-I (8→4)", other, 4)
-    for ours, method in itertools.product(OURS, names):
-        if method not in OURS:
-            compare(ours, method, stages(lab, method)[-1])        # what the other's last student is made for
-    compare("default", "curriculum", 1)
+    for method in names:
+        if method != OURS:
+            compare(OURS, method, stages(lab, method)[-1])        # what the other's last student is made for
     tests = judge(comparisons)
     verdict = []
     for steps in (4, 2, 1):
@@ -186,11 +184,11 @@ def methods(lab):
         if mean:
             verdict.append(f"In {steps} step{'s' * (steps > 1)} {'lowest ' * (len(mean) > 1)}{order}; plain "
                            f"DDIM {plain[steps]['fd_corrected']:.2f}.")
-    for ours in [each for each in OURS if {each, "PeRFlow"} <= set(names)]:
+    if {OURS, "PeRFlow"} <= set(names):
         goal = mean_interval(column("PeRFlow", 4, most))[0]
-        reached = [budget for budget in BUDGETS if mean_interval(column(ours, 4, budget))[0] <= goal]
+        reached = [budget for budget in BUDGETS if mean_interval(column(OURS, 4, budget))[0] <= goal]
         verdict.append(f"PeRFlow's FD in 4 steps after {most * lab.c.scale / 1000:g} thousand evaluations, "
-                       f"{goal:.2f}, {ours} " +
+                       f"{goal:.2f}, {OURS} " +
                        (f"reaches after {reached[0] * lab.c.scale / 1000:g} thousand." if reached else
                         "does not reach."))
     verdict += [*map(str, comparisons), tests]
