@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import ROOT, run_python
@@ -78,6 +79,13 @@ def test_p_values_are_adjusted_for_all_comparisons_of_a_study():
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    """As studies/__main__.py closes those that it has saved."""
+    yield
+    plt.close("all")
 
 
 @pytest.fixture
