@@ -8,8 +8,8 @@ import types
 import zlib
 from pathlib import Path
 
-import numpy as np
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python
