@@ -1,6 +1,5 @@
 """Any pipeline of diffusers, whole or refused: presets, folders, hub ids, single files;
 students with their settings."""
-import contextlib
 import functools
 import json
 import re
@@ -20,7 +19,7 @@ from diffusers import (
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
@@ -157,8 +156,12 @@ def download(source, **given):
             raise
         folder = get(variant="fp16")
     for name in ("reflow.json", "labels.json"):
-        with contextlib.suppress(EntryNotFoundError):
+        try:
             hf_hub_download(source, name)
+        except LocalEntryNotFoundError:                    # a hub out of reach, which it has tried for half a
+            break                                          # minute, is so for the next file
+        except EntryNotFoundError:
+            continue
     return folder
 
 

@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 # one thread here and in the processes that tests start: the same bits need the same number of threads
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# no test asks the hub: where it is out of reach each file takes half a minute of retries
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402

@@ -637,6 +637,20 @@ def test_a_student_on_the_hub_brings_what_its_folder_says(small_models, tmp_path
     assert load.folder_of("somebody/student") == snapshot and load.folder_of("nobody/model") == Path("nobody/model")
 
 
+@pytest.mark.parametrize("error, names", [("EntryNotFoundError", ["reflow.json", "labels.json"]), ("LocalEntryNotFoundError", ["reflow.json"])],
+                         ids=["not there", "out of reach"])
+def test_a_hub_out_of_reach_is_asked_once_and_one_without_a_file_for_the_next(small_models, monkeypatch, error, names):
+    asked = []
+
+    def fetch(source, name):
+        asked.append(name)
+        raise getattr(huggingface_hub.errors, error)("none")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", lambda source, **_: small_models["sd15"])
+    monkeypatch.setattr(load, "hf_hub_download", fetch)
+    load.load_pipeline("somebody/model")
+    assert asked == names
+
+
 # ---- every field of a config -------------------------------------------------------------------------------------
 # Fields that teacher.py reads, and those that act inside the network or matter to a solver only. The others must be in
 # teacher.SUPPORTED, which refuses what they could mean. A field that a new version brings fails here: sort it in.
