@@ -139,7 +139,7 @@ def frame(path, ends, windows, distance, untrained, rows):
     line = flow2d.seen(path)
     plane.plot(line[..., 0], line[..., 1], color=BLUE, alpha=0.5, linewidth=1.4)
     plane.plot(*line[0].T, ".", color="#999999", markersize=5)
-    plane.plot(*torch.stack(ends).permute(2, 0, 1), color=ORANGE, linewidth=0.8)    # how far off
+    plane.plot(*torch.stack(ends).permute(2, 0, 1).numpy(), color=ORANGE, linewidth=0.8)    # how far off
     plane.plot(*ends[0].T, ".", color=ORANGE, markersize=8)
     plane.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal")
 
