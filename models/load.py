@@ -158,8 +158,8 @@ def download(source, **given):
     for name in ("reflow.json", "labels.json"):
         try:
             hf_hub_download(source, name)
-        except LocalEntryNotFoundError:                    # a hub out of reach, which it has tried for half a
-            break                                          # minute, is so for the next file
+        except LocalEntryNotFoundError:
+            break           # the hub is out of reach: the next file would be half a minute of retries more
         except EntryNotFoundError:
             continue
     return folder

@@ -38,6 +38,14 @@ from studies import (
 )
 from tools import bench, build
 
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    """As studies/__main__.py closes those that it has saved."""
+    yield
+    plt.close("all")
+
+
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
@@ -79,13 +87,6 @@ def test_p_values_are_adjusted_for_all_comparisons_of_a_study():
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def figures_are_closed():
-    """As studies/__main__.py closes those that it has saved."""
-    yield
-    plt.close("all")
 
 
 @pytest.fixture
