@@ -362,13 +362,14 @@ def check_files(c, pipeline):
 
 def trained_weights(folder, lora):
     """What the student in `folder` was trained in, under the names the trainer gives it: name ->
-    tensor."""
+    tensor.  Raises UserError."""
     if not lora:
         return only_network(str(folder)).state_dict()
+    _, layers = open_safetensors("the student's", folder / LORA_FILE)
     rename = {"lora_A.weight": "lora_A.student.weight", "lora_B.weight": "lora_B.student.weight"}
     # the network's name stands before: unet. or transformer.
     return {name.partition(".")[2][:-13] + rename[name[-13:]]: value
-            for name, value in load_file(folder / LORA_FILE).items()}
+            for name, value in layers.items()}
 
 
 # ---- commands ----------------------------------------------------------------------------------------------

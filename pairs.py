@@ -136,7 +136,7 @@ class Pairs:
                                 functools.partial(solve_rows, solve, initial), 256, *self.processes,
                                 desc=f"teacher {name}", batch=c.micro_batch or c.batch)
             if recipe.projection:
-                made = {**settings, **self.pictures(), "drift": [recipe.projection, ENTROPY]}
+                made = {**settings, **self.pictures(), "drift": [recipe.projection, ENTROPY, count]}
                 rows = store.cached(cache_folder(c) / f"projected-{name}", count, made,
                                     functools.partial(self.project, rows, generated_end, true_samples),
                                     LARGE_BATCH, *self.processes, desc="projection")
@@ -147,7 +147,7 @@ class Pairs:
         """Move the generated end (0 or -1) of each cached trajectory, by the share --projection, down the
         gradient of the Sinkhorn divergence between the generated ends of a large minibatch and
         true_samples(numbers). Two samples are as far apart as their latents and their conditions are
-        (classes: equal or not). Only the two ends are kept.
+        (classes: equal or not). Only the two ends are kept. The count decides what shares a minibatch.
         Source: Simple ReFlow projects its coupling with GANs and Sinkhorn, by an algorithm that is
         not public; this one is ours."""
         row = rows[numbers]

@@ -91,14 +91,17 @@ def check_out(c, out):
     return settings
 
 
-def claim_out(c, out, settings, start):
+def claim_out(c, out, settings, start, logged):
     """OUT is this run's from here on: config.json and start.json are what a resume compares, config.yaml
-    what --config takes.  Returns: progress.Board, of its curves."""
-    every = yaml.safe_dump({**dataclasses.asdict(c), "config": ""}, sort_keys=False, allow_unicode=True)
+    what --config takes; log.jsonl and the curves forget what came after the step `logged`.
+    Returns: progress.Board, of the curves."""
+    every = {**dataclasses.asdict(c), **settings, "config": ""}
+    every = yaml.safe_dump(every, sort_keys=False, allow_unicode=True)
     for name, text in (("config.json", json.dumps(settings, indent=1)), ("config.yaml", every),
                        ("start.json", json.dumps(start, indent=1))):
         store.write_atomically(out / name, lambda part: part.write_text(text, encoding="utf-8"))
-    return progress.Board(c, out)
+    progress.trim_log(out / "log.jsonl", logged)
+    return progress.Board(c, out, logged)
 
 
 def open_pairs(c, recipe, device, processes):
@@ -166,7 +169,8 @@ def make_cache(c, recipe, device, processes):
     c = dataclasses.replace(c, cache_latents=recipe.pairs != "trajectory")
     pairs = open_pairs(c, recipe, device, processes)[-1]
     if processes[0] == 0:
-        print(f"{cache_folder(c)}: {len(pairs.rows)} {'latents' if c.cache_latents else 'trajectories'}")
+        what = "latents; train with --cache-latents" if c.cache_latents else "trajectories"
+        print(f"{cache_folder(c)}: {len(pairs.rows)} {what}")
     return cache_folder(c)
 
 
@@ -181,12 +185,6 @@ def learning_rate(c, done, updates):
     """Warm-up, then cosine to a tenth, within the stage. done: updates of the stage so far."""
     warm_up = min(1.0, (done + 1) / max(1, min(50, updates // 10)))
     return c.lr * warm_up * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done / updates)))
-
-
-def load_weights(student, weights):
-    """weights: name -> whole tensor, for everything that is trained."""
-    for name, p in checkpoints.trained(student).items():
-        checkpoints.copy_full_(p, weights[name])
 
 
 def export_stage(folder, student, info, rank, barrier):
@@ -218,10 +216,10 @@ def main(c, draws=progress.Grid):
     # by the last one that is there: those before it may have been deleted
     finished = max((i for i, folder in enumerate(folders, 1) if (folder / "reflow.json").exists()), default=0)
     if finished == len(folders):
-        progress.print_finished(folders[-1], rank)
+        progress.print_finished(c, folders[-1], rank)
         return folders[-1]
 
-    # teacher and pairs; what has been cached need not stay in memory
+    # teacher, pairs, and where to go on; what has been cached need not stay in memory
     c, shown, pipeline, pairs = open_pairs(c, recipe, device, (rank, world, barrier))
     recipe = pairs.recipe = fit_prediction(c, recipe, pairs.prediction)
     whole, start = models.parameters(pipeline), plan.check_start(out, pairs.dataset, recipe)
@@ -229,8 +227,13 @@ def main(c, draws=progress.Grid):
     grid = draws(pipeline, pairs.shape, shown, out / "grids")
     if not pairs.online:
         models.drop_encoders(pipeline, decoding=bool(c.grid_steps))
+    begin = folders[finished - 1] if finished else c.init and Path(c.init)
+    begin = export.trained_weights(begin, c.lora) if begin else {}
+    checkpoint, kept = checkpoints.newest_checkpoint(out, rank)
+    resumed = int(kept.get("step", 0))
+    logged = max(resumed, sum(per_stage[:finished]))
     barrier()
-    board = claim_out(c, out, settings, start) if rank == 0 else None  # no mistake above may claim it
+    board = claim_out(c, out, settings, start, logged) if rank == 0 else None  # no mistake above may claim it
 
     # networks: the student is the teacher's own module; a second one only if pairs are solved while it trains
     student, path = models.network(pipeline), reflow.PATHS[recipe.path]
@@ -240,19 +243,16 @@ def main(c, draws=progress.Grid):
     network = DDP(student, gradient_as_bucket_view=True) if world > 1 and not c.shard else student
     solving, solver_steps = models.as_model(pipeline, solver), recipe.solver_steps  # steps from t = 1 to 0
 
-    # the newest checkpoint says where to go on; the log forgets what came after it
-    checkpoint, kept = checkpoints.newest_checkpoint(out, rank)
-    resumed = int(kept.get("step", 0))
     if rank == 0:
-        progress.trim_log(out / "log.jsonl", max(resumed, sum(per_stage[:finished])))
         plan.print_plan(c, recipe, per_stage, world, micro, resumed, pipeline, solver, whole)
     flags, (stop, release) = processes.StopFlags(device, world), processes.catch_signals()
     bar = progress.Bar(c, sum(per_stage[:finished]), device, rank)
     if c.grid_steps and not finished and not resumed:       # on its own path, before --init
         grid.begin(models.as_model(pipeline, student), board, pairs)
-    if finished or c.init:
-        begin = folders[finished - 1] if finished else Path(c.init)
-        load_weights(student, export.trained_weights(begin, c.lora))
+    if begin:
+        for name, p in checkpoints.trained(student).items():
+            checkpoints.copy_full_(p, begin[name])
+        begin.clear()
     for stage in range(finished, len(folders)):
         windows, count, first = recipe.stages[stage], per_stage[stage], sum(per_stage[:stage])
         info, done = describe(c, recipe, windows, world, device, pairs.guidance), 0

@@ -39,6 +39,7 @@ def find_rows(data, image_column="", caption_column=""):
     """The rows of whatever --data names: a folder, a file, a brace or glob pattern of files, or a
     dataset on the hub. A Row that is listed n times is to be drawn n times as often."""
     columns, path = (image_column, caption_column), Path(data)
+    suffix = path.suffix.lower()
     remedy = ("give a folder of images with same-name .txt, .caption or .json captions or a metadata.jsonl, "
               "tar shards, parquet files, "
               f"user/name on the Hugging Face hub, or {' or '.join(drawn.SOURCES)}")
@@ -47,15 +48,15 @@ def find_rows(data, image_column="", caption_column=""):
     if re.match(r"pipe:|[a-z][a-z0-9+.-]*://", data, re.I):
         raise UserError(f"--data {data}: an address, but data is read from the disk; download it, or "
                         f"{remedy}")
-    if path.suffix in (".tar", ".parquet"):
+    if suffix in (".tar", ".parquet"):
         files = [path] if path.exists() else expand(data)
         if any(file.exists() for file in files):
-            if path.suffix == ".tar":
+            if suffix == ".tar":
                 return tar_rows(files, *columns)
             return table_rows(data,
                               lambda datasets: datasets.Dataset.from_parquet([str(file) for file in files]),
                               *columns)
-    elif path.suffix in RECORD_SUFFIXES and path.is_file():
+    elif suffix in RECORD_SUFFIXES and path.is_file():
         return metadata_rows(path, *columns)
     # user/name; but a/b where there is a folder a is a typing error, not a reason to query the network
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", data) and not path.exists() and not path.parent.exists():
@@ -63,7 +64,7 @@ def find_rows(data, image_column="", caption_column=""):
     if path.exists():
         raise UserError(f"--data {data}: a file of no kind that is read here; {remedy}")
     if re.search(r"[*?[{]", data):
-        known = path.suffix in (".tar", ".parquet")
+        known = suffix in (".tar", ".parquet")
         what = "matches no file" if known else "a pattern, which only .tar and .parquet files can have"
         raise UserError(f"--data {data}: {what}; {remedy}")
     raise UserError(f"--data {data}: no such folder or file; {remedy}")
@@ -157,6 +158,8 @@ def choose_column(source, columns, wanted):
         for found in columns:
             if found == column or not wanted and found.lower() == column:
                 return found
+    if not columns:
+        raise UserError(f"{source}: no entry of it has columns; in a .jsonl each line is an object in braces")
     raise UserError(f"{source}: no caption column {wanted or 'known'}; name one of {', '.join(columns)} with "
                     "--caption-column")
 
@@ -227,7 +230,7 @@ def kohya(name):
     """(repeats, caption) that the first folder of a path says: (10, "red fox") of
     "10_red fox/a.png"; (1, "") of any other."""
     found = re.match(r"(\d+)_([^/\\]*\S)\s*[/\\]", name)
-    return (int(found[1]), found[2].strip()) if found else (1, "")
+    return (int(found[1]), clean(found[2])) if found else (1, "")
 
 
 RECORD_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -241,7 +244,12 @@ def read_records(path):
         if path.suffix.lower() == ".jsonl":
             return [store.parse_object(line) for line in file if line.strip()]
         # strict: a quote that is never closed is an error, not one long entry
-        return list(csv.DictReader(file, delimiter=delimiter, strict=True))
+        records = list(csv.DictReader(file, delimiter=delimiter, strict=True))
+    for i, record in enumerate(records, 1):
+        if any(record.pop(None, ())):                      # DictReader's name for what no column is left for
+            raise csv.Error(f"entry {i} has more cells than the header; put a text that holds {delimiter!r} "
+                            "in double quotes")
+    return records
 
 
 def columns_of(records):
@@ -257,10 +265,10 @@ def coco_captions(folder, split):
     annotations = Path(folder) / "annotations" / f"captions_{split}.json"
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
-        names, found = {image["id"]: image["file_name"] for image in content["images"]}, {}
+        names, found = {image["id"]: os.fspath(image["file_name"]) for image in content["images"]}, {}
         for annotation in content["annotations"]:
             if annotation["image_id"] in names:
-                caption = (annotation["id"], annotation["caption"].strip())
+                caption = (annotation["id"], clean(annotation["caption"]))
                 found.setdefault(annotation["image_id"], []).append(caption)
     except OSError as error:
         raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); "
@@ -311,7 +319,7 @@ def metadata_rows(metadata, image_column, caption_column):
         if not name or not isinstance(name, str):
             rows.append(Row(f"{metadata.name} entry {i}", None, problem=f"names no image in {image_column}; "
                                                                         "fix or remove it"))
-        elif not (folder / name).is_file():
+        elif not os.path.isfile(folder / name):           # Path's raises on a name that is too long
             rows.append(Row(name, None, problem=f"is named in {metadata.name} but is not there; add it or "
                                                 "remove its entry"))
         else:

@@ -12,7 +12,9 @@ def as_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # convert() would clip 16-bit gray to white, floats to 0
         levels = np.asarray(image)
-        if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        # I has 32 bits, as which older versions of Pillow open a PNG of 16; 0 to 255 may be all its range
+        unclear = image.mode == "F" or image.mode == "I" and levels.max() < 256
+        if unclear or levels.min() < 0 or levels.max() > 65535:
             raise ValueError("neither 8 nor 16 bits a pixel")
         image = Image.fromarray((levels // 256).astype(np.uint8))
     if image.has_transparency_data:

@@ -52,12 +52,16 @@ SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedu
                    "prediction_type", "rescale_betas_zero_snr")
 
 
-def read_json(file):
-    """What a JSON file holds.  Raises UserError if it is broken."""
+def read_json(file, kind=dict):
+    """What a JSON file holds, an object or, of kind list, an array.  Raises UserError if it is broken or
+    holds another."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"a {type(found).__name__} where a {kind.__name__} belongs")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); restore it or remove it") from error
+    return found
 
 
 def check_fields(part, settings):

@@ -61,7 +61,7 @@ def read_labels(file):
     Raises UserError."""
     if not file.is_file():
         return None
-    labels = read_json(file)
+    labels = read_json(file, object)
     if not isinstance(labels, list) or not all(isinstance(label, str) and label
                                                for label in labels) or len(set(labels)) < len(labels):
         raise UserError("labels.json is not a list of different names, one per class; fix it or remove it")

@@ -62,7 +62,7 @@ def doubts(name, info, prompts, steps, guidance):
                      f"use 1, or up to {USEFUL_GUIDANCE}")
     vocabulary = load.folder_of(name) / "vocabulary.json"
     if vocabulary.is_file():
-        known = set(configs.read_json(vocabulary))
+        known = set(configs.read_json(vocabulary, list))
         unknown = sorted({word for prompt in prompts for word in prompt.lower().split()} - known)
         if unknown:
             found.append(f"this model has never seen: {', '.join(unknown)}. It knows: "
@@ -98,8 +98,8 @@ def read_info(option, folder):
 
 
 def check_start(c, recipe):
-    """Raises UserError unless --init is a student that training can go on from: of this teacher and path,
-    with the same adapters or none."""
+    """Raises UserError unless --init is a student that training can go on from: of this teacher, opened in
+    the same way, and path, with the same adapters or none."""
     info = read_info("--init", c.init)
     here = dict(model=c.model, path=recipe.path, lora=c.lora)
     there = dict(model=info["teacher"], path=info["path"], lora=info.get("config", {}).get("lora", 0))
@@ -107,6 +107,10 @@ def check_start(c, recipe):
         if value != here[name]:
             raise UserError(f"--init {c.init}: its --{name} is {value}, not {here[name]}; give {value}, or "
                             "another student")
+    for name in ("random_init", "model_config", *["seed"] * c.random_init):
+        if settings(info)[name] != getattr(c, name):       # two teachers of one name
+            raise UserError(f"--init {c.init}: its teacher was opened with --{name.replace('_', '-')} "
+                            f"{settings(info)[name] or 'not given'}; do the same, or give another student")
 
 
 def check_inputs(pipeline, other, size):
@@ -136,6 +140,7 @@ def read_about(folder, *needed):
     try:
         info = json.loads(file.read_text())
         _ = reflow.PATHS[info.get("path", "vp")], int(info.get("windows", 1)), [info[key] for key in needed]
+        _ = dict(info.get("config", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         # AttributeError: a list, not an object
         raise UserError(f"{file}: broken ({type(error).__name__}: {error}); train the student again or "

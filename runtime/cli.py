@@ -6,9 +6,11 @@ Each field of the dataclass is an option; the comment behind it in the source is
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib
 import inspect
+import io
 import math
 import os
 import re
@@ -248,6 +250,8 @@ def at_least(c, **least):
 def run(main, config_class, description, argv=None):
     """The body of every `if __name__ == "__main__"`: parse, run, turn a UserError into one line and
     exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):           # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(parse(config_class, description, argv))
     except UserError as error:
@@ -256,7 +260,9 @@ def run(main, config_class, description, argv=None):
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno != 28:      # ENOSPC
+        if error.errno == errno.ENAMETOOLONG:
+            sys.exit(fail(f"{str(error.filename)[:60]}...: no file has so long a name; give another"))
+        if error.errno != errno.ENOSPC:
             raise
         sys.exit(fail(f"no space left on the device ({error.filename or 'while writing'}); free some and run "
                       "the same command again"))

@@ -115,10 +115,10 @@ def check_start(out, dataset, recipe):
     data = store.digest(dataset.captions, dataset.caption_indices(range(256)), getattr(dataset, "key", ""))
     start = json.loads(json.dumps(dict(data=data, recipe=dataclasses.asdict(recipe))))   # as it is read again
     before = configs.read_json(out / "start.json") if (out / "start.json").exists() else start
-    if before["data"] != data:
+    if before.get("data") != data:
         raise UserError(f"--out {out}: its run began with other images or captions; restore them, or choose "
                         "another --out")
-    then = before["recipe"]
+    then = before.get("recipe", {})
     changed = ", ".join(f"{name} {then[name]} -> {value}" for name, value in start["recipe"].items()
                         if then.get(name, value) != value)
     if changed:

@@ -63,9 +63,15 @@ class Bar(tqdm):
                        f"other {left}; memory: {plan.size(memory)} {where}")
 
 
-def print_finished(folder, rank):
+def print_finished(c, folder, rank):
+    """Say so, and how to have what --export and --push-to-hub ask for, which a run leaves as it ends."""
     if rank == 0:
         print(f"{folder}: this run is finished; choose another --out to train again")
+        later = {f"--export {kind}": f"{kind} {folder} {folder}-{kind}.safetensors"
+                 for kind in c.export or () if kind != "diffusers"}
+        later |= {f"--push-to-hub {c.push_to_hub}": f"push {folder} {c.push_to_hub}"} if c.push_to_hub else {}
+        for asked, command in later.items():
+            print(f"{asked}: done as a run ends; where it was not given then: python export.py {command}")
 
 
 def print_stopped(step, rank):
@@ -132,10 +138,10 @@ def check_reports(c):
 
 class Board:
     """The curves and pictures of a run: OUT/tensorboard, and the places that --report-to names, in a
-    project called reflow. A resumed run goes on in the same curves."""
+    project called reflow. A resumed run goes on in the same curves, after the step `logged`."""
 
-    def __init__(self, c, out):
-        self.tensorboard, self.others = SummaryWriter(out / "tensorboard"), []
+    def __init__(self, c, out, logged):
+        self.tensorboard, self.others = SummaryWriter(out / "tensorboard", purge_step=logged + 1), []
         title = "-".join(out.absolute().parts[1:])         # trackio makes a folder of it, for pictures
         for name in c.report_to or ():
             if REPORTS[name]:

@@ -35,7 +35,7 @@ def parse_object(text):
     """A JSON object as a dict; {} for anything else."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

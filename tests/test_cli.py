@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import typing
 
@@ -217,6 +218,8 @@ BAD = [
     ("train.py --model missing.safetensors --data scenes", "--model missing.safetensors"),
     ("train.py --model file.safetensors --data scenes", "--model file.safetensors"),
     ("train.py --model some/hub --random-init --data scenes", "--model some/hub"),
+    ("train.py --model MODEL --data " + 300 * "x", "xxx...: no file has so long a name; give another"),
+    ("sampler.py --prompt x --out x.png --model " + 300 * "x", "xxx...: no file has so long a name; give another"),
     ("train.py --model MODEL --data scenes --cache other", "--cache other/trajectories: made with other settings"),
     ("export.py checkpoint --checkpoint nowhere.safetensors --out x", "--checkpoint nowhere.safetensors: no such file"),
     ("export.py checkpoint --checkpoint DELTA --out empty", "--out empty: exists already"),
@@ -330,6 +333,7 @@ def test_a_run_with_other_settings_is_not_overwritten(cli, here, random_sd):
     status, _, err = cli(line, "--lr", 0.01)
     assert status == 2 and "lr 0.0002 -> 0.01" in err
     assert cli(line)[:2] == (0, "o/student-1: this run is finished; choose another --out to train again\n")
+    assert "python export.py single-file o/student-1 o/student-1-single-file.safetensors" in cli(line, "--export", "diffusers", "single-file")[1]
 
 
 def test_a_mistake_does_not_claim_the_folder(cli, here, random_sd):
@@ -400,7 +404,7 @@ def test_data_cache_makes_what_training_then_uses(here, random_sd, run_file):
     Image.new("RGB", (40, 40)).save(here / "empty" / "a.png")
     (here / "empty" / "a.txt").write_text("black")
     done = run_file("train.py", "--cache-only", "--model", random_sd, "--data", here / "empty", "--recipe", "perflow", "--cache", here / "c")
-    assert done.returncode == 0 and "c: 1 latents" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "c: 1 latents; train with --cache-latents" in done.stdout, done.stderr[-2000:]
 
 
 def test_sampler_writes_what_was_asked_for(cli, here, student, random_sd):
@@ -512,6 +516,9 @@ def test_the_files_that_a_run_writes_give_that_run_again(here, student):
     assert {key for key, value in dataclasses.asdict(whole).items() if short[key] != value} <= set(train.MAY_CHANGE_ON_RESUME)
     assert short["updates"] == 2 and whole != plain
     assert train.main(whole) == student                              # found finished, not refused
+    train.main(train.Config(model="tiny", out="own", windows=[1], updates=1, batch=2, trajectories=2, solver_steps=8, grid_steps=0))
+    (here / "p.txt").write_text("fox\n")                             # wins over the model's own data, which nobody has asked for
+    train.resolve_recipe(command_line.parse(train.Config, "", ["--config", "own/config.yaml", "--prompts", "p.txt"]))
     assert command_line.parse(train.Config, "", shlex.split(train.command(whole))[2:]) == whole
 
 
@@ -546,3 +553,12 @@ def test_help_has_the_ten_that_matter_first_and_then_the_groups(cli):
     for name, group in dict(model_config=1, windows=2, space=2, cache=3, ema=4, device=5, keep=6).items():
         found = out.index(f"  --{name.replace('_', '-')} ")
         assert places[group] < found < [*places, len(out)][group + 1], name
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path):
+    """A file's, where the terminal's encoding is a strict UTF-8."""
+    (tmp_path / "says.py").write_text("from dataclasses import dataclass\nfrom runtime import cli\n\n\n@dataclass\nclass Config:\n    seed: int = 0\n\n\n"
+                                      "cli.run(lambda c: print('caf\\udce9.png'), Config, '')\n")
+    done = subprocess.run([sys.executable, tmp_path / "says.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "caf\\udce9.png\n", done.stderr

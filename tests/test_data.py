@@ -393,8 +393,8 @@ def test_every_kind_of_file_that_pillow_reads_is_an_image_of_moving_ones_the_fir
         assert found[0].gt(0.9).all() and found[1:].lt(-0.9).all()
 
 
-@pytest.mark.parametrize("image", [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70000), Image.new("I", (4, 4), -1)],
-                         ids=["float", "32 bits", "negative"])
+@pytest.mark.parametrize("image", [Image.new("F", (4, 4), 0.5), Image.new("I", (4, 4), 70000), Image.new("I", (4, 4), -1),
+                                   Image.new("I", (4, 4), 255)], ids=["float", "32 bits", "negative", "32 bits for 8"])
 def test_pixels_of_unknown_range_are_refused_not_black(tmp_path, image):
     assert "a.tif or its caption cannot be read (neither 8 nor 16 bits a pixel)" in refusal(
         write_txt(tmp_path, {"a.tif": encoded(image, "tiff")}, ["x"]))
@@ -563,6 +563,10 @@ def test_the_structure_of_a_prompts_file_is_no_prompt(tmp_path):
     assert f"--caption-column text: --prompts {tmp_path}/p.txt has no columns; leave it out" in refused("p.txt", "a fox", "text")
     assert "--data scenes has no columns; leave them out" in refusal("scenes", caption_column="text")
     assert "cannot be read (unexpected end of data)" in refused("p.csv", 'prompt\na fox\n"a cat\na dog\n')
+    for name, text in (("p.csv", "id,prompt\n1,a cat\n2,a fox, asleep\n"), ("p.tsv", "prompt\na cat\na fox\tasleep\n")):
+        assert "cannot be read (entry 2 has more cells than the header; put a text that holds" in refused(name, text)      # not cut at it
+    assert prompts("p.csv", "prompt,id\na cat,1,,\n") == ["a cat"]                             # as spreadsheets end their lines
+    assert "no entry of it has columns; in a .jsonl each line is an object" in refused("p.jsonl", '["a fox"]\n')
 
 
 def test_what_data_cannot_be_is_named_for_what_it_is(tmp_path, monkeypatch):
@@ -732,6 +736,12 @@ def test_metadata_that_names_nothing_or_what_is_not_there_is_named(tmp_path):
     (tmp_path / "metadata.jsonl").write_text(lines + '\n{"file_name": "gone.png", "text": "y"}\n{broken\n{"text": "z"}')
     assert "gone.png is named in metadata.jsonl but is not there; add it or remove its entry, or leave" in refusal(tmp_path)
     assert open_(tmp_path, skip_bad=True).skipped == ["gone.png", "metadata.jsonl entry 3", "metadata.jsonl entry 4"]
+    (tmp_path / "metadata.jsonl").write_text(lines + '\n{"file_name": "' + 300 * "x" + '", "text": "y"}\n' + 10 ** 5 * "[")
+    assert open_(tmp_path, skip_bad=True).skipped == [300 * "x", "metadata.jsonl entry 3"]
+    (tmp_path / "metadata.CSV").write_text("file_name,text\na.png,one, two\n")
+    assert "metadata.CSV cannot be read (entry 1 has more cells than the header" in refusal(tmp_path / "metadata.CSV")
+    (tmp_path / "metadata.CSV").write_text("file_name,text\na.png,one\n")
+    assert open_(tmp_path / "metadata.CSV").captions == ["", "one"]
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff")
     assert "metadata.jsonl cannot be read" in refusal(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("")
@@ -1047,6 +1057,18 @@ def test_on_windows_folders_are_not_synced_and_files_are_opened_for_writing(tmp_
 def test_half_a_character_is_no_caption_and_no_prompt(tmp_path):
     write_jsonl(tmp_path, GOOD, ["a dog \ud83d", *CAPTIONS[1:]])
     assert NAMES[0] in refusal(tmp_path) and len(open_(tmp_path, skip_bad=True).skipped) == 1
+    for name in (b"kohya/1_caf\xe9", b"coco/annotations", b"coco/val2017"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), name))
+        if b"annotations" not in name:
+            with open(os.path.join(os.fsencode(tmp_path), name, b"a.png"), "wb") as file:
+                file.write(GOOD["a.png"])
+    assert "a.png has no caption" in refusal(tmp_path / "kohya")
+    coco = dict(images=[dict(id=1, file_name="a.png")], annotations=[dict(id=1, image_id=1, caption="a dog \ud83d")])
+    annotations = tmp_path / "coco" / "annotations" / "captions_val2017.json"
+    annotations.write_text(json.dumps(coco))
+    assert "val2017/a.png has no caption" in refusal(tmp_path / "coco")
+    annotations.write_text(json.dumps(coco | dict(images=[dict(id=1, file_name=5)])))
+    assert "is not a captions file of COCO (TypeError" in refusal(tmp_path / "coco")
     (tmp_path / "p.jsonl").write_text('{"text": "a dog \\ud83d"}\n')
     with pytest.raises(UserError, match="entry 1 has no text"):
         captioned.Prompts(tmp_path / "p.jsonl", 0)

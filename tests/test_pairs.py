@@ -582,6 +582,8 @@ def test_projected_pairs_move_their_generated_end_and_keep_the_other(make):
         told = torch.cdist(told, told).square()
         expected = ends[:, moved] + 0.5 * drift(ends[:, moved], true, told / told.mean())
         assert torch.allclose(after["z"][rows, moved], expected, atol=1e-5) and not torch.allclose(expected, ends[:, moved], atol=1e-3)
+    with pytest.raises(cli.UserError, match="made with other settings .*'drift'"):         # their minibatch is part of what they are
+        make(forward_rate=0.5, windows=[1], projection=0.5, text_dropout=0.0, trajectories=8)
     # one window's ends are the two of them
     batch = pairs.fetch(range(20), 1)
     assert all(any(torch.equal(z, end) for end in after["z"][:, 1]) for z in batch["z_end"])

@@ -1,5 +1,6 @@
 """What a run says and refuses before it starts, what it says while it runs, and the options that save memory."""
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import slow
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 from test_cuda import losses, model, options, stopped_after  # noqa: F401  model is a fixture
 
 import export
@@ -25,6 +27,16 @@ def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path
     assert Image.open(tmp_path / "o" / "grids" / "000012.png").height > 5 * 100                 # a row for each of the five prompts
     events = b"".join(file.read_bytes() for file in (tmp_path / "o" / "tensorboard").glob("events*"))
     assert events.count(b"PNG") == 3
+
+
+def test_the_curves_forget_what_a_resume_makes_again(model, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(progress, "SummaryWriter", functools.partial(progress.SummaryWriter, flush_secs=0))
+    c = options(model, tmp_path, "cpu", windows=[1], updates=5, log_steps=1, checkpoint_steps=2)
+    stopped_after(3, c)
+    train.main(c)
+    curves = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    curves.Reload()
+    assert [point.step for point in curves.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 def test_the_teachers_pictures_are_its_own_whatever_the_students_path_and_first_weights(model, tmp_path):  # noqa: F811

@@ -227,11 +227,19 @@ def test_training_goes_on_from_a_student_and_its_pairs_are_still_the_teachers(sh
 
 def test_a_student_of_something_else_is_no_beginning(short, random_sd, tmp_path):
     for init, changes, told in ((tmp_path, {}, "no student there"), (short(), dict(path="linear"), "its --path is vp, not linear"),
-                                (short(), dict(lora=2), "its --lora is 0, not 2")):
+                                (short(), dict(lora=2), "its --lora is 0, not 2"),
+                                (short(), dict(random_init=True), "its teacher was opened with --random-init not given; do the same")):
         with pytest.raises(cli.UserError, match=f"--init .*: {told}"):
             train.main(small(random_sd, tmp_path / "out", init=str(init), **changes))
     with pytest.raises(cli.UserError, match="its --model is .*, not tiny"):
         train.main(small("tiny", tmp_path / "out", init=str(short())))
+    info = json.loads((short() / "reflow.json").read_text())
+    for config, lora, told in ((dict(lora=2), 2, "the student's .*pytorch_lora_weights.safetensors: no such file"),
+                               ({}, 0, "no diffusers pipeline there"), (None, 0, "reflow.json")):
+        (tmp_path / "torn").mkdir(exist_ok=True)
+        (tmp_path / "torn" / "reflow.json").write_text(json.dumps(info | dict(config=config)))
+        with pytest.raises(cli.UserError, match=told):
+            train.main(small(random_sd, tmp_path / "out", init=str(tmp_path / "torn"), lora=lora))
     assert not (tmp_path / "out" / "config.json").exists()
 
 
