@@ -39,6 +39,8 @@ def draw(name, opened, prompt, steps, solver, guidance, seed):
     Raises UserError."""
     pipeline, model, info = opened
     windows = info.get("windows", 1)
+    if models.prompts(pipeline) and not prompt.strip():    # its line for sampler.py would draw nothing
+        raise UserError("no prompt: say what to draw, for instance red heart on blue")
     try:
         times = sampler.time_grid(steps, windows)
     except ValueError as error:

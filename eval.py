@@ -44,6 +44,7 @@ def main(c):
     if not c.run or not run.is_dir():
         raise UserError(f"{c.run or 'no run'}: give the folder that train.py wrote, e.g. python eval.py "
                         "runs/demo")
+    store.check_writable(run)
     students = list(run.rglob("student-*/reflow.json"))
     if not students:
         raise UserError(f"{run}: no finished student in it (student-*/reflow.json); train first: python "
@@ -92,8 +93,9 @@ def main(c):
         return None
     # the others are done; distances take longer than they would wait
     evaluator.processes = 0, 1, lambda: None
-    rows = [dict(run=name, **evaluator.row(folder, steps, method, solver))
-            for method, _, steps, folder, solver, name in plan]
+    rows = [dict(run=name, student=Path(folder).name if windows else "",
+                 **evaluator.row(folder, steps, method, solver))
+            for method, windows, steps, folder, solver, name in plan]
     result = dict(protocol=evaluator.describe(infos), rows=rows, **evaluator.floor())
     if evaluator.ids:                                          # one string: a line each would be 30,000 lines
         result["image_and_caption_ids"] = " ".join(f"{image}/{caption}" for image, caption in evaluator.ids)
@@ -205,8 +207,7 @@ def picture(evaluator, plan, file, least=96):
                                -(-least // (z.shape[-1] * pipeline.vae_scale_factor)))
         pictures.append([image if image.width <= 256 else coco.square(image, 256) for image in drawn])
     titles = [f"{method.split('/')[0]}\n{steps} step{'s' * (steps > 1)}" for method, _, steps, *_ in columns]
-    labels = [prompt if len(prompt) <= 40 else prompt[:37] + "..." for prompt in prompts]
-    imaging.contact_sheet(list(zip(*pictures)), titles, labels).save(file)
+    imaging.contact_sheet(list(zip(*pictures)), titles, prompts).save(file)
 
 
 def run():

@@ -383,6 +383,7 @@ def free_folder(option, name):
     if folder.exists():
         raise UserError(f"{option} {folder}: exists already; choose another")
     store.make_folder(option, folder.parent)
+    store.check_writable(folder.parent)
     return folder
 
 
@@ -415,7 +416,7 @@ def export_checkpoint(c):
     like the one at the end of a stage."""
     folder = free_folder("--out", c.out)
     metadata, tensors = open_safetensors("--checkpoint", c.checkpoint)
-    if "info" not in metadata:
+    if not {"info", "step"} <= metadata.keys():            # other files of ours tell info, too
         raise UserError(f"--checkpoint {c.checkpoint}: not one of train.py's checkpoints")
     info = json.loads(metadata["info"])
     kind = "ema:" if any(key.startswith("ema:") for key in tensors) else "student:"     # --no-ema
@@ -647,12 +648,17 @@ MEASURED = "\n## Measured\n"
 
 def measured(folder, windows):
     """The section of a card with what eval.py measured of this student, from results.json of its run;
-    "" where that is not there or does not have it."""
-    file = folder.absolute().parent / "results.json"
-    result = configs.read_json(file) if file.is_file() else dict(rows=[])
-    # without a run: of the run that was measured alone, not of one among several
-    own = [row for row in result["rows"] if row["windows"] == windows and not row.get("run")]
-    rows = [row for row in result["rows"] if row["windows"] is None] + own
+    "" where that is not there or does not have it.  Raises UserError."""
+    folder = folder.absolute()
+    file = folder.parent / "results.json"
+    result = configs.read_json(file) if file.is_file() else dict(rows=[], protocol={})
+    if not {"rows", "protocol"} <= result.keys():
+        raise UserError(f"{file}: not what eval.py writes, as it has no rows; measure again, or move it away")
+    # without a run: of the run that was measured alone, not of one among several; of this folder, as others
+    # of as many windows may lie beside it
+    own = [row for row in result["rows"] if row.get("windows") == windows and not row.get("run")
+           and row.get("student", f"student-{windows}") == folder.name]
+    rows = [row for row in result["rows"] if row.get("windows") is None] + own
     if not own:
         return ""
     about = result["protocol"]
@@ -675,6 +681,8 @@ def push(c):
     info, folder = saved.read_info("FOLDER", c.folder), Path(c.folder)
     check_repo("USER/NAME", c.repo, not c.dry_run)
     card, figures = folder / "README.md", measured(folder, info["windows"])
+    if not card.is_file():
+        raise UserError(f"{card}: is missing, and the hub shows it; write one, or export the student anew")
     if not c.dry_run:
         text = re.sub(re.escape(OPENED) + '[^"]*', lambda _: OPENED + c.repo,
                       card.read_text(encoding="utf-8"))

@@ -41,8 +41,8 @@ from runtime.cli import UserError
 
 
 def generators(seeds):
-    """One CPU generator per image, so that image i is the same in any batch and on any number of
-    processes. seeds: ints."""
+    """One CPU generator per image, so that image i begins with the same noise in any batch and on any
+    number of processes; what a network makes of it is the same up to rounding. seeds: ints."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
@@ -251,7 +251,7 @@ class Config:
     grid: bool = False          # all images in one picture, a row per prompt
     compare: bool = False       # the teacher beside it, from the same noise: at 32 steps and at as few
     save_steps: bool = False    # also OUT-steps.png: the picture that the model predicts, step by step
-    scale: int | None = None    # draw each pixel scale x scale; default: enough for 256 pixels
+    scale: int | None = None    # draw each pixel scale x scale, at most 64; default: enough for 256 pixels
     device: str = ""            # cpu, cuda, mps or xpu; default: cuda if there is one
 
 
@@ -264,8 +264,14 @@ def main(c):
     teacher.check_guide(c.guide, c.guidance)
     if c.steps is not None and c.nfe is not None:
         raise UserError(f"--steps {c.steps} and --nfe {c.nfe}: give one of them")
-    out = Path(c.out)
-    cli.check_png(out)
+    if c.scale is not None and c.scale > 64:
+        raise UserError(f"--scale {c.scale}: must be at most 64")
+    out, count = Path(c.out), c.n * max(1, len(c.prompt))
+    alone = c.compare or c.grid or count == 1
+    files = [out] if alone else [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
+    strips_file = out.with_stem(out.stem + "-steps")
+    for file in (*files, *[strips_file] * c.save_steps):
+        cli.check_png(file)
     dtype = cli.choose("--dtype", c.dtype, teacher.DTYPES)
     device = processes.pick_device(c.device)
     name = c.model or saved.students()[0]
@@ -292,13 +298,15 @@ def main(c):
         times = time_grid(steps, windows, spacing, model.schedule)
     except ValueError as error:
         raise UserError(f"--time-grid {c.time_grid}: {error}") from error
+    if c.compare:                                          # not when the other pictures are made
+        try:
+            other, other_model, _ = saved.open_model(info.get("teacher") or name, device, dtype,
+                                                     c.random_init, c.model_config, c.guide, c.size, info)
+        except UserError as error:
+            raise UserError(f"--compare: {error}") from error
     prompts = [prompt for prompt in c.prompt for _ in range(c.n)]
     seeds = [c.seed + i for i in range(len(prompts))]
     predicted = []                                         # per batch and step: (step, x_hat)
-
-    def keep(state):
-        predicted.append((state["i"], state["x_hat"].float().cpu()))
-
     start = time.perf_counter()
     with warnings.catch_warnings(), tqdm(total=len(prompts), desc=f"{steps} steps", unit="image",
                                          leave=False) as bar:
@@ -306,7 +314,8 @@ def main(c):
         for doubt in saved.doubts(name, info, c.prompt, steps, 1 if c.guide else c.guidance):
             warnings.warn(doubt, stacklevel=1)
         z = generate(pipeline, model, prompts, seeds, times, c.guidance, progress=bar, size=c.size,
-                     solver=solver, callback=keep if c.save_steps else None)
+                     solver=solver, callback=(lambda state: predicted.append(
+                         (state["i"], state["x_hat"].float().cpu()))) if c.save_steps else None)
         images = models.decode(pipeline, z)
     seconds = time.perf_counter() - start
     scale = c.scale if c.scale is not None else max(1, 256 // images.shape[-1])
@@ -314,34 +323,29 @@ def main(c):
 
     if c.compare:
         counts = [32, steps] if "teacher" in info or steps != 32 else [32, 4, 2, 1]
-        other, other_model, _ = saved.open_model(info.get("teacher") or name, device, dtype, c.random_init,
-                                                 c.model_config, c.guide, c.size, info)
         guidance, columns, sets = saved.teacher_guidance(other, info, c.guidance), [], []
         for count in counts:
             z = generate(other, other_model, prompts, seeds, time_grid(count), guidance, size=c.size)
             columns.append(f"teacher\n{count} step{'s' * (count > 1)}")
             sets.append(imaging.to_pil(models.decode(other, z), scale))
-        if "teacher" in info:
-            columns.append(f"student\n{steps} step{'s' * (steps > 1)}")
+        if "teacher" in info or (c.solver, c.time_grid) != ("ddim", "uniform"):
+            who = "student" if "teacher" in info else c.solver
+            columns.append(f"{who}\n{steps} step{'s' * (steps > 1)}")
             sets.append(pictures)
         rows = [[images[i] for images in sets] for i in range(len(prompts))]
-        files = {out: imaging.contact_sheet(rows, columns, prompts)}
+        pictures = [imaging.contact_sheet(rows, columns, prompts)]
     elif c.grid:
         rows = [pictures[i * c.n:(i + 1) * c.n] for i in range(len(c.prompt))]
-        files = {out: imaging.contact_sheet(rows, labels=c.prompt)}
-    elif len(pictures) == 1:
-        files = {out: pictures[0]}
-    else:
-        files = {out.with_stem(f"{out.stem}-{i}"): picture for i, picture in enumerate(pictures)}
+        pictures = [imaging.contact_sheet(rows, labels=c.prompt)]
     if c.save_steps:
         strips = [models.decode(pipeline, torch.cat([x for i, x in predicted if i == step]))
                   for step in range(steps)]
         rows = [[imaging.to_pil(strip[i:i + 1], scale)[0] for strip in strips] for i in range(len(prompts))]
         names = [f"step {i + 1}" for i in range(steps)]
-        files[out.with_stem(out.stem + "-steps")] = imaging.contact_sheet(rows, names, prompts)
-    for file, picture in files.items():
+        files, pictures = [*files, strips_file], [*pictures, imaging.contact_sheet(rows, names, prompts)]
+    for file, picture in zip(files, pictures):
         picture.save(file)
-    shown = ", ".join(str(file) for file in list(files)[:4]) + (", ..." if len(files) > 4 else "")
+    shown = ", ".join(map(str, files[:4])) + ", ..." * (len(files) > 4)
     count = evaluations(c.solver, steps, windows) * (1 if c.guidance in (0, 1) else 2)
     guide = f" guided by {c.guide}" * bool(c.guide)
     print(f"{shown}: {len(prompts)} image{'s' * (len(prompts) > 1)} by {name}{guide}, {steps} steps = "

@@ -118,6 +118,8 @@ def from_diffusers(name, scheduler_class, draws=False, **options):
             raise UserError(f"solver {name}: cannot make {steps} steps ({error}); use fewer") from error
         visited = torch.cat([(scheduler.timesteps.double() + 1) / len(betas),
                            torch.zeros(1, dtype=torch.float64)])
+        if not (visited.diff() < 0).all():                 # it divides by what is between two of them
+            raise UserError(f"solver {name}: cannot make {steps} steps of {len(betas)} timesteps; use fewer")
         check_on_schedule(name, model, visited[:-1])
         visited = visited.to(teacher.clock_device(z.device)).reshape(-1, 1).expand(-1, len(z))
         for i, timestep in enumerate(scheduler.timesteps):

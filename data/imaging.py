@@ -61,7 +61,8 @@ def beside(left, right):
 
 def contact_sheet(rows, columns=(), labels=(), gap=4):
     """One picture out of rows of PIL images of one size; columns: a title per column;
-    labels: a title per row."""
+    labels: a title per row, cut to 40 letters."""
+    labels = [label if len(label) <= 40 else label[:37] + "..." for label in labels]
     width, height = rows[0][0].size
     font = ImageFont.load_default(size=max(11, height // 7))
     left = 10 + max((math.ceil(font.getlength(label)) for label in labels), default=-10)

@@ -374,6 +374,7 @@ class Evaluator:
             distance="FID" if self.network is not self.clip and self.network.published else "FD",
             features=f"{name}, projected image features" if self.network is self.clip
             else f"{name}, {self.network.dim} features",
+            networks=store.digest(sorted(self.networks.items(), key=str)),
             clip=self.clip.name,
             clip_score="100 x mean cosine, no prefix" + ", empty captions left out" * sprite,
             cmmd="on the same CLIP, sigma 10, x 1000",

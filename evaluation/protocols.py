@@ -105,7 +105,10 @@ def resolve(c):
     options = ("n", "real", "clip", "judge", "teacher", "guidance", "size", "batch", "paths")
     c = dataclasses.replace(c,
                             **{name: getattr(protocol, name) for name in options
-                               if getattr(c, name) in (None, "")})
+                               if getattr(c, name) in (None, "")},
+                            # a row twice would be two comparisons
+                            **{name: list(dict.fromkeys(getattr(c, name)))
+                               for name in ("steps", "ddim_steps", "solvers")})
     cli.at_least(c, seed=0, guidance=0, batch=1, paths=1, steps=1, ddim_steps=1, teacher_steps=1, size=1, n=1,
                  real=1)
     teacher.check_guide(c.guide, c.guidance)

@@ -49,6 +49,12 @@ def make_folder(option, folder):
                         "folder") from error
 
 
+def check_writable(folder):
+    """Raises UserError unless files can be made in a folder: before the work whose result they are."""
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: nothing may be written there; permit it, or choose another folder")
+
+
 def read_log(file):
     """(text, entry) of every whole line of a log: a power cut truncates the last one, or leaves
     zeros in its place."""
@@ -176,7 +182,7 @@ def write_atomically(target, write, replace=True):
     """write(part) into a file or folder beside target, bring it onto the disk, then rename: target
     is whole or absent, after a kill and after a power cut; of several processes that write it at
     once each has a part of its own. replace=False: a target (a file) that is there stays.
-    Raises UserError on a full disk; the old target is still there then."""
+    Raises UserError on a full disk and where nothing may be written; the old target is still there then."""
     remove_stale(target.parent)
     name = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
     part, old = target.with_name(f"{name}.part"), target.with_name(f"{name}-old.part")
@@ -194,6 +200,7 @@ def write_atomically(target, write, replace=True):
             os.replace(part, target)
         sync(target.parent, below=False)
     except (OSError, RuntimeError, SafetensorError) as error:
+        check_writable(target.parent)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or shutil.disk_usage(target.parent).free < 2 ** 20:
             raise UserError(f"{target}: no space left on the device; free some and run the same command "

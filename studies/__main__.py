@@ -43,6 +43,7 @@ def main(c):
         raise UserError(f"--scale {c.scale}: must be above 0")
     lab, results = Lab(c), Path(c.results)
     store.make_folder("--results", results)
+    store.check_writable(results)
     for name in names:
         start, lab.commands, lab.records = time.time(), [], []
         file = "-".join(filter(None, (name, runner.label(c))))

@@ -57,6 +57,8 @@ def test_what_a_user_can_act_on_is_shown_and_nothing_else():
 def test_steps_that_cannot_cross_the_windows_are_one_line(student):
     with pytest.raises(UserError, match="student-2: 1 steps cannot cross 2 windows"):
         app.draw(STUDENT, student, "fox", 1, "ddim", 1.0, 0)
+    with pytest.raises(UserError, match="no prompt: say what to draw"):                     # as sampler.py, whose line stands below
+        app.draw(STUDENT, student, " ", 2, "ddim", 1.0, 0)
 
 
 def test_without_gradio_it_says_what_is_missing(monkeypatch):

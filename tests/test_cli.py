@@ -421,6 +421,29 @@ def test_sampler_writes_what_was_asked_for(cli, here, student, random_sd):
     assert Image.open("e.png").width > 4 * 128                                                   # the teacher at 32, 4, 2 and 1 steps
 
 
+def test_beside_a_teacher_s_own_steps_stand_those_of_the_solver_that_was_asked_for(cli, here, random_sd):
+    for name, given in (("plain", ""), ("heun", "--solver heun"), ("grid", "--time-grid sigmoid")):
+        assert cli(f"sampler.py --model {random_sd} --prompt fox --steps 2 --compare --scale 1 --out {name}.png", *given.split())[0] == 0
+    widths = {name: Image.open(f"{name}.png").width for name in ("plain", "heun", "grid")}
+    assert widths["heun"] == widths["grid"] > widths["plain"]
+
+
+def test_every_file_of_a_call_is_known_to_be_writable_before_a_picture_is_made(cli, here, student, monkeypatch):
+    monkeypatch.setattr(sampler, "generate", None)         # a call of it would be a traceback
+    (here / "a-0.png").mkdir()
+    (here / "b-steps.png").mkdir()
+    for line in ("--prompt fox cat --out a.png", "--prompt fox --save-steps --out b.png", f"--prompt fox --n 2 --out {250 * 'x'}.png"):
+        status, _, err = cli(f"sampler.py --model {student}", *line.split())
+        assert status == 2 and "cannot be written" in err and err.count("\n") == 1, err
+    shutil.copytree(student, here / "orphan")
+    info = json.loads((student / "reflow.json").read_text())
+    (here / "orphan" / "reflow.json").write_text(json.dumps(info | dict(teacher="runs/gone")))
+    status, _, err = cli("sampler.py --model orphan --prompt fox --compare --out c.png")
+    assert status == 2 and "--compare: --model runs/gone" in err, err
+    status, _, err = cli(f"sampler.py --model {student} --prompt fox --scale 65 --out c.png")
+    assert status == 2 and "--scale 65: must be at most 64" in err, err
+
+
 def test_same_seed_same_picture_and_image_i_has_seed_plus_i(cli, here, student):
     cli(f"sampler.py --model {student} --prompt fox --seed 7 --scale 1 --out a.png")
     cli(f"sampler.py --model {student} --prompt fox --seed 6 --n 2 --scale 1 --out b.png")

@@ -1089,6 +1089,9 @@ def test_a_full_disk_is_one_line_and_the_old_shard_stays(tmp_path, solve, monkey
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(store, "save_file", full)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="nothing may be written there; permit it, or choose another"):
+        patch.setattr(store.os, "access", lambda folder, mode: False)
+        store.cached(tmp_path, 8, SETTINGS, solve, shard=4)
     with pytest.raises(UserError, match="00000.safetensors: no space left on the device"):
         store.cached(tmp_path, 4, SETTINGS, solve, shard=4)
     assert len(load_file(tmp_path / "00000.safetensors")["z"]) == 3 and not list(tmp_path.glob("*.part"))

@@ -558,7 +558,7 @@ def test_tiny_wants_ten_images_a_feature(parts, tmp_path):
         measuring.Evaluator(options(parts, tmp_path, "tiny", n=39, real=80))
 
 
-def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, tmp_path):
+def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, tmp_path, monkeypatch):
     c = options(parts, tmp_path / "cache")
     for run, message in (("", "no run: give the folder"), ("nowhere", "nowhere: give the folder"), (str(tmp_path), "no finished student")):
         with pytest.raises(UserError, match=message):
@@ -567,6 +567,9 @@ def test_a_run_without_students_or_of_two_teachers_is_refused(parts, students, t
         (tmp_path / name / "student-2").mkdir(parents=True)
         (tmp_path / name / "student-2" / "reflow.json").write_text(json.dumps(dict(teacher=name, windows=2, method="reflow")))
     with pytest.raises(UserError, match=r"students of several teachers \(a, b\); evaluate their runs one by one"):
+        evaluation.main(dataclasses.replace(c, run=str(tmp_path)))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="nothing may be written there; permit it"):      # before all images
+        patch.setattr(os, "access", lambda folder, mode: Path(folder) != tmp_path)
         evaluation.main(dataclasses.replace(c, run=str(tmp_path)))
     for broken, reason in (("{", "JSONDecodeError"), ("[]", "AttributeError"), ("{}", "KeyError: 'teacher'")):
         (tmp_path / "a" / "student-2" / "reflow.json").write_text(broken)
@@ -578,9 +581,10 @@ def test_a_student_exported_early_is_measured_like_the_others(judge, students, t
     """Its folder's name tells no number of windows, its reflow.json does."""
     for name in ("student-early", "student-2"):
         shutil.copytree(students["sd15"] / "student-2", tmp_path / name)
-    evaluation.main(dataclasses.replace(judge.c, run=str(tmp_path), steps=[2], ddim_steps=[1]))
+    evaluation.main(dataclasses.replace(judge.c, run=str(tmp_path), steps=[2, 2], ddim_steps=[1, 1]))        # none twice
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["windows"] for row in rows] == [None, None, 2, 2]
+    assert sorted(row["student"] for row in rows) == ["", "", "student-2", "student-early"]
 
 
 def test_rows_at_steps_or_a_guidance_that_students_were_not_made_for_are_doubted(tmp_path, monkeypatch, capsys):

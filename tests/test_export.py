@@ -155,6 +155,9 @@ def test_a_checkpoint_is_exported_on_request(random_sd, tmp_path, monkeypatch, c
     interrupted(random_sd, tmp_path / "run", monkeypatch, 5, checkpoint_steps=4, lr=1e-3, **changes)
     out = tmp_path / "exported"
     export.export_checkpoint(export.ExportConfig(str(tmp_path / "run" / "checkpoint-000004.safetensors"), str(out)))
+    export.export_delta(export.DeltaConfig(str(out), "", str(tmp_path / "delta.safetensors")))
+    with pytest.raises(UserError, match="delta.safetensors: not one of train.py's checkpoints"):
+        export.export_checkpoint(export.ExportConfig(str(tmp_path / "delta.safetensors"), str(tmp_path / "other")))
     info = json.loads((out / "reflow.json").read_text())
     assert (info["windows"], info["updates"]) == (1, 4) and (out / export.LORA_FILE).exists() == bool(changes)
     stock = diffusers.DiffusionPipeline.from_pretrained(out)
@@ -393,6 +396,14 @@ def test_a_push_sends_what_its_dry_run_lists_and_the_card_has_what_was_measured(
     assert set(sent[2]["allow_patterns"]) == found.keys()
     export.push(export.PushConfig(str(folder), "me/elsewhere"))                       # a card opens where it lies
     assert opened("me/elsewhere") in card.read_text() and "me/student" not in card.read_text()
+    # another student of two windows beside it was not measured, or has rows of its own
+    assert export.measured(tmp_path / "run" / "merged", 2) == ""
+    file = tmp_path / "run" / "results.json"
+    result = json.loads(file.read_text())
+    for name in ("student-early", "student-2"):
+        file.write_text(json.dumps(result | dict(rows=[dict(row, student=name) for row in result["rows"]])))
+        assert [bool(export.measured(tmp_path / "run" / other, 2)) for other in ("student-early", "student-2")] == [
+            name == "student-early", name == "student-2"]
 
 
 def test_a_push_that_cannot_be_is_one_line(students, tmp_path, hub, monkeypatch):
@@ -411,6 +422,15 @@ def test_a_push_that_cannot_be_is_one_line(students, tmp_path, hub, monkeypatch)
     with pytest.raises(UserError, match="USER/NAME me/x: not logged in to the hub; run hf auth login"):
         export.push(export.PushConfig(folder, "me/x"))
     export.push(export.PushConfig(folder, "me/x", dry_run=True))
+    for broken, complaint in (({}, "results.json: not what eval.py writes"), ([], "results.json cannot be read")):
+        (tmp_path / "torn").mkdir(exist_ok=True)
+        (tmp_path / "torn" / "results.json").write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=complaint):
+            export.measured(tmp_path / "torn" / "student-2", 2)
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "README.md").unlink()
+    with pytest.raises(UserError, match="README.md: is missing, and the hub shows it"):
+        export.push(export.PushConfig(str(bare), "me/x", dry_run=True))
     with pytest.raises(UserError, match="--push-to-hub me/x: not logged in"):
         train.main(small("nowhere", tmp_path / "run", push_to_hub="me/x"))
     assert not hub and not (tmp_path / "run").exists()
@@ -561,7 +581,8 @@ def opened_by_eval(folder, info):
 def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, tmp_path, family):
     folder = students(family, size=48, windows=(2,)) / "student-2"
     info, pipeline = json.loads((folder / "reflow.json").read_text()), stock(folder)
-    assert latents(folder, 2, 1.0).shape[-2:] == (12, 12)
+    small = 2 * (48 // pipeline.vae_scale_factor,)
+    assert latents(folder, 2, 1.0).shape[-2:] == small
     image = pipeline("fox", num_inference_steps=2, guidance_scale=1, output_type="np").images
     assert image.shape == (1, 48, 48, 3)
     assert (latents(folder, 2, 1.0) - stock_latents(pipeline, 2, 1.0)).abs().max() <= 1e-4
@@ -570,7 +591,7 @@ def test_a_student_is_sampled_at_the_size_it_was_trained_at(students, teachers, 
     sampler.main(sampler.Config(["fox"], str(folder), out=str(tmp_path / "a.png"), compare=True, scale=1))
     export.export_delta(export.DeltaConfig(str(folder), "", str(tmp_path / "d.safetensors")))
     export.merge(export.MergeConfig(str(tmp_path / "d.safetensors"), str(teachers[family]), str(tmp_path / "merged")))
-    assert latents(tmp_path / "merged", 2, 1.0).shape[-2:] == (12, 12)
+    assert latents(tmp_path / "merged", 2, 1.0).shape[-2:] == small
 
 
 @pytest.mark.parametrize("family, null", [("tiny", "zeros"), ("sdxl", "empty")])

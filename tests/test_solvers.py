@@ -503,7 +503,9 @@ def test_unknown_solvers_and_options_are_one_line(random_sd, tmp_path, monkeypat
                            (dict(kappa=3.0), "--kappa 3: only goes with --time-grid sigmoid"),
                            (dict(time_grid="sigmoid", kappa=0.0), "--kappa 0: must be above 0"),
                            (dict(time_grid="edm", solver="unipc", steps=3), "solver unipc: has its own times"),
-                           (dict(solver="lcm", steps=60), "solver lcm: cannot make 60 steps")):
+                           (dict(solver="lcm", steps=60), "solver lcm: cannot make 60 steps"),
+                           (dict(solver="unipc", steps=1001), "solver unipc: cannot make 1001 steps of 1000 timesteps"),
+                           (dict(solver="dpmsolver++", steps=2000), "cannot make 2000 steps of 1000 timesteps")):
         with pytest.raises(cli.UserError, match=message):
             sampler.main(sampler.Config(**options, **given))
 

@@ -236,7 +236,9 @@ def test_the_committed_rows_say_what_the_documents_quote():
 @pytest.mark.parametrize("change, complaint", [
     (lambda first, second: [], "0 files; give one"), (lambda first, second: [first, second, first], "3 files"),
     (lambda first, second: [first, f"{second}/none.json"], "none.json: missing"),
-    (lambda first, second: [first, measured(Path(second).parent / "c", 0, captions="other")], "measured with different captions, None and other")])
+    (lambda first, second: [first, measured(Path(second).parent / "c", 0, captions="other")], "measured with different captions, None and other"),
+    (lambda first, second: [measured(Path(second).parent / "c", 0, networks="these"), measured(Path(second).parent / "d", 0, networks="those")],
+     "measured with different networks, these and those")])
 def test_rows_that_cannot_be_compared_are_refused(tmp_path, change, complaint):
     with pytest.raises(cli.UserError, match=complaint):
         compare.main(compare.Config(files=change(measured(tmp_path / "a", 0), measured(tmp_path / "b", 0))))
