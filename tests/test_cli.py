@@ -540,8 +540,7 @@ def test_the_files_that_a_run_writes_give_that_run_again(here, student):
     assert short["updates"] == 2 and whole != plain
     assert train.main(whole) == student                              # found finished, not refused
     train.main(train.Config(model="tiny", out="own", windows=[1], updates=1, batch=2, trajectories=2, solver_steps=8, grid_steps=0))
-    (here / "p.txt").write_text("fox\n")                             # wins over the model's own data, which nobody has asked for
-    train.resolve_recipe(command_line.parse(train.Config, "", ["--config", "own/config.yaml", "--prompts", "p.txt"]))
+    assert command_line.parse(train.Config, "", ["--config", "own/config.yaml"]).data == ""       # the model's own was not asked for
     assert command_line.parse(train.Config, "", shlex.split(train.command(whole))[2:]) == whole
 
 
