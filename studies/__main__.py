@@ -10,6 +10,7 @@ What it finds goes to --results as NAME.json, NAME.md and NAME.png; of another t
 embedded UNet, as NAME-MODEL.
 """
 import json
+import re
 import shlex
 import time
 from pathlib import Path
@@ -60,7 +61,8 @@ def main(c):
         figure.savefig(results / f"{file}.png", dpi=DPI)
         plt.close(figure)
         shared = evaluator(c)
-        given = [word for option in ("model", "seeds", "scale", "methods")
+        decide = ("model", "data", "seeds", "scale", "methods", "n", "real", "paths", "clip", "judge")
+        given = [word for option in decide
                  if getattr(c, option) != getattr(runner.Config, option)
                  for word in cli.arguments(option, getattr(c, option))]
         question = " ".join([*STUDIES[name].__doc__.split(), f"({c.model})" * bool(runner.label(c))]).strip()
@@ -72,7 +74,8 @@ def main(c):
                       teacher=c.model, rows=lab.records, runs=lab.commands,
                       seconds=max(longest, time.time() - start), **export.versions())
         # runs are named as under the default --out, wherever they lie
-        text = json.dumps(result, indent=1, ensure_ascii=False).replace(c.out, runner.Config.out)
+        text = re.sub(rf"(?<![\w./-]){re.escape(c.out)}(?=/)", runner.Config.out,
+                      json.dumps(result, indent=1, ensure_ascii=False))
         store.write_atomically(results / f"{file}.json",
                                lambda part: part.write_text(text, encoding="utf-8"))
         store.write_atomically(results / f"{file}.md",

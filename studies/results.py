@@ -99,6 +99,12 @@ def measured(result):
     return evaluation.table(result, brief=True).strip()
 
 
+def together(first, *others):
+    """What eval.py would print of several runs: the students of all under the first one's teacher."""
+    students = [row for result in others for row in result["rows"] if row["windows"]]
+    return measured(dict(first, rows=first["rows"] + students))
+
+
 def chosen_tables(study, *numbers):
     return tables(dict(study, tables=[study["tables"][i] for i in numbers]))
 
@@ -115,6 +121,7 @@ BLOCKS = {
     "matched_sd3": (measured, ["matched-sd3.json"]),
     "matching": (tables, ["studies/matching.json"]),
     "law": (tables, ["studies/time-law.json"]),
+    "long": (together, ["proreflow.json", "perflow.json"]),
     "merging": (lambda study: chosen_tables(study, 0), ["studies/curriculum.json"]),
     "merging_sd3": (lambda study: chosen_tables(study, 0), ["studies/curriculum-tiny-sd3.json"]),
     "methods": (lambda study: chosen_tables(study, 0, 2), ["studies/methods.json"]),
@@ -133,7 +140,11 @@ def write_blocks(file, results):
             raise UserError(f"{file}: needs the marks {start.strip()} and {end.strip()} once each, on lines "
                             "of their own")
         read = [read_study if source.startswith("studies/") else read_evaluation for source in sources]
-        block = make(*(each(results / source) for each, source in zip(read, sources)))
+        try:
+            block = make(*(each(results / source) for each, source in zip(read, sources)))
+        except KeyError as error:
+            raise UserError(f"{file}: the mark {name} shows {error}, which {' or '.join(sources)} lacks; "
+                            "measure it again as the page says") from error
         text = text[:text.index(start) + len(start)] + block + text[text.index(end):]
     write(file, text)
 

@@ -425,3 +425,45 @@ def test_a_critic_learns_what_the_student_makes(schedule):
     x, t = -0.2 + 0.3 * noise(4096), drawn_times(4096)
     least, more = (losses.matching(wrong.teacher, each.teacher, schedule, x, t, noise(4096, 2))[1].mean() for each in (right, wrong))
     assert least < more
+
+
+# ---- at the edges ----
+
+
+def test_flow_map_asks_the_student_inside_the_window_alone(schedule):
+    flow, asked = Flow(schedule, 0.7, 0.4), []
+
+    def student(z, t):
+        asked.append(t)
+        return flow.teacher(z, t)
+    for start, end in ((0.5, 0.25), (0.25, 0.0)):
+        t = torch.linspace(start, end + 1e-3, 9, dtype=torch.float64)
+        losses.flow_map(flow.teacher, student, schedule, torch.zeros(9, 1, dtype=torch.float64), t, torch.full_like(t, start), torch.full_like(t, end), 8)
+        before, after = asked[-2:]
+        assert before.max() == start and (after < before).all() and after.min() > end and after.min() >= schedule.floor
+
+
+def test_matching_is_bounded_where_the_teacher_gives_the_sample_itself(schedule):
+    x, eps = noise(4), noise(4, 2)
+    moved, _ = losses.matching(lambda z, t: (x, eps), lambda z, t: (x + 0.1, eps), schedule, x, drawn_times(4), eps)
+    assert torch.allclose(moved, torch.full((4,), (0.1 / 1e-3) ** 2 / 2).double())
+
+
+def test_the_direction_of_nothing_is_one_away_and_its_gradient_finite():
+    zero = torch.zeros(2, 3, requires_grad=True)
+    value = losses.direction_loss(zero, torch.ones(2, 3))
+    value.sum().backward()
+    assert value.tolist() == [1, 1] and zero.grad.isfinite().all()
+
+
+def test_the_normalizer_is_told_timesteps():
+    network, seen = losses.LossNormalizer(1, width=4), []
+    network.embed[0].register_forward_hook(lambda module, given, made: seen.append(given[0]))
+    network(torch.zeros(2, 1, 4, 4), torch.tensor([0.25, 1.0]))
+    assert seen[0].tolist() == [250, 1000]
+
+
+def test_losses_of_half_precision_are_computed_in_float32():
+    p, q = (torch.randn(2, 4096, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1))
+    for loss in (losses.mse, losses.pseudo_huber, losses.direction_loss):
+        assert loss(p, q).dtype == torch.float32 and torch.allclose(loss(p, q), loss(p.float(), q.float()))

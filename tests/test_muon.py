@@ -91,3 +91,15 @@ def test_a_group_may_be_adamws_alone_and_decay_is_both_of_theirs():
     optimizer.step()
     assert all(torch.allclose(p.weight, 0.95 * old) for p, old in zip((one, other), before))
     assert "momentum" in optimizer.state[one.weight] and "momentum" not in optimizer.state[other.weight]
+
+
+def test_the_direction_is_nesterovs_momentum():
+    layer, momentum = torch.nn.Linear(8, 8, bias=False), torch.zeros(8, 8)
+    optimizer = muon.Muon(layer.parameters(), 0.1, weight_decay=0.0)
+    for step in range(3):
+        gradient, before = torch.randn(8, 8, generator=generator(step)), layer.weight.detach().clone()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        expected = muon.orthogonal((0.05 * gradient + 0.95 * momentum)[None])[0]
+        assert torch.allclose(before - layer.weight, 0.1 * 0.2 * 8 ** 0.5 * expected, atol=1e-5)

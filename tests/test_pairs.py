@@ -21,7 +21,7 @@ import teacher
 import train
 from models import architectures, conditions, load
 from models.conditions import drawn_captions
-from pairs import drift
+from pairs import cache_bytes, cache_folder, drift
 from runtime import cli, plan, seeds, store
 
 
@@ -608,3 +608,27 @@ def test_a_cache_that_the_disk_cannot_hold_is_refused_before_it_is_begun(random_
     with pytest.raises(cli.UserError, match="will take 1 MiB more"):
         plan.check_disk(tmp_path / "cache", held + free[0] + 1)
     train.main(c)
+
+
+def test_the_options_that_decide_a_cache_are_in_its_key(make):
+    make()
+    for changes, named in ((dict(seed=1), "seed"), (dict(text_dropout=0.5), "text_dropout"), (dict(null_text="zeros"), "null_text"),
+                           (dict(precision="bf16"), "precision"), (dict(solver_steps=16), "solver_steps")):
+        with pytest.raises(cli.UserError, match=f"made with other settings .*'{named}'"):
+            make(**changes)
+
+
+def test_matching_is_asked_at_its_times(make, monkeypatch):
+    made, _, pipeline = make(recipe="matched")
+    batch, asked = made.fetch(range(2), 1), []
+    monkeypatch.setattr(losses, "matching", lambda teacher, critic, schedule, x, t, *_: asked.append(t))
+    model = models.as_model(pipeline)
+    with torch.no_grad():
+        made.matching(batch["fresh_z"], batch["fresh_eps"], torch.tensor([0.0, 1.0]).double(), made.text([1, 2]), model, model, model)
+    assert asked[0].tolist() == [0.02, 0.98]
+
+
+def test_the_bytes_of_cached_latents_are_those_said(make):
+    made, recipe, pipeline = make(pairs="data", cache_latents=True)
+    held = sum(value.nbytes for file in cache_folder(made.c).rglob("*.safetensors") for value in load_file(file).values())
+    assert cache_bytes(made.c, recipe, pipeline, made.dataset, made.conditions) == held

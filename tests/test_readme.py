@@ -231,6 +231,7 @@ def spoil(folder, what):
      "truncated picture": lambda: picture.write_bytes(picture.read_bytes()[:-5]),
      "no study": lambda: shutil.rmtree(folder / "studies"),
      "no demo": (folder / "demo.json").unlink,
+     "row": lambda: (folder / "demo.json").write_text(json.dumps(dict(json.loads((folder / "demo.json").read_text()), rows=[]))),
      "demo": lambda: (folder / "demo.json").write_text('{"rows": []}')}[what]()
 
 
@@ -238,7 +239,8 @@ def spoil(folder, what):
     ("truncated", "pairs.json: not valid JSON"), ("not text", "pairs.json: not valid JSON"), ("list", "pairs.json: has no question"),
     ("key", "pairs.json: has no verdict.*python -m studies pairs"), ("ragged", "pairs.json: the table 'a'.*python -m studies pairs"),
     ("no picture", "pairs.png: missing.*python -m studies pairs"), ("truncated picture", "pairs.png: not a whole PNG"),
-    ("no study", "no study's results.*python -m studies all"), ("no demo", "demo.json: missing"), ("demo", "demo.json: has no protocol")])
+    ("no study", "no study's results.*python -m studies all"), ("no demo", "demo.json: missing"), ("demo", "demo.json: has no protocol"),
+    ("row", r"README.md: the mark short shows \('teacher', None, 32\), which demo.json lacks")])
 def test_results_that_are_not_whole_are_named_and_no_page_is_changed(copy, what, message):
     spoil(copy / "results", what)
     with pytest.raises(UserError, match=message):

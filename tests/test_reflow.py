@@ -1,4 +1,5 @@
 """Identities of reflow.py: windows, chord, paths, spaces, time laws, recipes, the loss."""
+import contextlib
 import functools
 import math
 
@@ -343,3 +344,26 @@ def test_normalization_weighs_the_values_and_not_what_is_logged():
     values, parts = reflow.student_loss(model, ends, times, {}, recipe, normalizer=lambda z, t: torch.full((6,), math.log(0.1)))
     assert torch.allclose(parts["loss"], plain) and torch.allclose(plain, torch.full((6,), 0.25))
     assert torch.allclose(values, torch.full((6,), 0.25 / 0.1 + math.log(0.25 / 0.1) ** 2), rtol=1e-5)
+
+
+def test_the_student_is_evaluated_under_autocast():
+    model, ends, times, *_ = window_of_a_trajectory(2)
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def half():
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def asked(*given):
+        seen.append(bool(inside))
+        return model(*given)
+    asked.schedule, asked.coefficients = model.schedule, model.coefficients
+    reflow.student_loss(asked, ends, times, {}, reflow.Recipe(), autocast=half())
+    assert seen == [True]
+
+
+def test_the_share_of_starts_counts_inside_windows_too():
+    t = reflow.draw_times(reflow.Recipe(time_law="starts", time_inside=True, starts_share=0.2), DRAWS, 4, SCHEDULES["sd"])
+    assert (t == reflow.window_of(t, 4)[0]).double().mean().item() == pytest.approx(0.2, abs=0.01)

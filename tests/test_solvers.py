@@ -531,3 +531,24 @@ def test_a_solver_in_one_word_is_the_solver_with_its_options(schedule):
                           ("dpm2/edm:3", "--kappa 3: only goes with"), ("ddim/sigmoid:0", "--kappa 0: must be above 0"), ("dpm2:2", "--r 2: must be")):
         with pytest.raises(cli.UserError, match=re.escape(message)):
             sampler.parse_solver(spec)
+
+
+def test_sheets_hold_the_pictures_they_name(random_sd, tmp_path, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(imaging, "contact_sheet", lambda rows, *_, **__: sheets.append(rows) or Image.new("RGB", (8, 8)))
+    options = dict(model=str(random_sd), prompt=["fox", "red heart"], steps=2, scale=1, seed=5, out=str(tmp_path / "a.png"), device="cpu")
+    sampler.main(sampler.Config(**options, n=2, grid=True, save_steps=True))
+    sampler.main(sampler.Config(**options, compare=True))
+    pipeline, model, _ = saved.open_model(str(random_sd))
+
+    def drawn(prompts):
+        z = sampler.generate(pipeline, model, prompts, range(5, 5 + len(prompts)), sampler.time_grid(2))
+        return imaging.to_pil(models.decode(pipeline, z), 1)
+
+    def same(a, b):
+        return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
+    grid, strips, compared = sheets
+    expected = drawn(["fox", "fox", "red heart", "red heart"])
+    assert all(same(grid[i // 2][i % 2], picture) for i, picture in enumerate(expected))
+    assert all(len(strip) == 2 and same(strip[1], picture) and not same(*strip) for strip, picture in zip(strips, expected, strict=True))
+    assert all(same(row[1], picture) for row, picture in zip(compared, drawn(["fox", "red heart"]), strict=True))

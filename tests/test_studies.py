@@ -3,6 +3,7 @@ verdict is known, and one end to end on a random model."""
 import dataclasses
 import json
 import math
+import os
 import re
 import types
 import zlib
@@ -259,6 +260,62 @@ def test_rows_without_their_groups_or_their_like_are_refused(tmp_path):
         compare.main(compare.Config(files=[second]))
 
 
+def test_rows_at_another_guidance_or_of_another_protocol_are_no_pair(tmp_path):
+    first, second = measured(tmp_path / "a", 0), Path(measured(tmp_path / "b", 0), "results.json")
+    result = json.loads(second.read_text())
+    second.write_text(json.dumps(dict(result, rows=[dict(row, guidance=2.0) for row in result["rows"]])))
+    with pytest.raises(cli.UserError, match="no student of as many windows"):
+        compare.main(compare.Config(files=[first, str(second)]))
+    for name in ("name", "split", "n", "real", "captions", "reference", "size", "resize", "crop", "distance", "features", "seeds", "corrected"):
+        second.write_text(json.dumps(dict(result, protocol=dict(result["protocol"], **{name: "other"}))))
+        with pytest.raises(cli.UserError, match=f"measured with different {name}, "):
+            compare.main(compare.Config(files=[first, str(second)]))
+
+
+# ---- what a study runs and notes ----
+
+
+def test_fewer_windows_keep_the_last_shares(lab):
+    whole, last = (train.resolve_recipe(lab.parse(words)) for words in ("", "--windows 2 1"))
+    assert last.shares == whole.shares[-2:] == (2, 4) and reflow.stage_updates(last, 60) == (20, 40)
+    assert reflow.stage_updates(whole, 80) == (10, 10, 20, 40)
+
+
+def test_budgets_are_scaled(lab):
+    lab.c.scale = 0.1
+    options = f"--recipe reflow {lab.cached(0, 1000)}"
+    assert lab.parse(options).trajectories == 100
+    for each in (options, "--recipe perflow"):
+        assert lab.evaluations(lab.within(100_000, each)) == pytest.approx(10_000, rel=0.02)
+
+
+def test_trajectories_from_images_cost_the_same(lab):
+    assert lab.evaluations("--forward-rate 0.5 --trajectories 100 --updates 10") == 100 * 32 + 10 * 16 * 3
+
+
+def test_a_row_is_named_after_its_weights_and_all_that_is_asked(lab, tmp_path):
+    file = tmp_path / "student-2" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    request = dict(folder=tmp_path / "student-2", steps=2)
+    before = lab.row_file(request)
+    assert lab.row_file(request) == before
+    os.utime(file, ns=(0, 1))
+    files = [before, lab.row_file(request), *(lab.row_file({**request, **more}) for more in (
+        dict(steps=4), dict(guidance=2.0), dict(seed=3), dict(solver="heun"), dict(edit=("a", None)), dict(edit=("b", None))))]
+    files += [runner.Lab(dataclasses.replace(lab.c, **{name: value})).row_file(request)
+              for name, value in dict(n=7, real=7, paths=7, clip="x", judge="x", model="x").items()]
+    assert len(set(files)) == len(files)
+
+
+def test_a_record_counts_pairs_and_training(lab, tmp_path):
+    row = dict(method="default", windows=2, steps=2, solver="ddim", guidance=1.0, nfe=2, fd=1.0, fd_corrected=1.0, fd_interval=[0, 1],
+               endpoint_error=0.1, prompt_accuracy=dict(all=1.0))
+    (tmp_path / "reflow.json").write_text(json.dumps(dict(updates=10, recipe="default", config=dict(batch=4, seed=7), cost=dict(evaluations=100))))
+    found = lab.record(dict(folder=tmp_path, steps=2), row)
+    assert (found["samples"], found["evaluations"]) == (40, 100 + 3 * 40) and found["seeds"] == dict(training=7, evaluation=1_000_000)
+
+
 # ---- each study on made-up rows --------------------------------------------------------------------------------------
 
 
@@ -489,10 +546,12 @@ def test_a_study_trains_measures_writes_and_is_not_repeated(random_sd, small_eye
     name = f"guidance-{random_sd.name}"                    # of another teacher than the default
     monkeypatch.setattr(runner, "EVALUATORS", {})
     c = runner.Config(study=["guidance", "discrepancy"], scale=0.002, model=str(random_sd), data="scenes", n=80, real=80, paths=4,
-                          out=str(tmp_path / "study"), results=str(tmp_path / "results"), clip=str(small_eyes), judge=str(small_eyes), workers=1, device="cpu")
+                      out="rows", results=str(tmp_path / "results"), clip=str(small_eyes), judge=str(small_eyes), workers=1, device="cpu")
+    monkeypatch.chdir(tmp_path)                            # a folder with the name of a key, which stays
     monkeypatch.setattr(proreflow, "SCALES", (1, 2))
     __main__.main(c)
     first = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+    assert f"guidance --model {random_sd} --data scenes --scale 0.002 --n 80 --real 80 --paths 4 --clip" in first["command"]
     assert first["runs"] and first["runs"][0].startswith("python train.py --model") and first["commit"] and len(first["tables"][0][2]) == 2
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 5000 and (tmp_path / "results" / f"discrepancy-{random_sd.name}.png").stat().st_size > 5000
     assert (tmp_path / "results" / f"{name}.md").read_text() == results.markdown(first)

@@ -8,11 +8,13 @@ import shlex
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_python, run_two, slow, start_python
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,7 +29,7 @@ from data import captioned, imaging
 from models import load, saved, student
 from models.conditions import Conditions
 from pairs import cache_bytes
-from runtime import checkpoints, cli, options, progress
+from runtime import checkpoints, cli, options, progress, updates
 from runtime.cli import UserError
 from tools import build
 
@@ -646,3 +648,60 @@ def test_every_option_is_read_somewhere():
         for name in importlib.import_module(module).Config.__dataclass_fields__:
             override = module == "train" and name in options.RECIPE_COLUMNS
             assert override or re.search(rf"\bc\.{name}\b|\"{name}\"", source), (module, name)
+
+
+# ---- what an update is ----
+
+
+def test_the_students_forward_is_in_bf16(random_sd, tmp_path, monkeypatch):
+    seen, real = set(), UNet2DConditionModel.forward
+
+    def forward(self, *args, **more):
+        if torch.is_grad_enabled():
+            seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return real(self, *args, **more)
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    train.main(small(random_sd, tmp_path, precision="bf16", **SHORT))
+    assert seen == {(True, torch.bfloat16)}
+
+
+def test_distribution_matching_counts_by_its_weight(short):
+    little, plain, more = (weights(short(windows=[1], matching=weight)) for weight in (1e-9, 0.0, 0.1))
+    assert all(torch.allclose(little[key], plain[key], atol=1e-6) for key in plain)
+    assert not all(torch.allclose(more[key], plain[key], atol=1e-6) for key in plain)
+
+
+def test_what_is_exported_is_the_running_average(random_sd, tmp_path):
+    last = train.main(small(random_sd, tmp_path, windows=[1], updates=4, ema=0.5, checkpoint_steps=4, lr=1e-3))
+    _, tensors = export.open_safetensors("", tmp_path / "checkpoint-000004.safetensors")
+    kept = weights(last)
+    assert all(torch.equal(kept[name], tensors[f"ema:{name}"]) for name in kept)
+    assert not all(torch.equal(kept[name], tensors[f"student:{name}"]) for name in kept)
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth():
+    rates = [train.learning_rate(train.Config(lr=2.0), done, 1000) for done in range(1000)]
+    assert rates[0] == pytest.approx(2 / 50, rel=1e-3) and max(rates) == pytest.approx(2, rel=1e-2)
+    assert rates.index(max(rates)) == 49 and rates[-1] == pytest.approx(0.2, rel=1e-3) and rates[500] == pytest.approx(1.1, rel=1e-3)
+    assert train.learning_rate(train.Config(lr=2.0), 0, 1) == 2
+
+
+def test_a_gradient_is_clipped_to_norm_one_and_told_as_it_was():
+    student = torch.nn.Linear(3, 1, bias=False)
+    before, optimizer = student.weight.detach().clone(), torch.optim.SGD(student.parameters(), 1.0)
+    student.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
+    norm = updates.step(student, optimizer, None, torch.amp.GradScaler("cpu", enabled=False))
+    assert norm == 5 and torch.allclose(before - student.weight, torch.tensor([[0.6, 0.8, 0.0]]), atol=1e-5)
+
+
+def test_the_average_decays_as_asked():
+    where = SimpleNamespace(device=torch.device("cpu"), shape=(4, 8, 8))
+    _, ema, *_ = updates.make_optimizer(train.Config(ema=0.9), reflow.Recipe(), torch.nn.Linear(2, 2), where, 1)
+    assert ema.decay == 0.9
+
+
+def test_a_row_of_the_log_has_its_columns_in_order():
+    names = ("loss", "magnitude", "direction", "matching", "critic")
+    parts = {name: torch.full((2,), float(i)) for i, name in enumerate(names)}
+    found = progress.row(parts, tuple(torch.full((2,), value).double() for value in (0.3, 0.5, 0.0)))
+    assert torch.allclose(found, torch.tensor([0, 1, 2, 0.5, 0.3, 3, 4]).double().expand(2, -1))

@@ -59,7 +59,7 @@ class Config:
     updates: int = 4                 # updates of training, spread over the stages 8 4 2 1;
                                      # fewer than 4: one window only
     lora: int = 0                    # rank; 0 = full fine-tuning with EMA
-    precision: str = "fp32"          # fp32 or bf16
+    precision: str = "fp32"          # fp32, bf16 or fp16
     gradient_checkpointing: bool = False  # a forward more per update, for less memory
     compile: bool = False            # torch.compile
     steps: int = 4                   # of sampling
