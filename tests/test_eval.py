@@ -680,3 +680,11 @@ def test_the_picture_is_of_one_run_and_of_others_what_it_has_no_student_for(monk
     assert columns(*both) == ["default 4 steps", "default 2 steps", "matched 1 step"]
     assert columns(*both, ("default", 1, 1, ""), ("default", 1, 4, "")) == ["default 4 steps", "default 2 steps", "default 1 step"]
     assert columns(("reflow", 1, 1, "seed-0"), ("reflow", 1, 4, "seed-0"), ("reflow", 1, 1, "seed-1")) == ["reflow 1 step"]
+
+
+def test_a_protocol_tells_which_networks_have_looked(judge, monkeypatch):
+    """By their weights: two judges of one name and width are two."""
+    before = judge.describe([])["networks"]
+    assert judge.describe([])["networks"] == before
+    monkeypatch.setitem(judge.networks, "judge", "other weights")
+    assert judge.describe([])["networks"] != before
