@@ -1,6 +1,5 @@
 """What a run says and refuses before it starts, what it says while it runs, and the options that save memory."""
 import dataclasses
-import functools
 import json
 import sys
 import types
@@ -30,9 +29,11 @@ def test_a_run_says_what_it_takes_and_after_ten_updates_how_long(model, tmp_path
 
 
 def test_the_curves_forget_what_a_resume_makes_again(model, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(progress, "SummaryWriter", functools.partial(progress.SummaryWriter, flush_secs=0))
+    boards, real = [], progress.Board
+    monkeypatch.setattr(progress, "Board", lambda *given: boards.append(real(*given)) or boards[-1])
     c = options(model, tmp_path, "cpu", windows=[1], updates=5, log_steps=1, checkpoint_steps=2)
     stopped_after(3, c)
+    boards[0].close()                                      # what a kill does not lose is on the disk
     train.main(c)
     curves = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     curves.Reload()
