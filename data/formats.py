@@ -268,7 +268,7 @@ def coco_captions(folder, split):
         names, found = {image["id"]: os.fspath(image["file_name"]) for image in content["images"]}, {}
         for annotation in content["annotations"]:
             if annotation["image_id"] in names:
-                caption = (annotation["id"], clean(annotation["caption"]))
+                caption = (annotation["id"], clean(annotation["caption"].strip()))
                 found.setdefault(annotation["image_id"], []).append(caption)
     except OSError as error:
         raise UserError(f"--data {folder}: annotations/{annotations.name} cannot be read ({error.strerror}); "
